@@ -1,0 +1,658 @@
+"""The agent: an input grid and a prompt in, five planning steps of colour logits out.
+
+One output cell is one token. The same block is applied once per planning step and the answer so
+far is fed back, so five steps are five refinements of one state. Every cell ends as a learned
+pointer over elementary transforms of the input (`grid_features`), whose weights are read off
+similar cells of the demonstrations, plus ten constant colours. A size head points at size rules.
+
+It does not know about losses, tasks' outputs or files. `from arc_agent import ArcAgent`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import grid_features
+from grid_accuracy_loss import resize_logits
+from grid_features import (
+    CELL_FEATURE_BINS,
+    COLOURS,
+    MAX_SIDE,
+    N_CELL_FEATURES,
+    N_SOURCES,
+    OUTSIDE,
+)
+
+N_STEPS = 5  # planning steps; fixed by the contract logits [5, H, W, 10]
+N_RELATIONS = 4  # outside, same as the identity source, background, another colour
+N_POINTERS = N_SOURCES + COLOURS  # what an output cell can point at
+EVIDENCE_FLOOR = 1e-3  # guess: a pointer never seen right keeps log(1e-3) of evidence
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Shape of the agent. Widths in channels; `n_steps` is what the planning loop runs."""
+
+    width: int = 96
+    heads: int = 4
+    blocks: int = 1
+    encoder_blocks: int = 1
+    mlp_ratio: float = 2.0
+    n_steps: int = N_STEPS
+    pointer_heads: int = 4
+    pointer_width: int = 24
+    backward_width: int = 48
+    n_size_candidates: int = 0
+    max_context_cells: int = 1024
+
+
+@dataclass
+class DemonstrationCells:
+    """The encoded demonstrations of a batch, one token per output cell.
+
+    tokens (pairs, cells, width); mask (pairs, cells) bool; right (pairs, cells, N_POINTERS)
+    float, 1 where that pointer names the demonstrated colour; rows, cols of the canvas.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    right: Tensor
+    rows: int
+    cols: int
+
+
+@dataclass
+class AgentOutput:
+    """What one planning pass says. Q queries, H x W the batch's canvas.
+
+    logits (steps, Q, H, W, 10) float32, log-probabilities per planning step;
+    size_logits (Q, 2, 30) float32 over rows and cols 1..30; size (Q, 2) int64, the size the
+    agent answers with (never larger than the query's canvas); confidence (steps, Q) float32
+    logits that the grid is right; state (Q, width) float32 pooled final state.
+    """
+
+    logits: Tensor
+    size_logits: Tensor
+    size: Tensor
+    confidence: Tensor
+    state: Tensor
+
+    def grids(self, step: int = -1) -> Tensor:
+        """Colours (Q, H, W) int64 of one planning step, -1 outside the predicted size."""
+        colours = self.logits[step].argmax(-1)
+        inside = size_mask(self.size, colours.shape[1], colours.shape[2])
+        return torch.where(inside, colours, torch.full_like(colours, -1))
+
+
+def size_mask(size: Tensor, rows: int, cols: int) -> Tensor:
+    """Cells inside `size` (N, 2) on a canvas: (N, rows, cols) bool."""
+    row = torch.arange(rows, device=size.device) < size[:, :1]
+    col = torch.arange(cols, device=size.device) < size[:, 1:]
+    return row[:, :, None] & col[:, None, :]
+
+
+def rotary_table(rows: int, cols: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """2D rotary angles: cos, sin (rows * cols, dim // 2); half the pairs turn with the row."""
+    n_freq = dim // 4
+    freq = torch.logspace(0, -2, n_freq, base=10.0, device=device)  # periods ~6 to ~600 cells
+    row = torch.arange(rows, device=device, dtype=torch.float32)[:, None] * freq
+    col = torch.arange(cols, device=device, dtype=torch.float32)[:, None] * freq
+    angle = torch.cat(
+        [
+            row[:, None, :].expand(rows, cols, n_freq),
+            col[None, :, :].expand(rows, cols, n_freq),
+        ],
+        dim=-1,
+    ).reshape(rows * cols, 2 * n_freq)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the first part of each head's channels by position; x (..., cells, head_dim)."""
+    cos, sin = table
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+
+
+def rotary_dim(head_dim: int) -> int:
+    """Half of the channels carry position, in fours (row and col, cos and sin)."""
+    return max(4, head_dim // 2 // 4 * 4)
+
+
+class CellEmbedding(nn.Module):
+    """Source planes and cell features -> one vector per canvas cell.
+
+    Each source enters twice: by colour, and by how it relates to the identity source (same,
+    background, other), which no colour permutation changes.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        n_absolute = N_SOURCES * (COLOURS + 1)
+        n_relation = N_SOURCES * N_RELATIONS
+        n_feature = N_CELL_FEATURES * (CELL_FEATURE_BINS + 1)
+        self.table = nn.Embedding(n_absolute + n_relation + n_feature, width)
+        nn.init.normal_(self.table.weight, std=1.0 / math.sqrt(2 * N_SOURCES + N_CELL_FEATURES))
+        offsets = torch.cat(
+            [
+                torch.arange(N_SOURCES) * (COLOURS + 1),
+                n_absolute + torch.arange(N_SOURCES) * N_RELATIONS,
+                n_absolute + n_relation + torch.arange(N_CELL_FEATURES) * (CELL_FEATURE_BINS + 1),
+            ]
+        )
+        self.register_buffer("offsets", offsets, persistent=False)
+
+    def forward(self, sources: Tensor, cells: Tensor) -> Tensor:
+        """sources (N, K, H, W), cells (N, F, H, W) uint8 -> (N, H * W, width)."""
+        n = sources.shape[0]
+        planes = sources.flatten(2).transpose(1, 2).to(torch.int32)  # (N, cells, K)
+        identity = planes[..., :1]
+        relation = torch.where(planes == 0, 2, 3)
+        relation = torch.where(planes == identity, 1, relation)
+        relation = torch.where(planes == OUTSIDE, 0, relation)
+        features = cells.flatten(2).transpose(1, 2).to(torch.int32)
+        index = torch.cat([planes, relation.to(torch.int32), features], dim=-1)
+        index = index + self.offsets.to(torch.int32)  # type: ignore[operator]
+        bag = F.embedding_bag(index.flatten(0, 1), self.table.weight, mode="sum")
+        return bag.view(n, planes.shape[1], -1)
+
+
+class Place(nn.Module):
+    """Where a cell lies in its grid: distances to the four sides, as learned vectors."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4 * (MAX_SIDE + 1), width)
+        nn.init.normal_(self.table.weight, std=0.1)
+
+    def forward(self, size: Tensor, rows: int, cols: int) -> Tensor:
+        """size (N, 2) -> (N, rows * cols, width)."""
+        row = torch.arange(rows, device=size.device)
+        col = torch.arange(cols, device=size.device)
+        below = (size[:, :1] - 1 - row).clamp(0, MAX_SIDE)
+        right = (size[:, 1:] - 1 - col).clamp(0, MAX_SIDE)
+        stride = MAX_SIDE + 1
+        by_row = self.table(row) + self.table(below + 2 * stride)  # (N, rows, width)
+        by_col = self.table(col + stride) + self.table(right + 3 * stride)
+        return (by_row[:, :, None] + by_col[:, None, :]).flatten(1, 2)
+
+
+class Mlp(nn.Module):
+    """SwiGLU over cells with a depthwise 3x3 before it, so that neighbours meet cheaply."""
+
+    def __init__(self, width: int, ratio: float, *, depthwise: bool = True) -> None:
+        super().__init__()
+        hidden = int(width * ratio)
+        self.norm = nn.RMSNorm(width)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width) if depthwise else None
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
+        y = self.norm(x)
+        if self.depthwise is not None:
+            y = y * mask.unsqueeze(-1)
+            grid = y.view(x.shape[0], rows, cols, -1).permute(0, 3, 1, 2)
+            y = y + self.depthwise(grid).permute(0, 2, 3, 1).flatten(1, 2)
+        gate, up = self.gate_up(y).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class SelfAttention(nn.Module):
+    """Attention among the cells of one grid, 2D rotary positions, queries and keys normalised."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, width // heads
+        self.norm = nn.RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim)
+        self.k_norm = nn.RMSNorm(self.head_dim)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        n, cells, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(n, cells, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
+        y = F.scaled_dot_product_attention(
+            q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask[:, None, None]
+        )
+        return x + self.out(y.transpose(1, 2).reshape(n, cells, width))
+
+
+class CrossAttention(nn.Module):
+    """Cells look at keys that do not change between planning steps; a null slot is always there."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, width // heads
+        self.norm = nn.RMSNorm(width)
+        self.key_norm = nn.RMSNorm(width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim)
+        self.k_norm = nn.RMSNorm(self.head_dim)
+        self.out = nn.Linear(width, width, bias=False)
+        self.null = nn.Parameter(torch.zeros(2, heads, self.head_dim))
+
+    def keys(self, tokens: Tensor, table: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """tokens (N, cells, width) -> keys, values (N, heads, cells, head_dim)."""
+        n, cells, _ = tokens.shape
+        kv = self.kv(self.key_norm(tokens)).view(n, cells, 2, self.heads, self.head_dim)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        k = self.k_norm(k)
+        if table is not None:
+            k = rotate(k, table)
+        return k.to(v.dtype), v
+
+    def add_null(self, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Append the null slot so that a query without any key still has one."""
+        n = k.shape[0]
+        null = self.null.to(k.dtype)[:, None, :, None].expand(2, n, -1, 1, -1)
+        mask = torch.cat([mask, mask.new_ones(n, 1)], dim=1)
+        return torch.cat([k, null[0]], dim=2), torch.cat([v, null[1]], dim=2), mask
+
+    def forward(
+        self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor, table: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        n, cells, width = x.shape
+        q = self.q(self.norm(x)).view(n, cells, self.heads, self.head_dim).transpose(1, 2)
+        q = self.q_norm(q)
+        if table is not None:
+            q = rotate(q, table)
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k, v, attn_mask=mask[:, None, None])
+        return x + self.out(y.transpose(1, 2).reshape(n, cells, width))
+
+
+def context_cells(demos: DemonstrationCells, context: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Which demonstration cells each query sees: (index into pairs * cells, seen), both (Q, M).
+
+    context (Q, demonstrations) int64, -1 = none. Where a query's demonstrations have more than
+    `limit` cells, cells that differ from the input come first, then an even scatter of the rest.
+    """
+    cells = demos.mask.shape[1]
+    flat = context.clamp(min=0).unsqueeze(-1) * cells
+    where = (flat + torch.arange(cells, device=context.device)).flatten(1)
+    seen = (demos.mask[context.clamp(min=0)] & (context >= 0).unsqueeze(-1)).flatten(1)
+    keep = min(limit, where.shape[1])
+    if where.device.type == "cpu":  # on a GPU the count would be a sync
+        keep = max(1, min(keep, int(seen.sum(1).max())))
+    if keep < where.shape[1]:
+        changed = 1.0 - demos.right[..., 0].flatten()[where]
+        scatter = (where * 40503 % 65536) / 65536.0  # a fixed hash of the cell's place
+        rank = seen.float() * (1.0 + changed + scatter)
+        chosen = rank.topk(keep, dim=1).indices.sort(dim=1).values
+        where, seen = where.gather(1, chosen), seen.gather(1, chosen)
+    return where, seen
+
+
+def _take(x: Tensor, where: Tensor) -> Tensor:
+    """Cells of x (pairs, cells, dim) at `where` (Q, M): (Q, M, dim)."""
+    return x.flatten(0, 1).index_select(0, where.flatten()).view(*where.shape, x.shape[-1])
+
+
+def _take_heads(x: Tensor, where: Tensor) -> Tensor:
+    """Cells of x (pairs, heads, cells, dim) at `where` (Q, M): (Q, heads, M, dim)."""
+    heads, dim = x.shape[1], x.shape[3]
+    y = _take(x.transpose(1, 2).flatten(2), where)
+    return y.view(*where.shape, heads, dim).transpose(1, 2)
+
+
+class PointerHead(nn.Module):
+    """Output colours as pointers over sources and constants, with evidence from demonstrations.
+
+    Each cell looks for demonstration cells like itself; `right` of those cells, averaged by
+    attention, is the evidence that a pointer is right here. Colour permutations commute with it.
+    """
+
+    def __init__(self, config: AgentConfig) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.pointer_heads, config.pointer_width
+        self.norm = nn.RMSNorm(config.width)
+        self.key_norm = nn.RMSNorm(config.width)
+        inner = self.heads * self.head_dim
+        self.query = nn.Linear(config.width, inner, bias=False)
+        self.key = nn.Linear(config.width, inner, bias=False)
+        with torch.no_grad():
+            self.key.weight.copy_(self.query.weight)  # like finds like from the first step
+        self.scale = nn.Parameter(torch.full((self.heads,), 1.0))
+        self.evidence = nn.Parameter(torch.full((self.heads, N_POINTERS), 0.5 / self.heads))
+        self.global_evidence = nn.Parameter(torch.full((N_POINTERS,), 0.1))
+        self.to_pointer = nn.Linear(config.width, N_POINTERS)
+        nn.init.zeros_(self.to_pointer.weight)
+        nn.init.zeros_(self.to_pointer.bias)
+
+    def keys(self, tokens: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        n, cells, _ = tokens.shape
+        k = self.key(self.key_norm(tokens)).view(n, cells, self.heads, self.head_dim)
+        return rotate(F.normalize(k.float(), dim=-1).transpose(1, 2), table)
+
+    def forward(
+        self,
+        x: Tensor,
+        sources: Tensor,
+        keys: Tensor,
+        right: Tensor,
+        mask: Tensor,
+        overall: Tensor,
+        table: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Log-probabilities of colours (Q, cells, 10) float32.
+
+        x (Q, cells, width); sources (Q, cells, K) int64; keys (Q, heads, M, head_dim); right
+        (Q, M, N_POINTERS); mask (Q, M) bool; overall (Q, N_POINTERS) log share over the context.
+        """
+        n, cells, _ = x.shape
+        y = self.norm(x)
+        q = self.query(y).view(n, cells, self.heads, self.head_dim)
+        q = rotate(F.normalize(q.float(), dim=-1).transpose(1, 2), table)
+        q = q * (self.head_dim * self.scale.view(1, -1, 1, 1))
+        score = torch.matmul(q, keys.transpose(-1, -2))  # (Q, heads, cells, M)
+        score = score.masked_fill(~mask[:, None, None], -1e4)
+        weight = score.softmax(-1)
+        share = torch.matmul(weight.flatten(1, 2).to(right.dtype), right)
+        share = share.view(n, self.heads, cells, N_POINTERS).float()
+        has_context = mask.any(-1).view(-1, 1, 1, 1)
+        log_share = torch.where(has_context, (share + EVIDENCE_FLOOR).log(), 0.0)
+        pointer = torch.einsum("qhcp,hp->qcp", log_share, self.evidence.float())
+        pointer = pointer + (overall * self.global_evidence.float())[:, None]
+        pointer = pointer + self.to_pointer(y).float()
+        outside = torch.cat(
+            [sources == OUTSIDE, sources.new_zeros(n, cells, COLOURS, dtype=torch.bool)], dim=-1
+        )
+        weight = pointer.masked_fill(outside, -1e4).softmax(-1)
+        mass = weight.new_zeros(n, cells, COLOURS + 1)
+        mass = mass.scatter_add(-1, sources, weight[..., :N_SOURCES])[..., :COLOURS]
+        return (mass + weight[..., N_SOURCES:]).clamp_min(1e-7).log()
+
+
+class SizeHead(nn.Module):
+    """Rows and cols of the answer: pointers over size rules with their support, plus 30 numbers."""
+
+    def __init__(self, width: int, n_candidates: int) -> None:
+        super().__init__()
+        self.support = nn.Parameter(torch.full((n_candidates,), 4.0))
+        self.full_support = nn.Parameter(torch.full((n_candidates,), 2.0))
+        self.rule = nn.Linear(width, n_candidates)
+        self.free = nn.Linear(width, 2 * MAX_SIDE)
+        for layer in (self.rule, self.free):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, summary: Tensor, candidates: Tensor, support: Tensor) -> Tensor:
+        """summary (Q, width), candidates (Q, 2, S) int64 0 = absent, support (Q, 2, S) ->
+        log-probabilities (Q, 2, 30) float32."""
+        full = (support > 0.999).float()
+        score = self.support * support + self.full_support * full
+        score = score + self.rule(summary).float()[:, None]
+        score = score.masked_fill(candidates == 0, -1e4)
+        free = self.free(summary).float().view(-1, 2, MAX_SIDE)
+        weight = torch.cat([score.float(), free], dim=-1).softmax(-1)
+        mass = weight.new_zeros(*candidates.shape[:2], MAX_SIDE + 1)
+        mass = mass.scatter_add(-1, candidates, weight[..., : candidates.shape[-1]])[..., 1:]
+        return (mass + weight[..., candidates.shape[-1] :]).clamp_min(1e-7).log()
+
+
+class BackwardModel(nn.Module):
+    """From the answer back to the input: what was the input grid, judging by this output?
+
+    It sees the answer's colour probabilities and the prompt's summary, never the input's colours.
+    """
+
+    def __init__(self, width: int, prompt_width: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(COLOURS, width)
+        self.place = Place(width)
+        self.film = nn.Linear(prompt_width, width)
+        self.look = CrossAttention(width, max(1, width // 24))
+        self.mlp = Mlp(width, 2.0)
+        self.out = nn.Linear(width, COLOURS)
+
+    def forward(
+        self,
+        colours: Tensor,
+        size: Tensor,
+        input_size: Tensor,
+        canvas: tuple[int, int],
+        summary: Tensor,
+    ) -> Tensor:
+        """colours (Q, H, W, 10) probabilities of the answer, size (Q, 2) of it, input_size (Q, 2),
+        canvas of the inputs -> logits (Q, rows, cols, 10) over the input's cells, float32."""
+        n, rows, cols, _ = colours.shape
+        inside = size_mask(size, rows, cols)
+        answer = self.embed(colours) + self.place(size, rows, cols).view(n, rows, cols, -1)
+        there = resize_logits(colours, size, input_size, canvas)
+        x = (self.embed(there).flatten(1, 2) + self.place(input_size, *canvas)) + self.film(
+            summary
+        ).unsqueeze(1)
+        dim = rotary_dim(self.look.head_dim)
+        k, v = self.look.keys(answer.flatten(1, 2), rotary_table(rows, cols, dim, colours.device))
+        k, v, mask = self.look.add_null(k, v, inside.flatten(1))
+        x = self.look(x, k, v, mask, rotary_table(*canvas, dim, colours.device))
+        x = self.mlp(x, size_mask(input_size, *canvas).flatten(1), *canvas)
+        return self.out(x).float().view(n, *canvas, COLOURS) + 4.0 * there.float()
+
+
+class ArcAgent(nn.Module):
+    """Five planning steps from prompt and input to the output grid. See the module docstring."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.embed = CellEmbedding(width)
+        self.place = Place(width)
+        self.answer = nn.Linear(COLOURS, width, bias=False)
+        self.right = nn.Linear(N_POINTERS, width, bias=False)
+        nn.init.normal_(self.right.weight, std=1.0 / math.sqrt(N_POINTERS))
+        self.film = nn.Linear(width, width, bias=False)
+        self.step_token = nn.Parameter(torch.zeros(config.n_steps, width))
+        self.encoder = nn.ModuleList(
+            [
+                nn.ModuleList([SelfAttention(width, config.heads), Mlp(width, config.mlp_ratio)])
+                for _ in range(config.encoder_blocks)
+            ]
+        )
+        self.blocks = nn.ModuleList(
+            [
+                nn.ModuleDict(
+                    {
+                        "cells": SelfAttention(width, config.heads),
+                        "demonstrations": CrossAttention(width, config.heads),
+                        "prompt": CrossAttention(width, config.heads),
+                        "mlp": Mlp(width, config.mlp_ratio),
+                    }
+                )
+                for _ in range(config.blocks)
+            ]
+        )
+        self.pointer = PointerHead(config)
+        self.size_head = SizeHead(width, config.n_size_candidates)
+        self.size_query = nn.Sequential(
+            nn.RMSNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.confidence = nn.Linear(width + 1, 1)
+        self.state_norm = nn.RMSNorm(width)
+        self.backward_model = BackwardModel(config.backward_width, width)
+
+    def _encode(self, x: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
+        table = self._table(rows, cols, x.device)
+        for attention, mlp in self.encoder:  # type: ignore[misc]
+            x = attention(x, mask, table)
+            x = mlp(x, mask, rows, cols)
+        return x
+
+    def _table(self, rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        dim = rotary_dim(self.config.width // self.config.heads)
+        return rotary_table(rows, cols, dim, device)
+
+    def read_demonstrations(self, batch: Any) -> DemonstrationCells:
+        """Encode each demonstration of a batch once; every query that may see it reuses it."""
+        sources = batch.demo_sources
+        output = batch.demo_output
+        rows, cols = output.shape[1:]
+        mask = (output >= 0).flatten(1)
+        colours = F.one_hot(output.clamp(min=0), COLOURS).flatten(1, 2)
+        matches = (sources == output.unsqueeze(1)).flatten(2).transpose(1, 2)
+        right = torch.cat([matches.float(), colours.float()], dim=-1) * mask.unsqueeze(-1)
+        x = self.embed(sources, batch.demo_cells)
+        x = x + self.place(batch.demo_output_size, rows, cols)
+        x = self._encode(x, _with_first(mask), rows, cols)
+        x = x + self.right(right)
+        return DemonstrationCells(x, mask, right, rows, cols)
+
+    def plan(self, batch: Any, demos: DemonstrationCells, prompt: Any) -> AgentOutput:
+        """Predict every query of a batch. `prompt` has tokens (Q, L, width), mask (Q, L) bool and
+        summary (Q, width). Nothing here depends on a query's output."""
+        config = self.config
+        sources = batch.query_sources
+        n, _, rows, cols = sources.shape
+        summary = prompt.summary
+        size_logits = self.size_head(
+            self.size_query(summary), batch.size_candidates, batch.size_support
+        )
+        size = choose_size(size_logits, batch.query_canvas)
+        inside = size_mask(size, rows, cols)
+        mask = inside.flatten(1)
+        table = self._table(rows, cols, sources.device)
+
+        x = self.embed(sources, batch.query_cells) + self.place(size, rows, cols)
+        x = self._encode(x, mask, rows, cols)
+        x = x + self.film(summary).unsqueeze(1)
+
+        where, seen = context_cells(demos, batch.context, config.max_context_cells)
+        right = _take(demos.right, where)
+        share = (right * seen.unsqueeze(-1)).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
+        overall = torch.where(
+            seen.any(-1, keepdim=True), (share.float() + EVIDENCE_FLOOR).log(), 0.0
+        )
+        demo_table = self._table(demos.rows, demos.cols, sources.device)
+        pointer_dim = rotary_dim(config.pointer_width)
+        pointer_table = rotary_table(rows, cols, pointer_dim, sources.device)
+        demo_pointer_table = rotary_table(demos.rows, demos.cols, pointer_dim, sources.device)
+        pointer_keys = _take_heads(self.pointer.keys(demos.tokens, demo_pointer_table), where)
+        keyed = []
+        for block in self.blocks:
+            k, v = block["demonstrations"].keys(demos.tokens, demo_table)  # type: ignore[index]
+            k, v = _take_heads(k, where), _take_heads(v, where)
+            demo_keys = block["demonstrations"].add_null(k, v, seen)  # type: ignore[index]
+            k, v = block["prompt"].keys(prompt.tokens, None)  # type: ignore[index]
+            keyed.append((demo_keys, block["prompt"].add_null(k, v, prompt.mask)))  # type: ignore[index]
+
+        flat_sources = sources.flatten(2).transpose(1, 2).long()
+        all_logits, all_confidence = [], []
+        for step in range(config.n_steps):
+            x = x + self.step_token[step]
+            for block, (demo_keys, prompt_keys) in zip(self.blocks, keyed, strict=True):
+                x = block["demonstrations"](x, *demo_keys, table)  # type: ignore[index]
+                x = block["prompt"](x, *prompt_keys, None)  # type: ignore[index]
+                x = block["cells"](x, mask, table)  # type: ignore[index]
+                x = block["mlp"](x, mask, rows, cols)  # type: ignore[index]
+            logits = self.pointer(
+                x, flat_sources, pointer_keys, right, seen, overall, pointer_table
+            )
+            probability = logits.exp()
+            x = x + self.answer(probability.to(x.dtype))
+            pooled = _masked_mean(self.state_norm(x).float(), mask)
+            sure = _masked_mean(probability.amax(-1, keepdim=True), mask)
+            all_logits.append(logits.view(n, rows, cols, COLOURS))
+            all_confidence.append(
+                self.confidence(torch.cat([pooled, sure], dim=-1)).squeeze(-1).float()
+            )
+        return AgentOutput(
+            torch.stack(all_logits), size_logits, size, torch.stack(all_confidence), pooled
+        )
+
+    def backward_logits(self, batch: Any, output: AgentOutput, summary: Tensor) -> Tensor:
+        """Logits (Q, rows, cols, 10) over the input's cells, judging by the final answer."""
+        return self.backward_model(
+            output.logits[-1].exp(),
+            output.size,
+            batch.query_input_size,
+            tuple(batch.query_input.shape[1:]),
+            summary,
+        )
+
+    def forward(
+        self, input_grid: Any, prompt: Any = None, demos: DemonstrationCells | None = None
+    ) -> Any:
+        """Inference by hand: a bare grid (H, W) of colours -> logits (5, rows, cols, 10).
+
+        With a batch instead of a grid it is `plan`. A bare grid has no demonstrations, so the
+        answer is what the agent believes of any task; use `evaluation` to solve one.
+        """
+        if hasattr(input_grid, "query_sources"):
+            if demos is None:
+                demos = self.read_demonstrations(input_grid)
+            return self.plan(input_grid, demos, prompt)
+        batch = bare_batch(input_grid, self.config.n_size_candidates, self.film.weight.device)
+        if prompt is None:
+            prompt = EmptyPrompt(1, self.config.width, self.film.weight.device)
+        output = self.plan(batch, self.read_demonstrations(batch), prompt)
+        return output.logits[:, 0]
+
+
+class EmptyPrompt:
+    """A prompt that says nothing: one masked token, a zero summary."""
+
+    def __init__(self, n: int, width: int, device: torch.device) -> None:
+        self.tokens = torch.zeros(n, 1, width, device=device)
+        self.mask = torch.zeros(n, 1, dtype=torch.bool, device=device)
+        self.summary = torch.zeros(n, width, device=device)
+
+
+def bare_batch(input_grid: Any, n_candidates: int, device: torch.device) -> Any:
+    """A batch of one query without demonstrations, from a grid (H, W) of colours 0..9."""
+    from types import SimpleNamespace
+
+    grid = torch.as_tensor(input_grid).to("cpu", torch.uint8)
+    if grid.ndim != 2 or not (1 <= grid.shape[0] <= MAX_SIDE and 1 <= grid.shape[1] <= MAX_SIDE):
+        raise ValueError(f"a grid is (rows, cols) with sides 1..30, not {tuple(grid.shape)}")
+    analysis = grid_features.analyse(grid.numpy())
+    rows, cols = grid.shape
+    sources = torch.from_numpy(grid_features.place(analysis.planes, (rows, cols)).copy())
+    cells = torch.from_numpy(analysis.cells.copy())
+    size = torch.tensor([[rows, cols]], device=device)
+    candidates = torch.zeros(1, 2, n_candidates, dtype=torch.long, device=device)
+    candidates[0, :, 0] = size[0]
+    return SimpleNamespace(
+        query_sources=sources[None].to(device),
+        query_cells=cells[None].to(device),
+        query_canvas=size,
+        query_input=grid[None].long().to(device),
+        query_input_size=size,
+        size_candidates=candidates,
+        size_support=torch.zeros(1, 2, n_candidates, device=device),
+        demo_sources=sources[None].to(device),
+        demo_cells=cells[None].to(device),
+        demo_output=torch.full((1, rows, cols), -1, dtype=torch.long, device=device),
+        demo_output_size=torch.zeros(1, 2, dtype=torch.long, device=device),
+        context=torch.full((1, 1), -1, dtype=torch.long, device=device),
+    )
+
+
+def choose_size(size_logits: Tensor, canvas: Tensor) -> Tensor:
+    """Most probable rows and cols (Q, 2) int64 that fit each query's canvas (Q, 2)."""
+    side = torch.arange(1, MAX_SIDE + 1, device=size_logits.device)
+    return size_logits.masked_fill(side > canvas.unsqueeze(-1), -1e9).argmax(-1) + 1
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    weight = mask.unsqueeze(-1).to(x.dtype)
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _with_first(mask: Tensor) -> Tensor:
+    """The mask with cell 0 always on, so that attention over an empty grid stays finite."""
+    first = torch.zeros_like(mask)
+    first[:, 0] = True
+    return mask | first

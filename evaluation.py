@@ -1,0 +1,178 @@
+"""Prediction without targets, voting over views, and scoring.
+
+`predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `score` is the
+only place where predictions and outputs meet. It trains nothing and writes no files.
+`from evaluation import predict_tasks, score, without_outputs`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from arc_system import System
+from dataset_arc import Batch, Collator, Task, View, evaluation_batches
+
+Grid = NDArray[np.uint8]
+Key = tuple[str, int]  # task id, number of the test input
+
+SURE_WEIGHT = 0.5  # a view's vote counts 1 + 0.5 * probability + 0.25 * reversibility (guess)
+REVERSIBLE_WEIGHT = 0.25
+N_ATTEMPTS = 2
+
+
+@dataclass
+class Candidate:
+    """One grid that some views voted for: their number and their summed vote weights."""
+
+    grid: Grid
+    votes: int = 0
+    weight: float = 0.0
+
+
+@dataclass
+class Prediction:
+    """The candidates of one query, in the order they came up."""
+
+    candidates: dict[tuple[Any, ...], Candidate] = field(default_factory=dict)
+
+    def add(self, grid: Grid, weight: float) -> None:
+        key = (*grid.shape, grid.tobytes())
+        candidate = self.candidates.setdefault(key, Candidate(grid))
+        candidate.votes += 1
+        candidate.weight += weight
+
+    def attempts(self, n: int = N_ATTEMPTS) -> list[Grid]:
+        """The best `n` different grids, heaviest vote first; fewer if fewer came up."""
+        ranked = sorted(self.candidates.values(), key=lambda c: -c.weight)  # stable
+        return [c.grid for c in ranked[:n]]
+
+
+def without_outputs(tasks: Iterable[Task]) -> list[Task]:
+    """The same tasks with every test output removed: what a predictor may see."""
+    return [task.without_test_outputs() for task in tasks]
+
+
+def predict_tasks(
+    system: System,
+    tasks: Sequence[Task],
+    views: Sequence[View],
+    *,
+    task_index: dict[str, int] | None = None,
+    batch_size: int = 32,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    max_context: int = 6,
+    seed: int = 0,
+    collator: Collator | None = None,
+    only: set[Key] | None = None,
+    deadline: float | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[Key, Prediction]:
+    """Predict every test input of `tasks` once per view, and collect the votes.
+
+    task_index: row of the task table by task id (tasks without one are unseen); only: the queries
+    wanted (default all); deadline: time.monotonic() after which no further batch is started,
+    except in the first view; progress is called with the number of queries done.
+    Raises ValueError if a test output is in sight.
+    """
+    if any(pair.output is not None for task in tasks for pair in task.tests):
+        raise ValueError("predict_tasks must not see test outputs: pass without_outputs(tasks)")
+    kind = device.split(":")[0]
+    found: dict[Key, Prediction] = {}
+    was_training = system.agent.training
+    system.train(False)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    try:
+        for number, view in enumerate(views):
+            for batch in evaluation_batches(
+                tasks,
+                view,
+                batch_size=batch_size,
+                task_table=task_index,
+                max_context=max_context,
+                collator=collator,
+            ):
+                if number and deadline is not None and time.monotonic() > deadline:
+                    return found
+                on_device = batch.to(device)
+                with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+                    output, backward = system.predict(on_device, generator)
+                grids = output.grids().cpu().numpy()
+                sure, reversible = _vote_weights(on_device, output, backward)
+                sizes = output.size.tolist()
+                for row, (task_id, _, number_in_task) in enumerate(batch.pair_ids):
+                    key = (task_id, number_in_task)
+                    if only is not None and key not in only:
+                        continue
+                    rows, cols = sizes[row]
+                    grid = view.invert(grids[row, :rows, :cols].astype(np.uint8))
+                    weight = 1.0 + SURE_WEIGHT * sure[row] + REVERSIBLE_WEIGHT * reversible[row]
+                    found.setdefault(key, Prediction()).add(grid, weight)
+                if progress is not None:
+                    progress(len(grids))
+    finally:
+        system.train(was_training)
+    return found
+
+
+def _vote_weights(batch: Batch, output: Any, backward: torch.Tensor) -> tuple[list, list]:
+    """Per query: probability of the answer's cells (geometric mean), and the share of the input
+    that the backward model tells from the answer."""
+    inside = output.grids() >= 0
+    best = output.logits[-1].amax(-1)
+    sure = ((best * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)).exp()
+    real = batch.query_input >= 0
+    same = (backward.argmax(-1) == batch.query_input) & real
+    reversible = same.sum((1, 2)) / real.sum((1, 2)).clamp(min=1)
+    return sure.tolist(), reversible.float().tolist()
+
+
+def score(
+    predictions: dict[Key, Prediction],
+    tasks: Sequence[Task],
+    slices: dict[str, set[Key]] | None = None,
+) -> dict[str, Any]:
+    """Compare predictions with the known outputs of `tasks`' tests.
+
+    Counts `n`, `exact_at_1`, `exact_at_2`; `size_accuracy` and `cell_accuracy` (of attempt 1; 0 for
+    a wrong size) as means; `tasks_solved` at two attempts; the same three counts per slice.
+    """
+    rows: dict[Key, tuple[bool, bool, bool, float]] = {}
+    for task in tasks:
+        for number, pair in enumerate(task.tests):
+            key = (task.task_id, number)
+            if pair.output is None or key not in predictions:
+                continue
+            attempts = predictions[key].attempts()
+            right = [np.array_equal(grid, pair.output) for grid in attempts]
+            size = attempts[0].shape == pair.output.shape
+            cells = float((attempts[0] == pair.output).mean()) if size else 0.0
+            rows[key] = (right[0], any(right), size, cells)
+    by_task: dict[str, list[bool]] = {}
+    for (task_id, _), row in rows.items():
+        by_task.setdefault(task_id, []).append(row[1])
+
+    def counts(keys: Iterable[Key]) -> dict[str, int]:
+        chosen = [rows[key] for key in keys if key in rows]
+        return {
+            "n": len(chosen),
+            "exact_at_1": sum(row[0] for row in chosen),
+            "exact_at_2": sum(row[1] for row in chosen),
+        }
+
+    n = max(1, len(rows))
+    return {
+        **counts(rows),
+        "size_accuracy": sum(row[2] for row in rows.values()) / n,
+        "cell_accuracy": sum(row[3] for row in rows.values()) / n,
+        "tasks": len(by_task),
+        "tasks_solved": sum(all(solved) for solved in by_task.values()),
+        "slices": {name: counts(keys) for name, keys in (slices or {}).items()},
+    }

@@ -1,0 +1,701 @@
+"""The hybrid prompt: text, leave-one-out, gradients, frozen weights, loading, cache, ablations."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import qwen_hybrid_prompt as hybrid
+from qwen_hybrid_prompt import ModelError, QwenHybridPrompt, build_qwen_prompt
+
+ROOT = Path(hybrid.__file__).parent
+N_CONTROL = 7
+WIDTH = 24
+
+
+def make_batch(
+    tasks: list[list[tuple[tuple[int, int], tuple[int, int]]]], seed: int = 0
+) -> SimpleNamespace:
+    """Leave-one-out batch of random grids; ``tasks`` holds (input size, output size) per pair."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = list(itertools.chain.from_iterable(tasks))
+    task = torch.tensor([n for n, pairs in enumerate(tasks) for _ in pairs])
+
+    def grids(side: int) -> Tensor:
+        height = max(pair[side][0] for pair in sizes)
+        width = max(pair[side][1] for pair in sizes)
+        out = torch.full((len(sizes), height, width), -1)
+        for number, pair in enumerate(sizes):
+            rows, cols = pair[side]
+            out[number, :rows, :cols] = torch.randint(0, 10, (rows, cols), generator=generator)
+        return out
+
+    longest = max(len(pairs) for pairs in tasks)
+    context = torch.full((len(sizes), max(longest - 1, 1)), -1)
+    for query in range(len(sizes)):
+        others = [c for c in range(len(sizes)) if c != query and task[c] == task[query]]
+        context[query, : len(others)] = torch.tensor(others, dtype=torch.long)
+    return SimpleNamespace(
+        demo_input=grids(0),
+        demo_output=grids(1),
+        demo_input_size=torch.tensor([pair[0] for pair in sizes]),
+        demo_output_size=torch.tensor([pair[1] for pair in sizes]),
+        demo_control=torch.rand(len(sizes), N_CONTROL, generator=generator),
+        demo_task=task,
+        query_task=task.clone(),
+        n_tasks=len(tasks),
+        context=context,
+    )
+
+
+def small_batch(seed: int = 0) -> SimpleNamespace:
+    """Two tasks, of three and of two demonstrations."""
+    return make_batch(
+        [[((3, 4), (2, 5)), ((4, 4), (4, 4)), ((2, 2), (6, 3))], [((5, 5), (1, 1))] * 2], seed
+    )
+
+
+def tiny(**settings: Any) -> QwenHybridPrompt:
+    return build_qwen_prompt("tiny", **{"width": WIDTH, "n_control": N_CONTROL, **settings})
+
+
+def scalar(module: QwenHybridPrompt, batch: Any) -> Tensor:
+    """A loss that weighs every prompt value differently."""
+    tokens = module(batch).tokens
+    weights = torch.linspace(-1, 1, tokens.numel()).reshape(tokens.shape).sin()
+    return (tokens * weights).sum()
+
+
+# ---- text ----------------------------------------------------------------------------------
+
+
+def reference_text(batch: Any, pair: int) -> str:
+    """The text of a pair, written cell by cell."""
+    text = ""
+    for mark, grids, sizes in (
+        ("I", batch.demo_input, batch.demo_input_size),
+        ("O", batch.demo_output, batch.demo_output_size),
+    ):
+        rows, cols = sizes[pair].tolist()
+        text += mark
+        for row in range(rows):
+            text += "".join(str(grids[pair, row, col].item()) for col in range(cols)) + "\n"
+    return text
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [((1, 1), (1, 1))],
+        [((30, 30), (30, 30))],
+        [((1, 30), (30, 1)), ((1, 1), (30, 30)), ((7, 3), (2, 9))],
+    ],
+)
+def test_text_is_digits_rows_and_marks(sizes: list[Any]) -> None:
+    batch = make_batch([sizes])
+    module = tiny()
+    assert module.pair_texts(batch) == [reference_text(batch, p) for p in range(len(sizes))]
+    prompt = module(batch)
+    assert torch.isfinite(prompt.tokens).all()
+    assert module.n_truncated == 0
+    assert module.n_pairs == len(sizes)
+
+
+def test_table_reads_back_as_the_text() -> None:
+    batch = small_batch()
+    module, tokenizer = tiny(), hybrid.character_tokenizer()
+    symbols = hybrid.encode_pairs(
+        batch.demo_input, batch.demo_input_size, batch.demo_output, batch.demo_output_size
+    )
+    for pair, text in enumerate(module.pair_texts(batch)):
+        ids = [module.table.ids[s] for s in symbols.symbols[pair, : symbols.lengths[pair]].tolist()]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.encode(text, add_special_tokens=False) == ids
+    assert module.notes == ()
+
+
+def test_a_long_pair_keeps_its_first_rows_and_is_counted() -> None:
+    batch = make_batch([[((30, 30), (3, 30)), ((4, 4), (4, 4))]])
+    module = tiny(max_tokens=200)
+    texts = module.pair_texts(batch)
+    # 3 rows of each are 2 + 6 * 31 = 188 tokens; a fourth input row would be 219.
+    first = reference_text(batch, 0)
+    start, output = first[1:].split("O")
+    assert texts[0] == "I" + "\n".join(start.split("\n")[:3]) + "\nO" + output
+    assert texts[1] == reference_text(batch, 1)
+    module(batch)
+    assert (module.n_pairs, module.n_truncated) == (2, 1)
+
+
+@pytest.mark.parametrize("limit", [64, 65, 300, 1861, 1862])
+def test_truncation_always_fits_and_is_maximal(limit: int) -> None:
+    batch = make_batch([[((30, 30), (30, 30)), ((30, 1), (2, 30)), ((1, 1), (1, 1))]])
+    fields = (batch.demo_input, batch.demo_input_size, batch.demo_output, batch.demo_output_size)
+    text = hybrid.encode_pairs(*fields, limit)
+    sizes = torch.cat([batch.demo_input_size, batch.demo_output_size], 1).tolist()
+    for pair, (h_in, w_in, h_out, w_out) in enumerate(sizes):
+        lengths = [
+            2 + min(r, h_in) * (w_in + 1) + min(r, h_out) * (w_out + 1) for r in range(1, 31)
+        ]
+        fitting = [length for length in lengths if length <= limit]
+        assert text.lengths[pair] == max(fitting)
+        assert text.truncated[pair] == (max(lengths) > limit)
+
+
+def test_too_small_limit_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_tokens must be at least 64, got 63"):
+        tiny(max_tokens=63)
+
+
+# ---- leave-one-out -------------------------------------------------------------------------
+
+
+def test_own_output_changes_no_bit_of_the_own_prompt() -> None:
+    batch = small_batch()
+    module = tiny()
+    before = module(batch)
+    changed = copy.deepcopy(batch)
+    # Another output of another, larger size: even the padding of the batch changes.
+    changed.demo_output = torch.full((5, 30, 30), -1)
+    changed.demo_output[:, :6, :5] = batch.demo_output
+    changed.demo_output[0] = 7
+    changed.demo_output_size[0] = 30
+    changed.demo_control[0] += 0.5
+    after = module(changed)
+    same = (before.tokens == after.tokens).flatten(1).all(1)
+    assert same.tolist() == [True, False, False, True, True]
+    assert torch.equal(before.mask, after.mask)
+
+
+def test_shape_mask_and_order_of_the_prompt() -> None:
+    batch = small_batch()
+    module = tiny()
+    prompt = module(batch)
+    assert prompt.tokens.shape == (5, 1 + 2 * 5, WIDTH)
+    assert prompt.tokens.dtype == torch.float32
+    assert prompt.mask.sum(1).tolist() == [11, 11, 11, 6, 6]
+    pairs = module.read(batch)
+    assert torch.equal(prompt.tokens[1, 1:6], pairs[0])
+    assert torch.equal(prompt.tokens[1, 6:11], pairs[2])
+    assert prompt.tokens[3, 6:].abs().max() == 0
+    mean = prompt.tokens[3, :6].mean(0)
+    torch.testing.assert_close(prompt.summary[3], mean)
+
+
+def test_query_without_context_still_has_one_token() -> None:
+    prompt = tiny()(make_batch([[((3, 3), (3, 3))]]))
+    assert prompt.mask.sum(1).tolist() == [1]
+    assert torch.isfinite(prompt.summary).all()
+
+
+def test_batch_without_demonstrations() -> None:
+    batch = small_batch()
+    for field in ("demo_input", "demo_output", "demo_input_size", "demo_output_size"):
+        setattr(batch, field, getattr(batch, field)[:0])
+    batch.demo_control, batch.demo_task = batch.demo_control[:0], batch.demo_task[:0]
+    batch.context = torch.full((5, 2), -1)
+    for mode in hybrid.MODES:
+        assert tiny(mode=mode)(batch).mask.sum(1).tolist() == [1] * 5
+
+
+def test_extended_masks_and_zeroes() -> None:
+    prompt = tiny()(small_batch())
+    more = torch.ones(5, 2, WIDTH)
+    mask = torch.tensor([[True, False]] * 5)
+    longer = prompt.extended(more, mask)
+    assert longer.tokens.shape[1] == prompt.tokens.shape[1] + 2
+    assert longer.mask[:, -2:].tolist() == mask.tolist()
+    assert longer.tokens[:, -1].abs().max() == 0
+    assert prompt.extended(more).mask[:, -2:].all()
+    with pytest.raises(ValueError, match="do not extend a prompt of 5 queries"):
+        prompt.extended(more[:3])
+
+
+# ---- training ------------------------------------------------------------------------------
+
+
+def test_gradient_reaches_every_parameter_and_weights_move() -> None:
+    batch = small_batch()
+    module = tiny()
+    before = {key: value.clone() for key, value in module.named_parameters()}
+    groups = [{"params": module.lm_parameters()}, {"params": module.head_parameters()}]
+    assert sum(len(group["params"]) for group in groups) == len(before)
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    scalar(module, batch).backward()
+    for key, parameter in module.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().max() > 0, key
+    optimizer.step()
+    for key, parameter in module.named_parameters():
+        assert not torch.equal(parameter, before[key]), key
+
+
+def test_frozen_backbone_stays_and_is_not_saved() -> None:
+    batch = small_batch()
+    module = tiny(train="frozen", seed=3)
+    assert module.lm_parameters() == []
+    assert not module.train().backbone.training
+    reference = module.frozen_reference()
+    before = {key: value.clone() for key, value in module.named_parameters()}
+    optimizer = torch.optim.SGD(module.head_parameters(), lr=0.1)
+    scalar(module, batch).backward()
+    optimizer.step()
+    for key, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[key]) == key.startswith("backbone."), key
+    state = module.persistent_state_dict()
+    assert state
+    assert not any(key.startswith("backbone.") for key in state)
+
+    fresh = tiny(train="frozen", seed=3)
+    assert fresh.frozen_reference() == reference
+    fresh.check_frozen_reference(reference)
+    fresh.load_persistent_state_dict(state)
+    assert torch.equal(fresh(batch).tokens, module(batch).tokens)
+    with pytest.raises(ModelError, match="use the same --qwen_model, dtype and revision"):
+        tiny(train="frozen", seed=4).check_frozen_reference(reference)
+    with pytest.raises(ModelError, match="frozen language model and this run has it trained"):
+        tiny().check_frozen_reference(reference)
+
+
+def test_persistent_state_names_the_key_that_differs() -> None:
+    module = tiny()
+    assert module.frozen_reference() is None
+    state = module.persistent_state_dict()
+    assert any(key.startswith("backbone.") for key in state)
+    with pytest.raises(ModelError, match=r"'control\.0\.bias' has shape"):
+        tiny(n_control=N_CONTROL + 1).load_persistent_state_dict(state)
+    state["extra"] = torch.zeros(1)
+    with pytest.raises(ModelError, match="'extra' is unknown here"):
+        module.load_persistent_state_dict(state)
+    del state["extra"], state["start_token"]
+    with pytest.raises(ModelError, match="'start_token' is missing from the checkpoint"):
+        module.load_persistent_state_dict(state)
+
+
+def test_built_from_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    first = tiny(seed=5).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(2)
+    again = tiny(seed=5).state_dict()
+    other = tiny(seed=torch.Generator().manual_seed(6)).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["start_token"], other["start_token"])
+    key = "backbone.embed_tokens.weight"
+    assert not torch.equal(first[key], other[key])
+
+
+def test_training_and_evaluation_read_the_same() -> None:
+    batch, module = small_batch(), tiny()
+    assert torch.equal(module.train()(batch).tokens, module.eval()(batch).tokens)
+
+
+def test_autocast_and_recomputed_activations() -> None:
+    batch = small_batch()
+    plain, recomputed = tiny(), tiny(gradient_checkpointing=True)
+    losses = [scalar(module, batch) for module in (plain, recomputed)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    pairs = zip(plain.parameters(), recomputed.parameters(), strict=True)
+    for one, other in pairs:
+        assert one.grad is not None
+        torch.testing.assert_close(one.grad, other.grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = plain(batch).tokens
+    assert tokens.dtype == torch.float32
+    assert (tokens - plain(batch).tokens).abs().max() < 0.1
+
+
+def test_lora_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModelError, match="pip install peft"):
+        tiny(train="lora")
+
+
+# peft asks transformers for a property by its old name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_lora_trains_adapters_only() -> None:
+    pytest.importorskip("peft")
+    batch, module = small_batch(), tiny(train="lora")
+    names = [key for key, p in module.backbone.named_parameters() if p.requires_grad]
+    assert names
+    assert all("lora" in key for key in names)
+    scalar(module, batch).backward()
+    assert sum(float(p.grad.abs().sum()) for p in module.lm_parameters() if p.grad is not None) > 0
+    state = module.persistent_state_dict()
+    assert any("lora" in key for key in state)
+    assert len(state) == len(names) + len(module.head_parameters())
+    tiny(train="lora").load_persistent_state_dict(state)
+
+
+# ---- which model ---------------------------------------------------------------------------
+
+
+def test_auto_model_and_auto_training() -> None:
+    assert hybrid.resolve_qwen_model("auto", "cpu")[0] == "tiny"
+    assert hybrid.resolve_qwen_model("auto", "cuda")[0] == "Qwen/Qwen2.5-1.5B"
+    assert hybrid.resolve_qwen_model("some/model", "cuda")[0] == "some/model"
+    assert hybrid.resolve_train_mode("auto", 90_000, "cpu") == ("full", None)
+    mode, reason = hybrid.resolve_train_mode("auto", 1_500_000_000, "cpu")
+    assert mode == "frozen"
+    assert reason
+    assert tiny(train="auto").train_mode == "full"
+    assert "tiny, 0.09 M parameters, full, float32" in tiny().description()
+    with pytest.raises(ValueError, match="train must be one of"):
+        hybrid.resolve_train_mode("no", 1, "cpu")
+    with pytest.raises(ValueError, match="mode must be one of"):
+        tiny(mode="no")
+
+
+@pytest.fixture(scope="module")
+def saved_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders by save_pretrained: ``bare`` without tokenizer, ``chars``, ``bytes``, ``lm_head``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+
+    root = tmp_path_factory.mktemp("models")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({text: n for n, text in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    config = Qwen2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_dropout=0.3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        for name, kind in (("bare", Qwen2Model), ("chars", Qwen2Model), ("bytes", Qwen2Model)):
+            kind(config).save_pretrained(root / name)
+        Qwen2ForCausalLM(config).save_pretrained(root / "lm_head")
+    hybrid.character_tokenizer().save_pretrained(root / "chars")
+    for name in ("bytes", "lm_head"):
+        PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(root / name)
+    return root
+
+
+@pytest.mark.parametrize("name", ["bare", "chars", "bytes", "lm_head"])
+def test_saved_folder_loads_and_trains(saved_models: Path, name: str) -> None:
+    from safetensors.torch import load_file
+
+    folder = saved_models / name
+    state = torch.random.get_rng_state()
+    module = build_qwen_prompt(str(folder), width=WIDTH, n_control=N_CONTROL, offline=True)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    weights = load_file(folder / "model.safetensors")
+    saved = next(value for key, value in weights.items() if key.endswith("embed_tokens.weight"))
+    assert torch.equal(module.state_dict()["backbone.embed_tokens.weight"], saved)
+    batch = small_batch()
+    assert torch.equal(module(batch).tokens, module(batch).tokens), "dropout is off"
+    scalar(module, batch).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+    noted = any("no tokenizer" in note for note in module.notes)
+    assert noted == (name == "bare")
+    if name in ("bytes", "lm_head"):
+        ids = module.table.ids[:13]
+        assert len(set(module.table.ids)) == hybrid.N_SYMBOLS
+        from transformers import AutoTokenizer
+
+        assert AutoTokenizer.from_pretrained(folder).decode(list(ids)) == "0123456789\nIO"
+
+
+def test_tiny_can_be_saved_and_loaded_by_folder(tmp_path: Path) -> None:
+    module, batch = tiny(), small_batch()
+    module.backbone.save_pretrained(tmp_path)  # type: ignore[operator]
+    hybrid.character_tokenizer().save_pretrained(tmp_path)
+    again = build_qwen_prompt(str(tmp_path), width=WIDTH, n_control=N_CONTROL)
+    assert again.table == module.table
+    assert torch.equal(again(batch).tokens, module(batch).tokens)
+
+
+def test_spare_ids_are_noted_and_missing_digits_are_an_error() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    def word_level(texts: str) -> PreTrainedTokenizerFast:
+        vocabulary = {text: number for number, text in enumerate(texts)}
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)))
+
+    table = hybrid.symbol_table(word_level("0123456789;"), 20)
+    assert table.ids[:11] == tuple(range(11))
+    assert table.texts[hybrid.ROW_END] == ";"
+    assert len(set(table.ids)) == hybrid.N_SYMBOLS
+    assert max(table.ids) < 20
+    assert [note for note in table.notes if "input mark" in note]
+    with pytest.raises(ModelError, match="no single token for the digit 9"):
+        hybrid.symbol_table(word_level("012345678;"), 20)
+    with pytest.raises(ModelError, match="has 13 tokens but the grid alphabet needs 14"):
+        hybrid.symbol_table(None, 13)
+
+
+def test_unusable_folders_and_names(saved_models: Path, tmp_path: Path) -> None:
+    build = {"width": WIDTH, "n_control": N_CONTROL}
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        build_qwen_prompt(str(tmp_path), **build)
+    for name in ("tinny", "/no/such/folder", "./here", "a/b/c"):
+        with pytest.raises(ModelError, match="neither 'auto', 'tiny', an existing folder nor"):
+            build_qwen_prompt(name, **build)
+    (tmp_path / "config.json").write_bytes((saved_models / "bare" / "config.json").read_bytes())
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        build_qwen_prompt(str(tmp_path), **build)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(saved_models / "bare" / "model.safetensors")
+    weights.pop("norm.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"not in its files, the first norm\.weight"):
+        build_qwen_prompt(str(tmp_path), **build)
+
+
+WAYS_OUT = ("--qwen_model tiny", "--qwen_model /path/to/folder", "--offline")
+
+
+def load_in_new_process(tmp_path: Path, offline: bool, **environment: str) -> tuple[str, float]:
+    """Message and seconds of a failing load of the real hub id, in a process of its own."""
+    program = textwrap.dedent(f"""
+        import time
+        start = time.monotonic()
+        from qwen_hybrid_prompt import ModelError, build_qwen_prompt
+        try:
+            build_qwen_prompt("Qwen/Qwen2.5-1.5B", width=8, n_control=2, offline={offline})
+        except ModelError as error:
+            print(error)
+            print(time.monotonic() - start)
+    """)
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", **environment}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=60,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stdout + done.stderr
+    return lines[0], time.monotonic() - start
+
+
+def test_offline_hub_id_names_three_ways_out(tmp_path: Path) -> None:
+    message, seconds = load_in_new_process(tmp_path, offline=True)
+    assert "Qwen/Qwen2.5-1.5B is not in the local cache" in message
+    assert all(way in message for way in WAYS_OUT)
+    assert seconds < 10
+
+
+def test_refused_hub_fails_fast(tmp_path: Path) -> None:
+    message, seconds = load_in_new_process(
+        tmp_path, offline=False, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DOWNLOAD_TIMEOUT="60"
+    )
+    assert "out of reach" in message
+    assert all(way in message for way in WAYS_OUT)
+    assert seconds < 10
+
+
+def test_silent_hub_fails_within_the_deadline(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, never answers
+        port = server.getsockname()[1]
+        message, seconds = load_in_new_process(
+            tmp_path, offline=False, HF_ENDPOINT=f"http://127.0.0.1:{port}"
+        )
+    assert "out of reach" in message
+    assert all(way in message for way in WAYS_OUT)
+    assert seconds < 10
+
+
+def test_deadline_holds_even_if_name_resolution_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def hang(*_: Any, **__: Any) -> None:
+        time.sleep(3)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", hang)
+    monkeypatch.setattr(hybrid, "PROBE_TIMEOUT_S", 0.2)
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=r"no answer within 0\.2 s"):
+        hybrid.locate_model("nobody/has-this-model")
+    assert time.monotonic() - start < 2
+
+
+def test_complete_cache_is_used_and_an_incomplete_one_is_not(
+    saved_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--some--model"
+    snapshot = repository / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    snapshot.mkdir()
+    for file in (saved_models / "chars").iterdir():
+        (snapshot / file.name).write_bytes(file.read_bytes())
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    whole = huggingface_hub.snapshot_download
+
+    def from_this_cache(*args: Any, **settings: Any) -> str:
+        return whole(*args, **settings, cache_dir=tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", from_this_cache)
+    module = build_qwen_prompt(
+        "some/model", width=WIDTH, n_control=N_CONTROL, offline=True, train="frozen"
+    )
+    reference = module.frozen_reference()
+    assert reference is not None
+    assert (reference["id"], reference["revision"]) == ("some/model", commit)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no model\.safetensors"):
+        hybrid.locate_model("some/model", offline=True)
+
+
+def test_import_is_light() -> None:
+    program = "import sys, qwen_hybrid_prompt; print('transformers' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+# ---- cache ---------------------------------------------------------------------------------
+
+
+def lm_has_gradient(module: QwenHybridPrompt, batch: Any) -> bool:
+    module.zero_grad(set_to_none=True)
+    scalar(module, batch).backward()
+    for parameter in module.project.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0
+    return any(p.grad is not None for p in module.lm_parameters())
+
+
+def test_cache_reads_afresh_every_nth_time() -> None:
+    batch, module = small_batch(), tiny(cache_interval=3)
+    fresh = module(batch).tokens
+    assert [lm_has_gradient(module, batch) for _ in range(6)] == [False, False, True] * 2
+    assert (module.cache.hits, module.cache.misses) == (5 * 4, 5 * 3)
+    module.load_cache_state(tiny(cache_interval=3).cache_state())
+    assert torch.equal(module(batch).tokens, fresh), "nothing was stepped: reuse changes no bit"
+    assert torch.equal(module(batch).tokens, fresh)
+
+
+def test_cache_key_is_the_view_and_evaluation_reads_afresh() -> None:
+    batch, module = small_batch(), tiny(cache_interval=9)
+    module(batch)
+    relabelled = copy.deepcopy(batch)
+    relabelled.demo_output[0, 0, 0] = (relabelled.demo_output[0, 0, 0] + 1) % 10
+    module(relabelled)
+    assert (module.cache.hits, module.cache.misses) == (4, 6)
+    with torch.no_grad():
+        module.backbone.get_input_embeddings().weight.add_(1)  # type: ignore[operator]
+    stale, now = module.train()(batch).tokens, module.eval()(batch).tokens
+    assert not torch.equal(stale, now)
+    assert len(module.cache) == 6
+
+
+def test_cache_is_bounded() -> None:
+    module = tiny(cache_interval=5, cache_pairs=3)
+    module(small_batch())
+    assert len(module.cache) == 3
+
+
+def test_cache_state_round_trip_continues_bit_for_bit(tmp_path: Path) -> None:
+    def train(module: QwenHybridPrompt, batches: range) -> list[Tensor]:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+        losses = []
+        for number in batches:
+            optimizer.zero_grad()
+            loss = scalar(module, small_batch(seed=number % 2))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return losses
+
+    whole = tiny(cache_interval=4, cache_pairs=8)
+    losses = train(whole, range(11))
+    first = tiny(cache_interval=4, cache_pairs=8)
+    train(first, range(5))
+    torch.save([first.persistent_state_dict(), first.cache_state()], tmp_path / "state.pt")
+    weights, cache = torch.load(tmp_path / "state.pt", weights_only=True)
+    second = tiny(cache_interval=4, cache_pairs=8, seed=9)
+    second.load_persistent_state_dict(weights)
+    second.load_cache_state(cache)
+    assert train(second, range(5, 11)) == losses[5:]
+    pairs = zip(whole.parameters(), second.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert (second.cache.hits, second.cache.misses) == (whole.cache.hits, whole.cache.misses)
+    assert second.n_pairs == whole.n_pairs
+
+
+# ---- ablations -----------------------------------------------------------------------------
+
+
+def test_null_prompt_is_the_same_for_all() -> None:
+    module = tiny(mode="null")
+    prompt = module(small_batch())
+    assert prompt.tokens.shape == (5, 1, WIDTH)
+    assert torch.equal(prompt.tokens, module(small_batch(seed=1)).tokens)
+    prompt.tokens.square().sum().backward()
+    assert module.start_token.grad is not None
+
+
+def test_no_qwen_leaves_control_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, module = small_batch(), tiny(mode="no_qwen")
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the LM ran")
+
+    monkeypatch.setattr(module.backbone, "forward", never)
+    tokens = module.read(batch)
+    assert torch.equal(tokens[0, :4], tokens[1, :4])
+    assert not torch.equal(tokens[0, 4], tokens[1, 4])
+    scalar(module, batch).backward()
+    assert module.type_tokens.grad is not None
+    assert module.type_tokens.grad.abs().amax(1).min() > 0
+
+
+def test_shuffled_shows_another_task() -> None:
+    batch, module = small_batch(), tiny()
+    pairs = module.read(batch)
+    module.mode = "shuffled"
+    prompt = module(batch)
+    # Task 0 (pairs 0, 1, 2) sees task 1 (pairs 3, 4) and the other way round, as many as before.
+    for query, shown in enumerate([[3, 4], [3, 4], [3, 4], [0], [0]]):
+        assert prompt.mask[query].sum() == 1 + 5 * len(shown)
+        expected = pairs[torch.tensor(shown)].flatten(0, 1)
+        assert torch.equal(prompt.tokens[query, 1 : 1 + len(expected)], expected)
+    alone = make_batch([[((3, 3), (3, 3))] * 3])
+    assert module(alone).mask.sum(1).tolist() == [1, 1, 1]
+
+
+# ---- speed ---------------------------------------------------------------------------------
+
+
+def test_many_pairs_are_encoded_without_a_loop_over_cells() -> None:
+    batch = make_batch([[((30, 30), (30, 30))] * 20])
+    fields = (batch.demo_input, batch.demo_input_size, batch.demo_output, batch.demo_output_size)
+    hybrid.encode_pairs(*fields)
+    start = time.perf_counter()
+    hybrid.encode_pairs(*fields)
+    assert time.perf_counter() - start < 0.25  # 37 240 tokens; measured 2 ms

@@ -1,0 +1,1442 @@
+"""Train the ARC-AGI agent: the command line, the per-task loop, logging, saving and resuming.
+
+    python trainloop_complete_with_fixes.py --epochs 20 --device cuda
+    python trainloop_complete_with_fixes.py --resume --epochs 20 --device cuda
+    python trainloop_complete_with_fixes.py --max_batches 100 --device cpu
+
+It holds no model code: the modules live in the files beside it, and this one reads top to bottom
+in the order things happen. Nothing runs at import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+EXIT_DONE, EXIT_UNEXPECTED, EXIT_ARGUMENTS, EXIT_MISSING = 0, 1, 2, 3
+EXIT_MEMORY, EXIT_DIVERGED = 4, 5
+LOG_EVERY = 50  # batches between two batch lines
+MAX_SKIPPED_IN_A_ROW = 25  # non-finite batches in a row before the run counts as diverged
+FINAL_RESERVE_S = 6.0  # seconds kept for saving and leaving at the end of a time budget
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line (standard library only: --help must not wait for torch)
+# ---------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with a suggestion for a misspelt flag."""
+
+    def error(self, message: str) -> Any:
+        if message.startswith("unrecognized arguments:"):
+            known = [option for action in self._actions for option in action.option_strings]
+            for word in message.split(":", 1)[1].split():
+                close = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.5)
+                if word.startswith("-") and close:
+                    message += f". Did you mean {close[0]}?"
+                    break
+        self.exit(EXIT_ARGUMENTS, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Any:
+    """An argparse type: a finite number in [low, high]."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not low <= value <= high or value != value:
+            top = "" if high == float("inf") else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}{top}")
+        return value
+
+    return parse
+
+
+def batch_pair(text: str) -> tuple[int, int]:
+    """An argparse type: A:B with 0 <= A < B."""
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not A:B with whole numbers A < B")
+    return int(first), int(last)
+
+
+def build_parser() -> Parser:
+    """All flags, grouped, each with its unit and default."""
+    parser = Parser(
+        prog="trainloop_complete_with_fixes.py",
+        description="Train on ARC-AGI tasks: demonstrations -> Qwen prompt -> agent -> policy.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit codes: 0 done, 1 unexpected, 2 arguments, 3 data/model/checkpoint missing or\n"
+        "unreadable, 4 out of memory, 5 diverged, 130/143 stopped by a signal after saving.",
+    )
+    whole, real = int, float
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--epochs",
+        type=number(whole, 1),
+        help="passes over the training tasks (default: 20; 1 with --max_batches; as many as fit "
+        "with --time_budget)",
+    )
+    run.add_argument(
+        "--time_budget",
+        type=number(real, 0.1),
+        metavar="MIN",
+        help="minutes for everything, imports to final evaluation; the learning rate falls to 0 "
+        "before the end (default: none)",
+    )
+    run.add_argument(
+        "--max_batches",
+        type=number(whole, 1),
+        metavar="N",
+        help="batches per epoch at most, and validation on N x batch size pairs (default: all)",
+    )
+    run.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    run.add_argument(
+        "--seed", type=number(whole, 0, 2**31 - 1), default=0, help="of everything (default: 0)"
+    )
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="RUN",
+        help="go on with the newest run in --runs_dir, or with folder RUN; 'auto' starts fresh if "
+        "there is none (default: off)",
+    )
+    run.add_argument(
+        "--allow_mismatch",
+        action="store_true",
+        help="resume although seed, data, batch size or model differ (default: refuse)",
+    )
+    run.add_argument("--threads", type=number(whole, 1, 1024), help="CPU threads (default: cores)")
+    run.add_argument(
+        "--dry_run", action="store_true", help="set everything up, print it, train nothing"
+    )
+    run.add_argument("--quiet", action="store_true", help="console: epoch lines and errors only")
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        default="arcagi2",
+        help="arcagi2, arcagi1, a JSON file, a Kaggle challenges file or a folder (default: "
+        "%(default)s)",
+    )
+    data.add_argument(
+        "--batch_size",
+        type=number(whole, 1),
+        help="pairs per batch, whole tasks (default: 8 on CPU, 128 on a GPU)",
+    )
+    data.add_argument(
+        "--grad_accum",
+        type=number(whole, 1),
+        default=1,
+        help="batches per optimizer step (default: %(default)s)",
+    )
+    data.add_argument(
+        "--max_side",
+        type=number(whole, 1, 30),
+        default=30,
+        help="train on tasks whose demonstrations fit this side, in cells (default: %(default)s)",
+    )
+    data.add_argument(
+        "--max_context",
+        type=number(whole, 1, 16),
+        default=4,
+        help="demonstrations a query sees at most in training (default: %(default)s)",
+    )
+    data.add_argument(
+        "--views",
+        choices=("on", "off"),
+        default="on",
+        help="train on random views: dihedral transforms and colour permutations (default: "
+        "%(default)s)",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--qwen_model",
+        default="auto",
+        help="auto (Qwen/Qwen2.5-1.5B on a GPU, tiny on CPU), tiny, a hub id or a folder "
+        "(default: %(default)s)",
+    )
+    model.add_argument(
+        "--qwen_train",
+        choices=("auto", "full", "lora", "frozen"),
+        default="auto",
+        help="what of Qwen is trained (default: %(default)s)",
+    )
+    model.add_argument(
+        "--qwen_cache_interval",
+        type=number(whole, 1),
+        default=1,
+        metavar="N",
+        help="run Qwen with gradient every Nth time a task view comes up (default: %(default)s)",
+    )
+    model.add_argument("--offline", action="store_true", help="never ask a model hub")
+    model.add_argument(
+        "--width",
+        type=number(whole, 16),
+        help="channels of the agent (default: 96 on CPU, 512 on a GPU)",
+    )
+    model.add_argument(
+        "--blocks", type=number(whole, 1), help="blocks per planning step (default: 1; 2 on a GPU)"
+    )
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument(
+        "--agent_lr",
+        type=number(real, 0),
+        default=3e-3,
+        help="learning rate of the agent (default: %(default)s; the first design used 1e-5)",
+    )
+    optim.add_argument(
+        "--qwen_lr",
+        type=number(real, 0),
+        default=1e-3,
+        help="learning rate of Qwen and its projections (default: %(default)s for tiny, 5e-5 for "
+        "other models)",
+    )
+    optim.add_argument(
+        "--task_lr_factor",
+        type=number(real, 0),
+        default=10.0,
+        help="task tokens learn this much faster (default: %(default)s)",
+    )
+    optim.add_argument(
+        "--optimizer",
+        choices=("muon", "adamw"),
+        default="muon",
+        help="for hidden matrices; the rest is AdamW (default: %(default)s)",
+    )
+    optim.add_argument(
+        "--weight_decay",
+        type=number(real, 0),
+        default=0.01,
+        help="decoupled, per learning rate (default: %(default)s)",
+    )
+    optim.add_argument(
+        "--warmup_batches",
+        type=number(whole, 0),
+        default=50,
+        help="batches of linear warmup (default: %(default)s)",
+    )
+    optim.add_argument(
+        "--schedule",
+        choices=("auto", "constant", "wsd"),
+        default="auto",
+        help="constant, or warmup-stable-decay to 0; auto decays only with --time_budget, so that "
+        "--epochs can be raised later (default: %(default)s)",
+    )
+    optim.add_argument(
+        "--schedule_batches",
+        type=batch_pair,
+        metavar="A:B",
+        help="wsd in batches: fall from batch A to 0 at batch B, where training ends; repeats a "
+        "--time_budget run bit for bit (default: off)",
+    )
+    optim.add_argument(
+        "--decay_frac",
+        type=number(real, 0, 1),
+        default=0.5,
+        help="share of the run over which wsd falls to 0 (default: %(default)s)",
+    )
+    optim.add_argument(
+        "--clip",
+        type=number(real, 0),
+        default=1.0,
+        help="largest gradient norm of all trained modules together (default: %(default)s)",
+    )
+    optim.add_argument(
+        "--ema",
+        type=number(real, 0, 1),
+        default=0.998,
+        help="decay of the averaged weights used for evaluation; 0 = off (default: %(default)s)",
+    )
+    optim.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="mixed precision; auto: bf16 where native, else fp16 on a GPU; off on CPU (default: "
+        "%(default)s)",
+    )
+
+    saving = parser.add_argument_group("saving and reporting")
+    saving.add_argument("--runs_dir", default="runs", help="where runs go (default: %(default)s)")
+    saving.add_argument(
+        "--save_every",
+        type=number(whole, 1),
+        default=50,
+        help="batches between checkpoints (default: %(default)s)",
+    )
+    saving.add_argument(
+        "--max_checkpoints",
+        type=number(whole, 1),
+        default=5,
+        help="rolling checkpoints kept (default: %(default)s)",
+    )
+    saving.add_argument(
+        "--best_metric",
+        choices=("accuracy_delta", "val_accuracy", "cell_accuracy"),
+        default="accuracy_delta",
+        help="what best_model.pt is best by (default: %(default)s)",
+    )
+    saving.add_argument(
+        "--drive_backup", metavar="DIR", help="copy checkpoints there (default: off)"
+    )
+    saving.add_argument(
+        "--report_to",
+        choices=("none", "tensorboard"),
+        default="none",
+        help="extra metrics sink (default: %(default)s)",
+    )
+
+    scoring = parser.add_argument_group("evaluation")
+    scoring.add_argument(
+        "--eval_views",
+        type=number(whole, 1, 64),
+        help="views that vote in the final evaluation (default: 8; what fits in a --time_budget)",
+    )
+    scoring.add_argument(
+        "--val_pairs",
+        type=number(whole, 1),
+        help="test pairs of the validation after each epoch, a fixed subset (default: all; 200 on "
+        "CPU with --time_budget)",
+    )
+
+    ablation = parser.add_argument_group("ablations (what each part earns)")
+    ablation.add_argument(
+        "--prompt",
+        choices=("full", "no_qwen", "null", "shuffled"),
+        default="full",
+        help="null: no prompt; no_qwen: without the language model; shuffled: another task's "
+        "prompt (default: %(default)s)",
+    )
+    ablation.add_argument(
+        "--policy",
+        choices=("on", "off", "random"),
+        default="on",
+        help="the refinement policy (default: %(default)s)",
+    )
+    ablation.add_argument("--no_memory", action="store_true", help="no memory bank")
+    ablation.add_argument("--no_task_tokens", action="store_true", help="no per-task tokens")
+    ablation.add_argument("--no_efe_extras", action="store_true", help="cross-entropy only")
+    ablation.add_argument("--no_hard_cells", action="store_true", help="plain mean over cells")
+    ablation.add_argument("--no_reward", action="store_true", help="combined loss without reward")
+    ablation.add_argument(
+        "--planning_steps",
+        type=number(whole, 1, 5),
+        default=5,
+        help="planning steps (default: %(default)s)",
+    )
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags with the defaults that depend on other flags filled in."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.epochs is None:
+        args.epochs = (
+            10**6 if args.time_budget or args.schedule_batches else (1 if args.max_batches else 20)
+        )
+    device = args.device
+    if device not in ("auto", "cpu", "cuda") and not (
+        device.startswith("cuda:") and device[5:].isdigit()
+    ):
+        parser.error(f"--device {device}: use auto, cpu, cuda or cuda:N")
+    if args.schedule == "auto":
+        args.schedule = "wsd" if args.time_budget or args.schedule_batches else "constant"
+    return args
+
+
+# ---------------------------------------------------------------------------------------------
+# Small helpers of the loop
+# ---------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can put right: one message (what, why, fix) and an exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RunLog:
+    """Lines to console and training.log, objects to metrics.jsonl.
+
+    The console goes through tqdm, so that a progress bar and lines do not mix.
+    """
+
+    def __init__(self, folder: Path | None, *, quiet: bool) -> None:
+        self.folder, self.quiet = folder, quiet
+        self.logger = logging.Logger("arc")
+        if folder is not None:
+            handler = logging.FileHandler(folder / "training.log", encoding="utf-8")
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            self.logger.addHandler(handler)
+        self.rows: list[dict[str, Any]] = []
+
+    def say(self, text: str = "", *, important: bool = False) -> None:
+        """A line for the console (if not quiet, or important) and the log file."""
+        from tqdm import tqdm
+
+        if important or not self.quiet:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        if self.folder is not None:
+            self.logger.info(text)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Keep one object for metrics.jsonl until `flush`."""
+        self.rows.append(row)
+
+    def flush(self) -> None:
+        """Append what was recorded to metrics.jsonl."""
+        if self.folder is not None and self.rows:
+            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(text)
+        self.rows = []
+
+    def rewind(self, epoch: int, batch: int) -> None:
+        """Drop metrics of batches at or after (epoch, batch): a resumed run writes them again."""
+        if self.folder is None:
+            return
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        keep = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # a torn last line
+            done = float("inf") if row.get("kind") == "epoch" else row.get("batch", -1)
+            if row.get("kind") == "start" or (row.get("epoch", -1), done) < (epoch, batch):
+                keep.append(line)
+        path.write_text("".join(line + "\n" for line in keep), encoding="utf-8")
+
+    def close(self) -> None:
+        self.flush()
+        for handler in self.logger.handlers:
+            handler.close()
+
+
+@dataclass
+class Schedule:
+    """Learning rate factor by batch: linear warmup, stable, linear decay to 0 (wsd) or constant.
+
+    With a time budget the decay's start and length in batches are fixed once, when the clock says
+    so; `stop_at` then is where training ends. The pair reproduces the run bit for bit on a CPU.
+    """
+
+    kind: str
+    warmup: int
+    decay_start: int | None = None
+    stop_at: int | None = None
+
+    def factor(self, batch: int) -> float:
+        rise = min(1.0, (batch + 1) / self.warmup) if self.warmup else 1.0
+        if self.kind == "constant" or self.decay_start is None or self.stop_at is None:
+            return rise
+        length = max(1, self.stop_at - self.decay_start)
+        return rise * min(1.0, max(0.0, (self.stop_at - batch) / length))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"decay_start": self.decay_start, "stop_at": self.stop_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.decay_start, self.stop_at = state["decay_start"], state["stop_at"]
+
+
+SUMS = ("loss", "reward", "qwen_grad", "mask_ratio", "d_acc", "accuracy", "exact")
+
+
+@dataclass
+class Progress:
+    """Where the run is. Fresh and resumed runs declare the same fields; all go into checkpoints."""
+
+    epoch: int = 0
+    batch: int = 0  # next batch of the epoch
+    total: int = 0  # batches done in the run
+    skipped: int = 0  # non-finite batches
+    skipped_in_a_row: int = 0
+    memory_updates: int = 0  # of this epoch
+    untrained_accuracy: float = -1.0  # validation cell accuracy before training; -1 = not measured
+    best: float = float("-inf")
+    elapsed_s: float = 0.0
+    epoch_s: float = 0.0
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
+    counted: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.__dataclass_fields__:
+            setattr(self, name, state[name])
+
+
+def pick_device(name: str) -> str:
+    """auto -> cuda where there is one, else cpu; a GPU that is not there is an argument error."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if there else "cpu"
+    if name.startswith("cuda"):
+        if not there:
+            built = torch.version.cuda is not None
+            why = "no CUDA device is visible" if built else "this torch build has no CUDA"
+            raise UserError(
+                f"--device {name}: {why}. Use --device cpu, or install a CUDA build of torch on a "
+                "machine with a GPU.",
+                EXIT_ARGUMENTS,
+            )
+        index = int(name[5:]) if ":" in name else 0
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0.",
+                EXIT_ARGUMENTS,
+            )
+    return name
+
+
+def pick_precision(amp: str, device: str) -> tuple[Any, bool]:
+    """(autocast dtype or None, whether gradients need scaling) for --amp on a device."""
+    import torch
+
+    if amp == "auto":
+        if device == "cpu":
+            return None, False
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "bf16" if native else "fp16"
+    if amp == "off":
+        return None, False
+    return (torch.bfloat16, False) if amp == "bf16" else (torch.float16, True)
+
+
+def generator_for(device: str, *numbers: int) -> Any:
+    """A torch.Generator that is a pure function of the numbers (seed, epoch, position, ...)."""
+    import numpy as np
+    import torch
+
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def commit_hash() -> str | None:
+    """The project's commit, for config.json; None outside a git checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def parameter_groups(system: Any, args: argparse.Namespace, qwen_lr: float) -> list[dict[str, Any]]:
+    """Every trained tensor exactly once, by learning rate and by optimizer kind.
+
+    Hidden matrices (2D, inside blocks) go to Muon; embeddings, heads, gains and Qwen to AdamW.
+    """
+    muon: list[Any] = []
+    plain: list[Any] = []
+    for name, p in system.agent.named_parameters():
+        hidden = p.ndim == 2 and name.startswith(("blocks.", "encoder.")) and "null" not in name
+        (muon if hidden and args.optimizer == "muon" else plain).append(p)
+    task = [system.solver2.task_tokens.weight]
+    rest = [p for p in system.solver2.parameters() if p is not task[0]]
+    groups = [
+        {"name": "agent_matrices", "params": muon, "lr": args.agent_lr, "muon": True},
+        {"name": "agent", "params": plain, "lr": args.agent_lr},
+        {"name": "solver2", "params": rest, "lr": args.agent_lr},
+        {
+            "name": "task_tokens",
+            "params": task,
+            "lr": args.agent_lr * args.task_lr_factor,
+            "weight_decay": 0.0,
+        },
+        {"name": "refinement", "params": system.policy_rl.main_parameters(), "lr": args.agent_lr},
+        {"name": "qwen_heads", "params": system.qwen.head_parameters(), "lr": qwen_lr},
+        {"name": "qwen", "params": system.qwen.lm_parameters(), "lr": qwen_lr},
+    ]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+        group["base_lr"] = group["lr"]
+    return [group for group in groups if group["params"]]
+
+
+# ---------------------------------------------------------------------------------------------
+# One batch, in the order of the design
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """Everything the loop holds, made once in `set_up`."""
+
+    args: argparse.Namespace
+    device: str
+    dtype: Any  # autocast dtype or None
+    system: Any
+    optimizer: Any
+    scaler: Any
+    average: Any
+    stream: Any
+    collator: Any  # of evaluation: keeps the analyses of the identity view
+    schedule: Schedule
+    progress: Progress
+    curriculum: Any
+    threshold: Any
+    monitor: Any
+    log: RunLog
+    started: float  # time.monotonic() of the process's start
+    train_started: float = 0.0  # time.monotonic() of this process's first batch
+    resumed_at: int = 0  # batches that were done before this process
+
+    def autocast(self) -> Any:
+        import torch
+
+        kind = self.device.split(":")[0]
+        return torch.autocast(kind, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the five modules and the optimizer, by name."""
+        return {
+            "scaler": self.scaler,
+            "policy_optimizer": self.system.policy_rl.optimizer,
+            "average": self.average,
+            "schedule": self.schedule,
+            "progress": self.progress,
+            "curriculum": self.curriculum,
+            "threshold": self.threshold,
+            "monitor": self.monitor,
+        }
+
+
+def train_step(run: Run, batch: Any, targets: Any) -> dict[str, float]:
+    """One batch through the whole system; returns the figures of its log line."""
+    import torch
+
+    from arc_agent import AgentOutput
+    from arc_system import answer_stats
+    from grid_accuracy_loss import cell_accuracy, exact_match, resize_grids, resize_logits
+    from loss_function import combined_loss
+
+    args, system, progress = run.args, run.system, run.progress
+    place = (args.seed, progress.epoch, progress.batch)
+    canvas = tuple(targets.output.shape[1:])
+    refining = args.policy != "off"
+
+    with run.autocast():
+        # 1. Task view -> prompt. Half of the tasks go without their own tokens, so that unseen
+        #    tasks, which have none, are no surprise.
+        chance = torch.rand(batch.n_tasks, generator=generator_for("cpu", *place, 1))
+        keep_task = (chance < 0.5).to(run.device)[batch.query_task]
+        reading = system.read(batch, keep_task)
+
+        # 2. The agent's first answer: what the refinement is measured against, so no gradient.
+        with torch.set_grad_enabled(not refining):
+            before: AgentOutput = system.answer(reading)
+
+        # 3. The policy changes the prompt; the agent answers again.
+        after, info, backward_before = before, None, None
+        if refining:
+            generator = generator_for(run.device, *place, 2)
+            tokens, info = system.refine(reading, before, generator)
+            after = system.answer(reading, tokens)
+            with torch.no_grad():
+                backward_before = system.backward(reading, before)
+        backward_after = system.backward(reading, after)
+        if backward_before is None:
+            backward_before = backward_after.detach()
+
+    # 4. Resize what differs from the target's size: nearest for colours, bilinear for logits.
+    grids_before, grids_after = before.grids(), after.grids()
+    shown = resize_grids(grids_after, after.size, targets.size, canvas)
+    logits = resize_logits(after.logits, after.size, targets.size, canvas)
+    with torch.no_grad():
+        logits_before = resize_logits(before.logits[-1], before.size, targets.size, canvas)
+    size_right = (after.size == targets.size).all(-1)
+
+    # 5. Reward of the change: hard for the policy, soft (with gradient) for the combined loss.
+    #    Sizes are the model's own, before step 4; d_rev comes from the real backward model.
+    inp = batch.query_input
+    reward, breakdown = system.policy_rl.compute_reward(
+        grids_before,
+        grids_after,
+        targets.output,
+        inp,
+        size_before=before.size,
+        size_after=after.size,
+        target_size=targets.size,
+        reconstruction_before=backward_before.argmax(-1),
+        reconstruction_after=backward_after.argmax(-1),
+    )
+    soft, _ = system.policy_rl.soft_reward(
+        logits_before,
+        logits[-1],
+        targets.output,
+        size_logits_before=before.size_logits,
+        size_logits_after=after.size_logits,
+        target_size=targets.size,
+        backward_logits_before=backward_before,
+        backward_logits_after=backward_after,
+        inp=inp,
+    )
+
+    # 6. EFE loss, hard cells first, size part weighted by the curriculum; then the combination.
+    efe = system.efe_loss(
+        logits=logits,
+        target=targets.output,
+        confidence=after.confidence,
+        size_right=size_right,
+        size_logits=after.size_logits,
+        target_size=targets.size,
+        size_weight=run.curriculum.get_size_loss_weight(progress.epoch),
+        backward_logits=backward_after,
+        inp=inp,
+        pair_summary=reading.pair_summary,
+        task_ids=batch.demo_task,
+    )
+    loss = combined_loss(efe["total"], torch.zeros_like(soft) if args.no_reward else soft)
+
+    # 7. Scale, backward, unscale, clip everything that is trained, step, update. A non-finite
+    #    loss or gradient skips the step, is counted and logged.
+    factor = run.schedule.factor(progress.total)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    run.scaler.scale(loss / args.grad_accum).backward()
+    last = (progress.total + 1) % args.grad_accum == 0
+    qwen_grad = 0.0
+    if last:
+        run.scaler.unscale_(run.optimizer)
+        params = [p for group in run.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
+        qwen_grad = run.monitor.check_gradients(system.qwen, "Qwen")["norm"]
+        healthy = bool(torch.isfinite(norm) & torch.isfinite(loss))
+        if healthy or run.scaler.is_enabled():  # the scaler skips by itself and lowers its scale
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        if healthy:
+            run.average.update()
+            progress.skipped_in_a_row = 0
+        else:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            run.log.say(
+                f"[Batch {progress.batch:4d}] skipped: loss {float(loss):.4g}, gradient norm "
+                f"{float(norm):.4g} (not finite; {progress.skipped} so far)"
+            )
+
+    # 8. The policy learns from the hard reward: after the main step, own graph, own optimizer.
+    if info is not None:
+        after_state = system.policy_rl.state(reading.prompt.summary, answer_stats(after))
+        system.policy_rl.update(info, reward, after_state)
+
+    # 9. Memory: tasks above the moving threshold are kept; the threshold follows the accuracy.
+    accuracy = cell_accuracy(shown, targets.output, size_right)
+    exact = exact_match(shown, targets.output, size_right).float()
+    counts = torch.bincount(batch.query_task, minlength=batch.n_tasks).clamp(min=1)
+    by_task = torch.zeros(batch.n_tasks, device=run.device)
+    by_task = by_task.index_add(0, batch.query_task, accuracy) / counts
+    summary = torch.zeros(batch.n_tasks, reading.summary.shape[1], device=run.device)
+    summary = summary.index_add(0, batch.query_task, reading.summary.detach().float())
+    owner = torch.zeros(batch.n_tasks, dtype=torch.long, device=run.device)
+    owner[batch.query_task] = batch.task_index
+    keep = by_task > run.threshold.get_threshold()
+    if not args.no_memory:
+        system.solver2.store(summary / counts[:, None], owner, by_task, keep)
+
+    figures = torch.stack(
+        [
+            loss.detach().float(),
+            reward.mean(),
+            efe["mask_ratio"],
+            breakdown["d_acc"].mean(),
+            accuracy.mean(),
+            exact.mean(),
+            keep.sum().float(),
+            info.change_frac.float() if info is not None else torch.zeros((), device=run.device),
+        ]
+    ).tolist()  # the one sync of a batch
+    names = ("loss", "reward", "mask_ratio", "d_acc", "accuracy", "exact", "stored", "change")
+    result = dict(zip(names, figures, strict=True))
+    run.threshold.update(result["accuracy"])
+    progress.memory_updates += 0 if args.no_memory else int(result["stored"])
+    return result | {"qwen_grad": qwen_grad, "lr_factor": factor}
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation and saving of a run
+# ---------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    run: Run,
+    tasks: Any,
+    keys: set[Any],
+    n_views: int,
+    *,
+    slices: dict[str, set[Any]] | None = None,
+    deadline: float | None = None,
+    title: str = "Validation",
+) -> dict[str, Any]:
+    """Score the averaged weights on the given queries; targets meet predictions only in `score`."""
+    from tqdm import tqdm
+
+    from dataset_arc import evaluation_views
+    from evaluation import predict_tasks, score, without_outputs
+
+    wanted = [task for task in tasks.train if any((task.task_id, i) in keys for i in range(9))]
+    bar = tqdm(
+        total=len(keys) * n_views, desc=title, unit="query", leave=False, disable=no_bar(run.args)
+    )
+    with run.average.applied():
+        predictions = predict_tasks(
+            run.system,
+            without_outputs(wanted),
+            evaluation_views(n_views, run.args.seed),
+            task_index=task_table(tasks),
+            batch_size=4 * run.args.batch_size,
+            device=run.device,
+            dtype=run.dtype,
+            seed=run.args.seed,
+            collator=run.collator,
+            only=keys,
+            deadline=deadline,
+            progress=bar.update,
+        )
+    bar.close()
+    return score(predictions, wanted, slices)
+
+
+def no_bar(args: argparse.Namespace) -> bool:
+    """Progress bars on a terminal only; plain lines elsewhere."""
+    return args.quiet or not sys.stderr.isatty()
+
+
+def task_table(tasks: Any) -> dict[str, int]:
+    """Row of the task-token table by task id: training tasks in their fixed order."""
+    return {task.task_id: row for row, task in enumerate(tasks.train)}
+
+
+def validation_keys(tasks: Any, limit: int | None, seed: int) -> set[Any]:
+    """The test queries with known outputs, or a fixed random `limit` of them."""
+    import numpy as np
+
+    keys = [
+        (task.task_id, number)
+        for task in tasks.train
+        for number, pair in enumerate(task.tests)
+        if pair.output is not None
+    ]
+    if limit is not None and limit < len(keys):
+        chosen = np.random.default_rng([seed, 7]).permutation(len(keys))[:limit]
+        keys = [keys[i] for i in sorted(chosen)]
+    return set(keys)
+
+
+def save(run: Run, persistence: Any, *, best_of: str | None = None, **metrics: float) -> None:
+    """Write a checkpoint (and best_model.pt, if `best_of` names the metric that rose)."""
+    from model_persistence import capture_rng_state
+
+    progress = run.progress
+    progress.elapsed_s = time.monotonic() - run.started
+    extra = {name: part.state_dict() for name, part in run.state().items()}
+    extra["config"] = run_config(run)
+    extra["qwen_cache"] = run.system.qwen.cache_state()
+    extra["rng"] = capture_rng_state()
+    modules = [*run.system.modules().values(), run.optimizer]
+    where = {"epoch": progress.epoch, "batch": progress.batch - 1, "metrics": metrics}
+    persistence.save_checkpoint(*modules, **where, extra=extra)
+    if best_of is not None:
+        persistence.save_best_model(*modules, **where, metric_name=best_of, extra=extra)
+
+
+def restore(run: Run, metadata: dict[str, Any]) -> None:
+    """Put back everything `save` wrote beside modules and optimizer; random state last."""
+    from model_persistence import restore_rng_state
+
+    extra = metadata["extra"]
+    for name, part in run.state().items():
+        part.load_state_dict(extra[name])
+    run.system.qwen.load_cache_state(extra["qwen_cache"])
+    run.started = time.monotonic() - run.progress.elapsed_s
+    restore_rng_state(extra["rng"])
+
+
+# A resumed run must agree on these; --epochs, --device, --max_batches and logging may change.
+FIXED_ARGUMENTS = (
+    "seed", "batch_size", "grad_accum", "max_side", "max_context", "views", "qwen_model",
+    "qwen_train", "qwen_cache_interval", "width", "blocks", "agent_lr", "qwen_lr",
+    "task_lr_factor", "optimizer", "weight_decay", "warmup_batches", "schedule", "decay_frac",
+    "clip", "ema", "prompt", "policy", "no_memory", "no_task_tokens", "no_efe_extras",
+    "no_hard_cells", "no_reward", "planning_steps",
+)  # fmt: skip
+
+
+def run_config(run: Run) -> dict[str, Any]:
+    """The settings that make two runs the same run."""
+    fixed = {name: getattr(run.args, name) for name in FIXED_ARGUMENTS}
+    return {**fixed, "data_sha256": run.args.data_sha256}
+
+
+# ---------------------------------------------------------------------------------------------
+# Setting up
+# ---------------------------------------------------------------------------------------------
+
+
+def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
+    """Defaults that depend on the device (measured on CPU; guesses on a GPU, see docs/LOG.md)."""
+    on_cpu = device == "cpu"
+    if args.batch_size is None:
+        args.batch_size = 8 if on_cpu else 128
+    if args.width is None:
+        args.width = 96 if on_cpu else 512
+    if args.blocks is None:
+        args.blocks = 1 if on_cpu else 2
+    if args.val_pairs is None and on_cpu and args.time_budget:
+        args.val_pairs = 200
+
+
+def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: float) -> Run:
+    """Build every object of the loop. Weights and order depend on --seed alone."""
+    import torch
+
+    import arc_system
+    from curriculum import DynamicMemoryThreshold, GradientMonitor, SizeWarmupCurriculum
+    from dataset_arc import Collator, TrainingStream
+    from optimizers import MuonAdamW, WeightAverage
+    from qwen_hybrid_prompt import resolve_qwen_model
+
+    device = args.device
+    dtype, scaling = pick_precision(args.amp, device)
+    args.qwen_model, _ = resolve_qwen_model(args.qwen_model, device)
+    config = arc_system.SystemConfig(
+        width=args.width,
+        heads=max(1, args.width // 24) if args.width < 256 else args.width // 64,
+        blocks=args.blocks,
+        planning_steps=args.planning_steps,
+        n_tasks=len(tasks.train),
+        qwen_model=args.qwen_model,
+        qwen_train=args.qwen_train,
+        qwen_cache_interval=args.qwen_cache_interval,
+        prompt=args.prompt,
+        policy=args.policy,
+        memory=not args.no_memory,
+        task_tokens=not args.no_task_tokens,
+        efe_extras=not args.no_efe_extras,
+        hard_cells=not args.no_hard_cells,
+        seed=args.seed,
+    )
+    system = arc_system.build_system(config, device, offline=args.offline)
+    qwen_lr = args.qwen_lr
+    groups = parameter_groups(system, args, qwen_lr)
+    optimizer = MuonAdamW(groups, weight_decay=args.weight_decay)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return Run(
+        args=args,
+        device=device,
+        dtype=dtype,
+        system=system,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.split(":")[0], enabled=scaling),
+        average=WeightAverage(params, args.ema),
+        stream=TrainingStream(
+            tasks.train,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            max_context=args.max_context,
+            max_side=args.max_side,
+            augment=args.views == "on",
+        ),
+        collator=Collator(),
+        schedule=Schedule(
+            args.schedule, args.warmup_batches, *(args.schedule_batches or (None, None))
+        ),
+        progress=Progress(),
+        curriculum=SizeWarmupCurriculum(),
+        threshold=DynamicMemoryThreshold(),
+        monitor=GradientMonitor(),
+        log=RunLog(folder, quiet=args.quiet),
+        started=started,
+    )
+
+
+def new_run_folder(runs_dir: Path) -> Path:
+    """runs/arc_complete_YYYYMMDD_HHMMSS, made here; a second one in the same second gets _1."""
+    stamp = time.strftime("arc_complete_%Y%m%d_%H%M%S")
+    for suffix in ("", *(f"_{i}" for i in range(1, 100))):
+        folder = runs_dir / (stamp + suffix)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"cannot make a run folder in {runs_dir}: {error.strerror}. Choose another place "
+                "with --runs_dir.",
+                EXIT_MISSING,
+            ) from error
+        return folder
+    raise UserError(f"100 runs in {runs_dir} within one second", EXIT_UNEXPECTED)
+
+
+def banner(run: Run, tasks: Any, folder: Path | None, notes: list[str]) -> None:
+    """What is about to run, in a few lines."""
+    args, say = run.args, run.log.say
+    n_agent = sum(p.numel() for p in run.system.agent.parameters())
+    precision = {None: "fp32"}.get(run.dtype, str(run.dtype).removeprefix("torch."))
+    n_pairs = sum(len(task.demonstrations) for task in tasks.train)
+    n_tests = sum(len(task.tests) for task in tasks.train)
+    say(f"Data:   {tasks.name}: {len(tasks.train)} tasks, Train: {n_pairs}, test pairs: {n_tests}")
+    for warning in tasks.warnings:
+        say(f"        warning: {warning}")
+    say(f"Qwen:   {run.system.qwen.description()}")
+    say(
+        f"Agent:  {n_agent / 1e6:.2f} M parameters, width {args.width}, {args.planning_steps} steps"
+    )
+    say(f"Device: {run.device}, {precision}, {args.threads or os.cpu_count()} threads")
+    say(f"Run:    {folder}" if folder is not None else "Run:    nothing is written (--dry_run)")
+    for note in notes:
+        say(note)
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """What evaluation and the clock want of the loop."""
+
+    tasks: Any
+    validation: set[Any]
+    final: set[Any]
+    train_until: float | None  # time.monotonic() at which training has to end
+    deadline: float | None  # time.monotonic() at which the process should be done
+
+
+def train(run: Run, plan: Plan, persistence: Any, stop: Any) -> int:
+    """Epochs of batches from where `run.progress` says; returns the exit code."""
+    from tqdm import tqdm
+
+    args, progress = run.args, run.progress
+    while progress.epoch < args.epochs and not done_by_schedule(run):
+        n_batches = run.stream.n_batches(progress.epoch)
+        if args.max_batches:
+            n_batches = min(n_batches, args.max_batches)
+        epoch_started = time.monotonic() - progress.epoch_s
+        bar = tqdm(
+            total=n_batches,
+            initial=min(progress.batch, n_batches),
+            desc=f"Epoch {progress.epoch}",
+            unit="batch",
+            leave=False,
+            disable=no_bar(args),
+        )
+        for batch, targets in batches_of_epoch(run, n_batches):
+            figures = train_step(run, batch, targets)
+            figures["accuracy_delta"] = figures["d_acc"]
+            if progress.batch % LOG_EVERY == 0:
+                log_batch(run, figures)
+            run.log.record(
+                {"kind": "batch", "epoch": progress.epoch, "batch": progress.batch, **figures}
+            )
+            for name in SUMS:
+                progress.sums[name] += figures[name]
+            progress.counted += 1
+            progress.batch += 1
+            progress.total += 1
+            progress.epoch_s = time.monotonic() - epoch_started
+            bar.update()
+            plan_decay(run, plan)
+            if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                bar.close()
+                raise UserError(
+                    f"diverged: {progress.skipped_in_a_row} batches in a row had a loss or "
+                    "gradient that was not finite. Resume from an earlier checkpoint with a lower "
+                    "--agent_lr, or with --amp off.",
+                    EXIT_DIVERGED,
+                )
+            if persistence is not None and persistence.should_save_checkpoint(progress.total):
+                run.log.flush()
+                save(run, persistence, **public(figures))
+            if stop.requested:
+                bar.close()
+                return leave_early(run, persistence, stop)
+            if done_by_schedule(run) or out_of_time(plan):
+                break
+        bar.close()
+        finish_epoch(run, plan, persistence)
+        if stop.requested:
+            return leave_early(run, persistence, stop)
+        if done_by_schedule(run) or out_of_time(plan):
+            break
+    return EXIT_DONE
+
+
+def batches_of_epoch(run: Run, n_batches: int) -> Any:
+    """The epoch's remaining (batch, targets), made ahead in a thread, on the run's device."""
+    from dataset_arc import prefetch
+
+    epoch = run.progress.epoch
+    positions = range(run.progress.batch, n_batches)
+    for batch, targets in prefetch(lambda p: run.stream.batch(epoch, p), positions, depth=3):
+        yield batch.to(run.device), targets.to(run.device)
+
+
+def done_by_schedule(run: Run) -> bool:
+    """Whether the learning rate has reached its end."""
+    stop_at = run.schedule.stop_at
+    return stop_at is not None and run.progress.total >= stop_at
+
+
+def out_of_time(plan: Plan) -> bool:
+    return plan.train_until is not None and time.monotonic() >= plan.train_until
+
+
+def plan_decay(run: Run, plan: Plan) -> None:
+    """Fix the decay's start and end in batches, once, when its share of the time has come."""
+    schedule, progress = run.schedule, run.progress
+    if schedule.kind != "wsd" or schedule.decay_start is not None or plan.train_until is None:
+        return
+    now = time.monotonic()
+    spent = now - run.train_started
+    left = plan.train_until - now
+    if progress.total < 10 or left > run.args.decay_frac * (spent + left):
+        return
+    per_batch_s = spent / max(1, progress.total - run.resumed_at)
+    schedule.decay_start = progress.total
+    schedule.stop_at = progress.total + max(1, int(0.98 * left / per_batch_s))
+    run.log.say(
+        f"Learning rate falls to 0 from batch {schedule.decay_start} to {schedule.stop_at} "
+        f"(the same run again: --schedule_batches {schedule.decay_start}:{schedule.stop_at})"
+    )
+
+
+def log_batch(run: Run, figures: dict[str, float]) -> None:
+    """The batch line of the contract; more fields only after the first four."""
+    run.log.say(
+        f"[Batch {run.progress.batch:4d}] Reward: {figures['reward']:+.4f} | "
+        f"Loss: {figures['loss']:.4f} | Qwen_grad: {figures['qwen_grad']:.2e} | "
+        f"Mask_ratio: {figures['mask_ratio']:.4f} | d_acc: {figures['d_acc']:+.4f} | "
+        f"Exact: {figures['exact']:.3f}"
+    )
+
+
+def public(figures: dict[str, float]) -> dict[str, float]:
+    """The figures worth keeping in a checkpoint's metadata."""
+    names = ("loss", "reward", "qwen_grad", "mask_ratio", "d_acc", "accuracy", "exact")
+    return {name: round(figures[name], 6) for name in names}
+
+
+def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
+    """Summary, validation, best model; then on to the next epoch."""
+    args, progress, say = run.args, run.progress, run.log.say
+    if persistence is not None:  # a kill during validation must not cost the epoch
+        run.log.flush()
+        save(run, persistence)
+    mean = {name: value / max(1, progress.counted) for name, value in progress.sums.items()}
+    line = "=" * 70
+    say(line)
+    say(f"EPOCH {progress.epoch} SUMMARY")
+    say(line)
+    say(f"  Average Loss: {mean['loss']:.4f}")
+    say(f"  Average RL Reward: {mean['reward']:+.4f}")
+    say(f"  Qwen Gradient Norm: {mean['qwen_grad']:.2e}")
+    weight = run.curriculum.get_size_loss_weight(progress.epoch)
+    say(f"  Size Warmup Weight: {weight:.3f}")
+    say(f"  Memory Threshold: {run.threshold.get_threshold():.4f}")
+    say(f"  Memory updates: {progress.memory_updates}")
+    say(f"  Average Mask Ratio: {mean['mask_ratio']:.4f}")
+    say(line)
+    row = {"kind": "epoch", "epoch": progress.epoch, **mean, "skipped": progress.skipped}
+    if plan.validation:
+        result = evaluate(run, plan.tasks, plan.validation, 1)
+        exact = result["exact_at_1"] / max(1, result["n"])
+        delta = result["cell_accuracy"] - progress.untrained_accuracy
+        say(
+            f"[Epoch {progress.epoch}] Val Accuracy: {exact:.4f} "
+            f"({result['exact_at_1']}/{result['n']})",
+            important=True,
+        )
+        say(f"[Epoch {progress.epoch}] Accuracy Delta: {delta:+.4f}", important=True)
+        row |= {
+            "val_accuracy": exact,
+            "accuracy_delta": delta,
+            "cell_accuracy": result["cell_accuracy"],
+            "size_accuracy": result["size_accuracy"],
+        }
+    say(f"[Epoch {progress.epoch}] Time: {progress.epoch_s:.2f}s", important=True)
+    row |= {"minutes": (time.monotonic() - run.started) / 60, "batch": progress.batch}
+    run.log.record(row)
+    run.log.flush()
+    progress.epoch += 1
+    progress.batch = 0
+    progress.memory_updates = 0
+    progress.sums = dict.fromkeys(SUMS, 0.0)
+    progress.counted = 0
+    progress.epoch_s = 0.0
+    metric = row.get(args.best_metric)
+    if persistence is not None:
+        metrics = {k: v for k, v in row.items() if isinstance(v, float)}
+        better = metric is not None and metric > progress.best
+        if better:
+            progress.best = metric
+        save(run, persistence, best_of=args.best_metric if better else None, **metrics)
+
+
+def leave_early(run: Run, persistence: Any, stop: Any) -> int:
+    """A signal came: save, say how to go on, and leave with the signal's exit code."""
+    run.log.flush()
+    if persistence is not None:
+        save(run, persistence)
+        persistence.flush()
+    run.log.say(
+        f"Stopped by {stop.name}; everything is saved. Go on with:\n"
+        f"    python trainloop_complete_with_fixes.py --resume {run.log.folder} "
+        f"--epochs {run.args.epochs} --device {run.args.device}",
+        important=True,
+    )
+    return stop.exit_code
+
+
+def run_training(args: argparse.Namespace, started: float) -> int:
+    """From parsed arguments to the exit code: data, run folder, modules, resume, loop, results."""
+    import torch
+
+    from dataset_arc import load_tasks, slices_of
+    from model_persistence import (
+        ModelPersistence,
+        RunLock,
+        StopSignals,
+        atomic_write_json,
+        find_latest_run,
+    )
+
+    args.device = pick_device(args.device)
+    fill_device_defaults(args, args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")
+
+    # Data, then a folder: nothing is written for a run that cannot start.
+    tasks = load_tasks(args.data)
+    args.data_sha256 = tasks.sha256
+    runs_dir = Path(args.runs_dir)
+    resuming = args.resume is not None
+    notes: list[str] = []
+    folder: Path | None = None
+    if resuming:
+        folder = (
+            find_latest_run(runs_dir) if args.resume in ("latest", "auto") else Path(args.resume)
+        )
+        if folder is None or not folder.is_dir():
+            looked = runs_dir if args.resume in ("latest", "auto") else args.resume
+            if args.resume != "auto":
+                raise UserError(
+                    f"--resume: nothing to resume in {looked}. Start a run without --resume, name "
+                    "a run with --resume RUN, or its parent with --runs_dir.",
+                    EXIT_MISSING,
+                )
+            notes.append(f"--resume auto: NOTHING TO RESUME in {looked}; a fresh run starts")
+            resuming, folder = False, None
+    if folder is None and not args.dry_run:
+        folder = new_run_folder(runs_dir)
+
+    run = set_up(args, tasks, folder, started)
+    limit = args.val_pairs
+    if args.max_batches:
+        limit = min(limit or 10**9, args.max_batches * args.batch_size)
+    everything = validation_keys(tasks, None, args.seed)
+    plan = Plan(
+        tasks=tasks,
+        validation=validation_keys(tasks, limit, args.seed),
+        final=validation_keys(tasks, limit, args.seed) if args.max_batches else everything,
+        train_until=None,
+        deadline=started + 60 * args.time_budget if args.time_budget else None,
+    )
+    banner(run, tasks, folder, notes)
+    if args.dry_run:
+        return EXIT_DONE
+    assert folder is not None
+
+    with RunLock(folder), StopSignals() as stop:
+        persistence = ModelPersistence(
+            folder,
+            max_checkpoints=args.max_checkpoints,
+            save_every_n_batches=args.save_every,
+            drive_backup=args.drive_backup,
+        )
+        try:
+            if resuming:
+                resume(run, persistence)
+            atomic_write_json(folder / "config.json", full_config(run, tasks))
+            return run_to_the_end(run, plan, persistence, stop, slices_of(tasks))
+        finally:
+            persistence.close()
+            run.log.close()
+
+
+def run_to_the_end(run: Run, plan: Plan, persistence: Any, stop: Any, slices: Any) -> int:
+    """Untrained accuracy, the loop, the final evaluation with voting, results.json."""
+    from model_persistence import atomic_write_json
+
+    args, progress = run.args, run.progress
+    eval_s = 0.0
+    if progress.untrained_accuracy < 0 and plan.validation:
+        begun = time.monotonic()
+        untrained = evaluate(run, plan.tasks, plan.validation, 1, title="Untrained model")
+        eval_s = (time.monotonic() - begun) / len(plan.validation) * len(plan.final)
+        progress.untrained_accuracy = untrained["cell_accuracy"]
+        run.log.say(
+            f"Untrained: cell accuracy {untrained['cell_accuracy']:.4f}, exact "
+            f"{untrained['exact_at_1']}/{untrained['n']} of the validation pairs"
+        )
+        run.log.record({"kind": "start", "epoch": -1, "untrained": untrained})
+    views = args.eval_views or (2 if run.device == "cpu" and plan.deadline is None else 8)
+    if plan.deadline is not None:
+        # Voting gets what it needs for its views, but at most a quarter of the whole budget.
+        wanted = eval_s * views * 1.2
+        share = min(wanted, 0.25 * 60 * args.time_budget)
+        plan.train_until = plan.deadline - FINAL_RESERVE_S - max(share, 1.3 * eval_s)
+    run.train_started, run.resumed_at = time.monotonic(), progress.total
+    code = train(run, plan, persistence, stop)
+    if code != EXIT_DONE:
+        return code
+    if plan.final:
+        until = plan.deadline - FINAL_RESERVE_S if plan.deadline is not None else None
+        result = evaluate(
+            run, plan.tasks, plan.final, views, slices=slices, deadline=until, title="Final voting"
+        )
+        result |= {
+            "views": views,
+            "seed": args.seed,
+            "epoch": progress.epoch,
+            "batch": progress.total,
+            "minutes": (time.monotonic() - run.started) / 60,
+            "device": device_name(run.device),
+        }
+        atomic_write_json(run.log.folder / "results.json", result)
+        run.log.say(
+            f"Final: {result['exact_at_2']}/{result['n']} exact in two attempts, "
+            f"{result['exact_at_1']} in one; size {result['size_accuracy']:.3f}, cells "
+            f"{result['cell_accuracy']:.3f}; {result['minutes']:.1f} minutes",
+            important=True,
+        )
+        for name, counts in result["slices"].items():
+            run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}")
+    run.log.say(f"Run: {run.log.folder}", important=True)
+    return code
+
+
+def resume(run: Run, persistence: Any) -> None:
+    """Load the newest good checkpoint, refuse a changed run, and say how exact it is."""
+    from model_persistence import compare_config
+
+    modules = [*run.system.modules().values(), run.optimizer]
+    metadata = persistence.load_latest(*modules, device=run.device)
+    differences = compare_config(metadata["extra"]["config"], run_config(run))
+    if differences and not run.args.allow_mismatch:
+        raise UserError(
+            "--resume: this run was started with other settings: "
+            + "; ".join(differences)
+            + ". Use the same ones, or --allow_mismatch to insist.",
+            EXIT_MISSING,
+        )
+    restore(run, metadata)
+    progress = run.progress
+    run.log.rewind(progress.epoch, progress.batch)
+    run.log.say(f"Resumed at epoch {progress.epoch}, batch {progress.batch}", important=True)
+
+
+def full_config(run: Run, tasks: Any) -> dict[str, Any]:
+    """config.json: arguments, model, versions, commit, device, data."""
+    import dataclasses
+
+    import numpy
+    import torch
+    import transformers
+
+    return {
+        "arguments": vars(run.args),
+        "system": dataclasses.asdict(run.system.config),
+        "data": {"name": tasks.name, "sha256": tasks.sha256, "tasks": len(tasks.train)},
+        "task_ids": [task.task_id for task in tasks.train],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": numpy.__version__,
+        },
+        "commit": commit_hash(),
+        "device": device_name(run.device),
+    }
+
+
+def device_name(device: str) -> str:
+    """The hardware in words, for results."""
+    import torch
+
+    if device == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(torch.device(device))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The script: parse, train, and turn what goes wrong into one message and an exit code."""
+    started = time.monotonic()
+    args = parse_arguments(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    import torch
+
+    from dataset_arc import DataError
+    from model_persistence import PersistenceError
+    from qwen_hybrid_prompt import ModelError
+
+    try:
+        return run_training(args, started)
+    except UserError as error:
+        message, code = str(error), error.code
+    except (DataError, ModelError, PersistenceError) as error:
+        message, code = str(error), EXIT_MISSING
+    except torch.OutOfMemoryError as error:
+        message = (
+            f"out of memory: {str(error).splitlines()[0]} Use a smaller --batch_size (with "
+            "--grad_accum), a smaller --width, or --qwen_train frozen."
+        )
+        code = EXIT_MEMORY
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
