@@ -336,39 +336,43 @@ class PointerHead(nn.Module):
         k = self.key(self.key_norm(tokens)).view(n, cells, self.heads, self.head_dim)
         return rotate(F.normalize(k.float(), dim=-1).transpose(1, 2), table)
 
-    def forward(
+    def evidence_of(
         self,
         x: Tensor,
-        sources: Tensor,
         keys: Tensor,
         right: Tensor,
         mask: Tensor,
-        overall: Tensor,
         table: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Log-probabilities of colours (Q, cells, 10) float32.
+        """Log-evidence (Q, cells, N_POINTERS) float32 that each pointer is right at each cell.
 
-        x (Q, cells, width); sources (Q, cells, K) int64; keys (Q, heads, M, head_dim); right
-        (Q, M, N_POINTERS); mask (Q, M) bool; overall (Q, N_POINTERS) log share over the context.
+        x (Q, cells, width); keys (Q, heads, M, head_dim) and right (Q, M, N_POINTERS) of the
+        demonstration cells a query sees; mask (Q, M) bool. 0 for a query without demonstrations.
         """
         n, cells, _ = x.shape
-        y = self.norm(x)
-        q = self.query(y).view(n, cells, self.heads, self.head_dim)
+        q = self.query(self.norm(x)).view(n, cells, self.heads, self.head_dim)
         q = rotate(F.normalize(q.float(), dim=-1).transpose(1, 2), table)
         q = q * (self.head_dim * self.scale.view(1, -1, 1, 1))
-        score = torch.matmul(q, keys.transpose(-1, -2))  # (Q, heads, cells, M)
-        score = score.masked_fill(~mask[:, None, None], -1e4)
+        bias = torch.where(mask, 0.0, -1e4)[:, None, None]
+        score = torch.matmul(q, keys.transpose(-1, -2)) + bias  # (Q, heads, cells, M)
         weight = score.softmax(-1)
         share = torch.matmul(weight.flatten(1, 2).to(right.dtype), right)
         share = share.view(n, self.heads, cells, N_POINTERS).float()
-        has_context = mask.any(-1).view(-1, 1, 1, 1)
-        log_share = torch.where(has_context, (share + EVIDENCE_FLOOR).log(), 0.0)
-        pointer = torch.einsum("qhcp,hp->qcp", log_share, self.evidence.float())
-        pointer = pointer + (overall * self.global_evidence.float())[:, None]
-        pointer = pointer + self.to_pointer(y).float()
-        outside = torch.cat(
-            [sources == OUTSIDE, sources.new_zeros(n, cells, COLOURS, dtype=torch.bool)], dim=-1
-        )
+        log_share = (share + EVIDENCE_FLOOR).log()
+        found = torch.einsum("qhcp,hp->qcp", log_share, self.evidence.float())
+        overall = (right * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        everywhere = (overall.float() + EVIDENCE_FLOOR).log() * self.global_evidence.float()
+        has_context = mask.any(-1).view(-1, 1, 1)
+        return torch.where(has_context, found + everywhere[:, None], 0.0)
+
+    def forward(self, x: Tensor, sources: Tensor, outside: Tensor, evidence: Tensor) -> Tensor:
+        """Log-probabilities of colours (Q, cells, 10) float32.
+
+        x (Q, cells, width); sources (Q, cells, K) int64; outside (Q, cells, N_POINTERS) bool;
+        evidence (Q, cells, N_POINTERS) from `evidence_of`.
+        """
+        n, cells, _ = x.shape
+        pointer = evidence + self.to_pointer(self.norm(x)).float()
         weight = pointer.masked_fill(outside, -1e4).softmax(-1)
         mass = weight.new_zeros(n, cells, COLOURS + 1)
         mass = mass.scatter_add(-1, sources, weight[..., :N_SOURCES])[..., :COLOURS]
@@ -531,10 +535,6 @@ class ArcAgent(nn.Module):
 
         where, seen = context_cells(demos, batch.context, config.max_context_cells)
         right = _take(demos.right, where)
-        share = (right * seen.unsqueeze(-1)).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
-        overall = torch.where(
-            seen.any(-1, keepdim=True), (share.float() + EVIDENCE_FLOOR).log(), 0.0
-        )
         demo_table = self._table(demos.rows, demos.cols, sources.device)
         pointer_dim = rotary_dim(config.pointer_width)
         pointer_table = rotary_table(rows, cols, pointer_dim, sources.device)
@@ -549,6 +549,8 @@ class ArcAgent(nn.Module):
             keyed.append((demo_keys, block["prompt"].add_null(k, v, prompt.mask)))  # type: ignore[index]
 
         flat_sources = sources.flatten(2).transpose(1, 2).long()
+        outside = F.pad(flat_sources == OUTSIDE, (0, COLOURS))
+        evidence = self.pointer.evidence_of(x, pointer_keys, right, seen, pointer_table)
         all_logits, all_confidence = [], []
         for step in range(config.n_steps):
             x = x + self.step_token[step]
@@ -557,9 +559,7 @@ class ArcAgent(nn.Module):
                 x = block["prompt"](x, *prompt_keys, None)  # type: ignore[index]
                 x = block["cells"](x, mask, table)  # type: ignore[index]
                 x = block["mlp"](x, mask, rows, cols)  # type: ignore[index]
-            logits = self.pointer(
-                x, flat_sources, pointer_keys, right, seen, overall, pointer_table
-            )
+            logits = self.pointer(x, flat_sources, outside, evidence)
             probability = logits.exp()
             x = x + self.answer(probability.to(x.dtype))
             pooled = _masked_mean(self.state_norm(x).float(), mask)

@@ -1997,9 +1997,12 @@ class ModelPersistence:
         except (OSError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and not is_space_error(e):
                 raise
-            with contextlib.suppress(OSError):
-                if _exists(self.fs, target):  # renamed, but the directory's fsync failed
-                    self._next_id = job.checkpoint_id + 1
+            try:
+                taken = _exists(self.fs, target)  # renamed, but the directory's fsync failed
+            except OSError:
+                taken = True  # unknown: an id must not be used twice
+            if taken:
+                self._next_id = job.checkpoint_id + 1
             self._failed(f"checkpoint {job.checkpoint_id} was not saved", e)
             return
         self._next_id = job.checkpoint_id + 1
@@ -2119,6 +2122,7 @@ class ModelPersistence:
                 with contextlib.suppress(OSError):
                     action()
                     return True
+            self._untidy = True
             self._messages.put(f"{what}: {e}")
             return False
         return True

@@ -649,6 +649,8 @@ def train_step(run: Run, batch: Any, targets: Any) -> dict[str, float]:
     args, system, progress = run.args, run.system, run.progress
     place = (args.seed, progress.epoch, progress.batch)
     canvas = tuple(targets.output.shape[1:])
+    # A target that cannot be written on the query's canvas trains the size, not the cells.
+    target = targets.output.masked_fill(~targets.fits[:, None, None], -1)
     refining = args.policy != "off"
 
     with run.autocast():
@@ -688,7 +690,7 @@ def train_step(run: Run, batch: Any, targets: Any) -> dict[str, float]:
     reward, breakdown = system.policy_rl.compute_reward(
         grids_before,
         grids_after,
-        targets.output,
+        target,
         inp,
         size_before=before.size,
         size_after=after.size,
@@ -699,7 +701,7 @@ def train_step(run: Run, batch: Any, targets: Any) -> dict[str, float]:
     soft, _ = system.policy_rl.soft_reward(
         logits_before,
         logits[-1],
-        targets.output,
+        target,
         size_logits_before=before.size_logits,
         size_logits_after=after.size_logits,
         target_size=targets.size,
@@ -711,7 +713,7 @@ def train_step(run: Run, batch: Any, targets: Any) -> dict[str, float]:
     # 6. EFE loss, hard cells first, size part weighted by the curriculum; then the combination.
     efe = system.efe_loss(
         logits=logits,
-        target=targets.output,
+        target=target,
         confidence=after.confidence,
         size_right=size_right,
         size_logits=after.size_logits,
@@ -759,8 +761,8 @@ def train_step(run: Run, batch: Any, targets: Any) -> dict[str, float]:
         system.policy_rl.update(info, reward, after_state)
 
     # 9. Memory: tasks above the moving threshold are kept; the threshold follows the accuracy.
-    accuracy = cell_accuracy(shown, targets.output, size_right)
-    exact = exact_match(shown, targets.output, size_right).float()
+    accuracy = cell_accuracy(shown, target, size_right)
+    exact = exact_match(shown, target, size_right).float()
     counts = torch.bincount(batch.query_task, minlength=batch.n_tasks).clamp(min=1)
     by_task = torch.zeros(batch.n_tasks, device=run.device)
     by_task = by_task.index_add(0, batch.query_task, accuracy) / counts
@@ -861,8 +863,18 @@ def validation_keys(tasks: Any, limit: int | None, seed: int) -> set[Any]:
     return set(keys)
 
 
-def save(run: Run, persistence: Any, *, best_of: str | None = None, **metrics: float) -> None:
-    """Write a checkpoint (and best_model.pt, if `best_of` names the metric that rose)."""
+def save(
+    run: Run,
+    persistence: Any,
+    *,
+    best_of: str | None = None,
+    wait: bool = False,
+    **metrics: float,
+) -> None:
+    """Write a checkpoint (and best_model.pt, if `best_of` names the metric that rose).
+
+    wait: until it is on the disk; for saves that must not be skipped.
+    """
     from model_persistence import capture_rng_state
 
     progress = run.progress
@@ -873,7 +885,7 @@ def save(run: Run, persistence: Any, *, best_of: str | None = None, **metrics: f
     extra["rng"] = capture_rng_state()
     modules = [*run.system.modules().values(), run.optimizer]
     where = {"epoch": progress.epoch, "batch": progress.batch - 1, "metrics": metrics}
-    persistence.save_checkpoint(*modules, **where, extra=extra)
+    persistence.save_checkpoint(*modules, **where, extra=extra, wait=wait)
     if best_of is not None:
         persistence.save_best_model(*modules, **where, metric_name=best_of, extra=extra)
 
@@ -955,8 +967,8 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
         seed=args.seed,
     )
     system = arc_system.build_system(config, device, offline=args.offline)
-    qwen_lr = args.qwen_lr
-    groups = parameter_groups(system, args, qwen_lr)
+    collator = Collator()
+    groups = parameter_groups(system, args, args.qwen_lr)
     optimizer = MuonAdamW(groups, weight_decay=args.weight_decay)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return Run(
@@ -974,8 +986,9 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
             max_context=args.max_context,
             max_side=args.max_side,
             augment=args.views == "on",
+            collator=collator,
         ),
-        collator=Collator(),
+        collator=collator,
         schedule=Schedule(
             args.schedule, args.warmup_batches, *(args.schedule_batches or (None, None))
         ),
@@ -1162,7 +1175,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
     args, progress, say = run.args, run.progress, run.log.say
     if persistence is not None:  # a kill during validation must not cost the epoch
         run.log.flush()
-        save(run, persistence)
+        save(run, persistence, wait=True)
     mean = {name: value / max(1, progress.counted) for name, value in progress.sums.items()}
     line = "=" * 70
     say(line)
@@ -1210,15 +1223,15 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
         better = metric is not None and metric > progress.best
         if better:
             progress.best = metric
-        save(run, persistence, best_of=args.best_metric if better else None, **metrics)
+        best_of = args.best_metric if better else None
+        save(run, persistence, best_of=best_of, wait=True, **metrics)
 
 
 def leave_early(run: Run, persistence: Any, stop: Any) -> int:
     """A signal came: save, say how to go on, and leave with the signal's exit code."""
     run.log.flush()
     if persistence is not None:
-        save(run, persistence)
-        persistence.flush()
+        save(run, persistence, wait=True)
     run.log.say(
         f"Stopped by {stop.name}; everything is saved. Go on with:\n"
         f"    python trainloop_complete_with_fixes.py --resume {run.log.folder} "
@@ -1294,6 +1307,9 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             max_checkpoints=args.max_checkpoints,
             save_every_n_batches=args.save_every,
             drive_backup=args.drive_backup,
+            async_save=True,
+            on_message=run.log.say,
+            lock=False,  # held here, for life
         )
         try:
             if resuming:
