@@ -307,6 +307,47 @@ def _take_heads(x: Tensor, where: Tensor) -> Tensor:
     return y.view(*where.shape, heads, dim).transpose(1, 2)
 
 
+class EncoderBlock(nn.Module):
+    """Cells of one grid meet each other: attention, then the MLP with its 3x3."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config.width, config.heads)
+        self.mlp = Mlp(config.width, config.mlp_ratio)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, table: tuple[Tensor, Tensor], rows: int, cols: int
+    ) -> Tensor:
+        return self.mlp(self.attention(x, mask, table), mask, rows, cols)
+
+
+Keys = tuple[Tensor, Tensor, Tensor]  # keys, values (N, heads, M, head_dim), mask (N, M)
+
+
+class PlanningBlock(nn.Module):
+    """One refinement: look at the demonstrations' cells, at the prompt, at the own grid; think."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        super().__init__()
+        self.demonstrations = CrossAttention(config.width, config.heads)
+        self.prompt = CrossAttention(config.width, config.heads)
+        self.own = EncoderBlock(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        demonstrations: Keys,
+        prompt: Keys,
+        table: tuple[Tensor, Tensor],
+        rows: int,
+        cols: int,
+    ) -> Tensor:
+        x = self.demonstrations(x, *demonstrations, table)
+        x = self.prompt(x, *prompt, None)
+        return self.own(x, mask, table, rows, cols)
+
+
 class PointerHead(nn.Module):
     """Output colours as pointers over sources and constants, with evidence from demonstrations.
 
@@ -460,25 +501,8 @@ class ArcAgent(nn.Module):
         nn.init.normal_(self.right.weight, std=1.0 / math.sqrt(N_POINTERS))
         self.film = nn.Linear(width, width, bias=False)
         self.step_token = nn.Parameter(torch.zeros(config.n_steps, width))
-        self.encoder = nn.ModuleList(
-            [
-                nn.ModuleList([SelfAttention(width, config.heads), Mlp(width, config.mlp_ratio)])
-                for _ in range(config.encoder_blocks)
-            ]
-        )
-        self.blocks = nn.ModuleList(
-            [
-                nn.ModuleDict(
-                    {
-                        "cells": SelfAttention(width, config.heads),
-                        "demonstrations": CrossAttention(width, config.heads),
-                        "prompt": CrossAttention(width, config.heads),
-                        "mlp": Mlp(width, config.mlp_ratio),
-                    }
-                )
-                for _ in range(config.blocks)
-            ]
-        )
+        self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_blocks))
+        self.blocks = nn.ModuleList(PlanningBlock(config) for _ in range(config.blocks))
         self.pointer = PointerHead(config)
         self.size_head = SizeHead(width, config.n_size_candidates)
         self.size_query = nn.Sequential(
@@ -490,10 +514,12 @@ class ArcAgent(nn.Module):
 
     def _encode(self, x: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
         table = self._table(rows, cols, x.device)
-        for attention, mlp in self.encoder:  # type: ignore[misc]
-            x = attention(x, mask, table)
-            x = mlp(x, mask, rows, cols)
+        for block in self.encoder:
+            x = block(x, mask, table, rows, cols)
         return x
+
+    def _planning_blocks(self) -> list[PlanningBlock]:
+        return [block for block in self.blocks if isinstance(block, PlanningBlock)]
 
     def _table(self, rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
         dim = rotary_dim(self.config.width // self.config.heads)
@@ -540,13 +566,13 @@ class ArcAgent(nn.Module):
         pointer_table = rotary_table(rows, cols, pointer_dim, sources.device)
         demo_pointer_table = rotary_table(demos.rows, demos.cols, pointer_dim, sources.device)
         pointer_keys = _take_heads(self.pointer.keys(demos.tokens, demo_pointer_table), where)
-        keyed = []
-        for block in self.blocks:
-            k, v = block["demonstrations"].keys(demos.tokens, demo_table)  # type: ignore[index]
+        keyed: list[tuple[Keys, Keys]] = []
+        for block in self._planning_blocks():
+            k, v = block.demonstrations.keys(demos.tokens, demo_table)
             k, v = _take_heads(k, where), _take_heads(v, where)
-            demo_keys = block["demonstrations"].add_null(k, v, seen)  # type: ignore[index]
-            k, v = block["prompt"].keys(prompt.tokens, None)  # type: ignore[index]
-            keyed.append((demo_keys, block["prompt"].add_null(k, v, prompt.mask)))  # type: ignore[index]
+            demo_keys = block.demonstrations.add_null(k, v, seen)
+            k, v = block.prompt.keys(prompt.tokens, None)
+            keyed.append((demo_keys, block.prompt.add_null(k, v, prompt.mask)))
 
         flat_sources = sources.flatten(2).transpose(1, 2).long()
         outside = F.pad(flat_sources == OUTSIDE, (0, COLOURS))
@@ -554,11 +580,8 @@ class ArcAgent(nn.Module):
         all_logits, all_confidence = [], []
         for step in range(config.n_steps):
             x = x + self.step_token[step]
-            for block, (demo_keys, prompt_keys) in zip(self.blocks, keyed, strict=True):
-                x = block["demonstrations"](x, *demo_keys, table)  # type: ignore[index]
-                x = block["prompt"](x, *prompt_keys, None)  # type: ignore[index]
-                x = block["cells"](x, mask, table)  # type: ignore[index]
-                x = block["mlp"](x, mask, rows, cols)  # type: ignore[index]
+            for block, (demo_keys, prompt_keys) in zip(self._planning_blocks(), keyed, strict=True):
+                x = block(x, mask, demo_keys, prompt_keys, table, rows, cols)
             logits = self.pointer(x, flat_sources, outside, evidence)
             probability = logits.exp()
             x = x + self.answer(probability.to(x.dtype))

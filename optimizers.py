@@ -77,7 +77,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in params:
             by_shape[p.shape].append(p)
         for shape, same in by_shape.items():
-            grads = [p.grad for p in same]
+            grads = [p.grad for p in same if p.grad is not None]
             moments = []
             for p in same:
                 state = self.state[p]
@@ -93,7 +93,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
-        grads, first, second, steps = [], [], [], []
+        grads = [p.grad for p in params if p.grad is not None]
+        first: list[Tensor] = []
+        second: list[Tensor] = []
+        steps: list[float] = []
         for p in params:
             state = self.state[p]
             if not state:
@@ -101,7 +104,6 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
             state["step"] += 1
-            grads.append(p.grad)
             first.append(state["exp_avg"])
             second.append(state["exp_avg_sq"])
             steps.append(float(state["step"]))  # kept on the CPU: no sync

@@ -869,7 +869,7 @@ def save(
     *,
     best_of: str | None = None,
     wait: bool = False,
-    **metrics: float,
+    metrics: dict[str, float] | None = None,
 ) -> None:
     """Write a checkpoint (and best_model.pt, if `best_of` names the metric that rose).
 
@@ -884,7 +884,7 @@ def save(
     extra["qwen_cache"] = run.system.qwen.cache_state()
     extra["rng"] = capture_rng_state()
     modules = [*run.system.modules().values(), run.optimizer]
-    where = {"epoch": progress.epoch, "batch": progress.batch - 1, "metrics": metrics}
+    where = {"epoch": progress.epoch, "batch": progress.batch - 1, "metrics": metrics or {}}
     persistence.save_checkpoint(*modules, **where, extra=extra, wait=wait)
     if best_of is not None:
         persistence.save_best_model(*modules, **where, metric_name=best_of, extra=extra)
@@ -1100,7 +1100,7 @@ def train(run: Run, plan: Plan, persistence: Any, stop: Any) -> int:
                 )
             if persistence is not None and persistence.should_save_checkpoint(progress.total):
                 run.log.flush()
-                save(run, persistence, **public(figures))
+                save(run, persistence, metrics=public(figures))
             if stop.requested:
                 bar.close()
                 return leave_early(run, persistence, stop)
@@ -1190,7 +1190,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
     say(f"  Memory updates: {progress.memory_updates}")
     say(f"  Average Mask Ratio: {mean['mask_ratio']:.4f}")
     say(line)
-    row = {"kind": "epoch", "epoch": progress.epoch, **mean, "skipped": progress.skipped}
+    row: dict[str, Any] = {"kind": "epoch", "epoch": progress.epoch, **mean, "skipped": progress.skipped}
     if plan.validation:
         result = evaluate(run, plan.tasks, plan.validation, 1)
         exact = result["exact_at_1"] / max(1, result["n"])
@@ -1221,10 +1221,10 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
     if persistence is not None:
         metrics = {k: v for k, v in row.items() if isinstance(v, float)}
         better = metric is not None and metric > progress.best
-        if better:
+        if better and metric is not None:
             progress.best = metric
         best_of = args.best_metric if better else None
-        save(run, persistence, best_of=best_of, wait=True, **metrics)
+        save(run, persistence, best_of=best_of, wait=True, metrics=metrics)
 
 
 def leave_early(run: Run, persistence: Any, stop: Any) -> int:
@@ -1360,6 +1360,7 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, stop: Any, slices: An
             "minutes": (time.monotonic() - run.started) / 60,
             "device": device_name(run.device),
         }
+        assert run.log.folder is not None
         atomic_write_json(run.log.folder / "results.json", result)
         run.log.say(
             f"Final: {result['exact_at_2']}/{result['n']} exact in two attempts, "

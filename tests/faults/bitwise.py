@@ -16,7 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import KillFS, arguments, finish, forked, read_losses, scratch, share_of, train
+from harness import (
+    KillFS,
+    arguments,
+    finish,
+    forked,
+    read_losses,
+    scratch,
+    share_of,
+    train,
+    warm_up,
+)
 
 
 def die() -> None:
@@ -50,6 +60,7 @@ def plans(steps: int, share: str, seed: int) -> list[tuple[str, list[dict[str, A
 def run(batches: int = 32, share: str = "1/1", seed: int = 0) -> dict[str, Any]:
     """Kill, resume, compare; returns the figures."""
     figures: dict[str, Any] = {"runs": 0, "killed": 0, "equal": 0, "problems": []}
+    warm_up()
     with scratch() as root:
         for bf16 in (False, True):
             options: dict[str, Any] = {"epochs": 2, "batches": batches, "save_every": 5}

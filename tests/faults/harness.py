@@ -339,6 +339,14 @@ ERRORS["short write"] = "short"
 
 
 # -- helpers ---------------------------------------------------------------------------------------
+def warm_up() -> None:
+    """Do everything once, so that what torch imports lazily is not imported by every child."""
+    with scratch() as folder:
+        for bf16 in (False, True):
+            train(folder / str(bf16), epochs=1, batches=2, save_every=1, bf16=bf16)
+            train(folder / str(bf16), epochs=1, batches=3, save_every=1, bf16=bf16)
+
+
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
     """A folder that is gone afterwards; in memory where possible, as a thousand fsyncs are slow."""
@@ -454,4 +462,5 @@ __all__ = [
     "share_of",
     "temps",
     "train",
+    "warm_up",
 ]

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import arguments, finish, forked, read_losses, scratch, train
+from harness import arguments, finish, forked, read_losses, scratch, train, warm_up
 from kill_points import manager
 
 
@@ -30,6 +30,7 @@ def run(kills: int = 1000, seed: int = 0) -> dict[str, Any]:
         "problems": [],
     }
     options: dict[str, Any] = {"epochs": 2, "batches": 40, "save_every": 1}
+    warm_up()
     with scratch() as root:
         started = time.monotonic()
         status, lines = forked(lambda say: say(train(root / "reference", **options)))
@@ -45,7 +46,7 @@ def run(kills: int = 1000, seed: int = 0) -> dict[str, Any]:
                 last = number == 199 or figures["kills"] >= kills
                 ours = {**options, "async_save": number % 3 != 0}
 
-                def action(say: Any, ours: dict[str, Any] = ours) -> None:
+                def action(say: Any, work: Path = work, ours: dict[str, Any] = ours) -> None:
                     final = train(work, acknowledge=lambda i: say(f"ack {i}"), **ours)
                     say(final)
 
