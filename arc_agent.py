@@ -35,6 +35,9 @@ N_POINTERS = N_SOURCES + COLOURS  # what an output cell can point at
 EVIDENCE_FLOOR = 1e-3  # guess: a pointer never seen right keeps log(1e-3) of evidence
 
 
+Keys = tuple[Tensor, Tensor, Tensor]  # keys, values (N, heads, M, head_dim), mask (N, M)
+
+
 @dataclass(frozen=True)
 class AgentConfig:
     """Shape of the agent. Widths in channels; `n_steps` is what the planning loop runs."""
@@ -56,15 +59,32 @@ class AgentConfig:
 class DemonstrationCells:
     """The encoded demonstrations of a batch, one token per output cell.
 
-    tokens (pairs, cells, width); mask (pairs, cells) bool; right (pairs, cells, N_POINTERS)
-    float, 1 where that pointer names the demonstrated colour; rows, cols of the canvas.
+    plain (pairs, cells, width) encodes the input alone, as a query's cells are; tokens, of the same
+    shape, add what the output is; mask (pairs, cells) bool; right (pairs, cells, N_POINTERS) float,
+    1 where that pointer names the demonstrated colour; rows, cols of the canvas.
     """
 
+    plain: Tensor
     tokens: Tensor
     mask: Tensor
     right: Tensor
     rows: int
     cols: int
+
+
+@dataclass
+class Sight:
+    """What the agent sees of a batch's queries before any prompt: made once, planned from often.
+
+    cells (Q, cells, width) encoded; evidence and outside (Q, cells, N_POINTERS); sources
+    (Q, cells, K) int64; demonstrations: keys, values and mask for each planning block.
+    """
+
+    cells: Tensor
+    evidence: Tensor
+    outside: Tensor
+    sources: Tensor
+    demonstrations: list[Keys]
 
 
 @dataclass
@@ -321,9 +341,6 @@ class EncoderBlock(nn.Module):
         return self.mlp(self.attention(x, mask, table), mask, rows, cols)
 
 
-Keys = tuple[Tensor, Tensor, Tensor]  # keys, values (N, heads, M, head_dim), mask (N, M)
-
-
 class PlanningBlock(nn.Module):
     """One refinement: look at the demonstrations' cells, at the prompt, at the own grid; think."""
 
@@ -536,53 +553,67 @@ class ArcAgent(nn.Module):
         right = torch.cat([matches.float(), colours.float()], dim=-1) * mask.unsqueeze(-1)
         x = self.embed(sources, batch.demo_cells)
         x = x + self.place(batch.demo_output_size, rows, cols)
-        x = self._encode(x, _with_first(mask), rows, cols)
-        x = x + self.right(right)
-        return DemonstrationCells(x, mask, right, rows, cols)
+        plain = self._encode(x, _with_first(mask), rows, cols)
+        return DemonstrationCells(plain, plain + self.right(right), mask, right, rows, cols)
 
-    def plan(self, batch: Any, demos: DemonstrationCells, prompt: Any) -> AgentOutput:
-        """Predict every query of a batch. `prompt` has tokens (Q, L, width), mask (Q, L) bool and
-        summary (Q, width). Nothing here depends on a query's output."""
-        config = self.config
+    def look(self, batch: Any, demos: DemonstrationCells) -> Sight:
+        """Everything about a batch's queries that no prompt changes. No query's output is used."""
         sources = batch.query_sources
-        n, _, rows, cols = sources.shape
+        rows, cols = sources.shape[2:]
+        bound = batch.query_canvas
+        x = self.embed(sources, batch.query_cells) + self.place(bound, rows, cols)
+        x = self._encode(x, size_mask(bound, rows, cols).flatten(1), rows, cols)
+
+        where, seen = context_cells(demos, batch.context, self.config.max_context_cells)
+        dim = rotary_dim(self.config.pointer_width)
+        keys = self.pointer.keys(
+            demos.plain, rotary_table(demos.rows, demos.cols, dim, sources.device)
+        )
+        evidence = self.pointer.evidence_of(
+            x,
+            _take_heads(keys, where),
+            _take(demos.right, where),
+            seen,
+            rotary_table(rows, cols, dim, sources.device),
+        )
+        table = self._table(demos.rows, demos.cols, sources.device)
+        keyed = []
+        for block in self._planning_blocks():
+            k, v = block.demonstrations.keys(demos.tokens, table)
+            k, v = _take_heads(k, where), _take_heads(v, where)
+            keyed.append(block.demonstrations.add_null(k, v, seen))
+        flat = sources.flatten(2).transpose(1, 2).long()
+        return Sight(x, evidence, F.pad(flat == OUTSIDE, (0, COLOURS)), flat, keyed)
+
+    def plan(self, batch: Any, sight: Sight, prompt: Any) -> AgentOutput:
+        """Predict every query of a batch in five steps.
+
+        `prompt` has tokens (Q, L, width), mask (Q, L) bool and summary (Q, width). The size is
+        decided first, from the prompt and the size rules; then each step looks at demonstrations,
+        prompt and own cells, points, and feeds its answer back.
+        """
+        n, _, rows, cols = batch.query_sources.shape
         summary = prompt.summary
         size_logits = self.size_head(
             self.size_query(summary), batch.size_candidates, batch.size_support
         )
         size = choose_size(size_logits, batch.query_canvas)
-        inside = size_mask(size, rows, cols)
-        mask = inside.flatten(1)
-        table = self._table(rows, cols, sources.device)
-
-        x = self.embed(sources, batch.query_cells) + self.place(size, rows, cols)
-        x = self._encode(x, mask, rows, cols)
-        x = x + self.film(summary).unsqueeze(1)
-
-        where, seen = context_cells(demos, batch.context, config.max_context_cells)
-        right = _take(demos.right, where)
-        demo_table = self._table(demos.rows, demos.cols, sources.device)
-        pointer_dim = rotary_dim(config.pointer_width)
-        pointer_table = rotary_table(rows, cols, pointer_dim, sources.device)
-        demo_pointer_table = rotary_table(demos.rows, demos.cols, pointer_dim, sources.device)
-        pointer_keys = _take_heads(self.pointer.keys(demos.tokens, demo_pointer_table), where)
-        keyed: list[tuple[Keys, Keys]] = []
+        mask = size_mask(size, rows, cols).flatten(1)
+        table = self._table(rows, cols, mask.device)
+        prompt_keys: list[Keys] = []
         for block in self._planning_blocks():
-            k, v = block.demonstrations.keys(demos.tokens, demo_table)
-            k, v = _take_heads(k, where), _take_heads(v, where)
-            demo_keys = block.demonstrations.add_null(k, v, seen)
             k, v = block.prompt.keys(prompt.tokens, None)
-            keyed.append((demo_keys, block.prompt.add_null(k, v, prompt.mask)))
+            prompt_keys.append(block.prompt.add_null(k, v, prompt.mask))
 
-        flat_sources = sources.flatten(2).transpose(1, 2).long()
-        outside = F.pad(flat_sources == OUTSIDE, (0, COLOURS))
-        evidence = self.pointer.evidence_of(x, pointer_keys, right, seen, pointer_table)
+        x = sight.cells + self.film(summary).unsqueeze(1) + self.place(size, rows, cols)
         all_logits, all_confidence = [], []
-        for step in range(config.n_steps):
+        for step in range(self.config.n_steps):
             x = x + self.step_token[step]
-            for block, (demo_keys, prompt_keys) in zip(self._planning_blocks(), keyed, strict=True):
-                x = block(x, mask, demo_keys, prompt_keys, table, rows, cols)
-            logits = self.pointer(x, flat_sources, outside, evidence)
+            for block, demo_key, prompt_key in zip(
+                self._planning_blocks(), sight.demonstrations, prompt_keys, strict=True
+            ):
+                x = block(x, mask, demo_key, prompt_key, table, rows, cols)
+            logits = self.pointer(x, sight.sources, sight.outside, sight.evidence)
             probability = logits.exp()
             x = x + self.answer(probability.to(x.dtype))
             pooled = _masked_mean(self.state_norm(x).float(), mask)
@@ -616,11 +647,12 @@ class ArcAgent(nn.Module):
         if hasattr(input_grid, "query_sources"):
             if demos is None:
                 demos = self.read_demonstrations(input_grid)
-            return self.plan(input_grid, demos, prompt)
+            return self.plan(input_grid, self.look(input_grid, demos), prompt)
         batch = bare_batch(input_grid, self.config.n_size_candidates, self.film.weight.device)
         if prompt is None:
             prompt = EmptyPrompt(1, self.config.width, self.film.weight.device)
-        output = self.plan(batch, self.read_demonstrations(batch), prompt)
+        sight = self.look(batch, self.read_demonstrations(batch))
+        output = self.plan(batch, sight, prompt)
         return output.logits[:, 0]
 
 

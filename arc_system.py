@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arc_agent import AgentConfig, AgentOutput, ArcAgent, DemonstrationCells, size_mask
+from arc_agent import AgentConfig, AgentOutput, ArcAgent, Sight, size_mask
 from dataset_arc import N_SIZE_CANDIDATES, Batch
 from grid_features import N_CONTROL
 from loss_function import EFELoss
@@ -47,11 +47,11 @@ class SystemConfig:
 
 @dataclass
 class Reading:
-    """What the demonstrations of a batch say: the prompt, the encoded cells, pooled pairs."""
+    """What a batch says before any answer: the prompt, what the agent sees, pooled pairs."""
 
     batch: Batch
     prompt: Prompt
-    demos: DemonstrationCells
+    sight: Sight
     summary: Tensor  # (Q, width) of the demonstrations' own prompt, before memory and task tokens
     pair_summary: Tensor | None  # (C, width) each demonstration's tokens, pooled
 
@@ -94,12 +94,13 @@ class System:
         tokens, mask = self.solver2.tokens(batch.task_index, batch.view_id, keep_task, summary)
         prompt = prompt.extended(tokens.to(prompt.tokens.dtype), mask)
         pairs = prompt_of_pairs.mean(1) if prompt_of_pairs is not None else None
-        return Reading(batch, prompt, self.agent.read_demonstrations(batch), summary, pairs)
+        sight = self.agent.look(batch, self.agent.read_demonstrations(batch))
+        return Reading(batch, prompt, sight, summary, pairs)
 
     def answer(self, reading: Reading, tokens: Tensor | None = None) -> AgentOutput:
         """The agent's five planning steps; `tokens` replaces the prompt's (a refinement)."""
         prompt = reading.prompt if tokens is None else Prompt(tokens, reading.prompt.mask)
-        return self.agent.plan(reading.batch, reading.demos, prompt)
+        return self.agent.plan(reading.batch, reading.sight, prompt)
 
     def refine(
         self,

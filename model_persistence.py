@@ -1571,6 +1571,7 @@ class ModelPersistence:
         async_save: copy into memory and write in a thread; the loop is blocked only for the copy. At
             most one write is in flight; a save that comes too early is skipped and counted.
         fs, drive_fs: the file operations.
+        drive_options: further arguments of `DriveBackup` (keep, stall_timeout_s, backoff_s, ...).
         on_message: receives one-line reports, always in the caller's thread; default: logging.
         lock: take the run's lock at the first save; LockedError if another process holds it.
 
@@ -1588,6 +1589,7 @@ class ModelPersistence:
         async_save: bool = False,
         fs: FileSystem = REAL_FS,
         drive_fs: FileSystem | None = None,
+        drive_options: Mapping[str, Any] | None = None,
         on_message: Callable[[str], None] | None = None,
         lock: bool = True,
         verify_live: bool = True,
@@ -1633,6 +1635,7 @@ class ModelPersistence:
                 wanted=self._wanted_on_drive,
                 on_message=self._messages.put,
                 fs=drive_fs or REAL_FS,
+                **(drive_options or {}),
             )
 
     # -- what is there ---------------------------------------------------------------------------
@@ -2809,6 +2812,7 @@ class DriveBackup:
             identity = _identity(path)
             if identity is not None and self._copy(path, name, generation):
                 self._done[name] = identity
+                self.failures_in_a_row = 0  # slow and flaky is not lost
         for name in RUN_SIDE_FILES:
             path = self.run_dir / name
             identity = _identity(path)
@@ -2816,6 +2820,7 @@ class DriveBackup:
                 continue
             if identity[0] <= MAX_SIDE_FILE_BYTES and self._copy(path, name, generation, False):
                 self._done[name] = identity
+                self.failures_in_a_row = 0
         self._prune({n for _, n in wanted}, generation)
 
     def _check_mount(self, generation: int) -> None:
@@ -2874,8 +2879,7 @@ class DriveBackup:
                 raise
             self._step(generation)
             if mark:
-                record = {"name": name, "size": size, "sha256": sha256, "copied": _now()}
-                atomic_write_json(ok, record, self._fs)
+                self._mark(ok, name, size, sha256)
             return True
         finally:
             REAL_FS.close(fd)
@@ -2909,12 +2913,10 @@ class DriveBackup:
                 size += got
 
     def _already_there(self, target: Path, ok: Path, fd: int, size: int, generation: int) -> bool:
-        """A copy from an earlier process, complete and unchanged."""
-        record = read_json(ok, self._fs)
-        if not isinstance(record, dict) or record.get("size") != size:
-            return False
+        """A complete copy from an earlier attempt or process; its mark is added if it is missing."""
         if not _exists(self._fs, target) or self._fs.stat(target).st_size != size:
             return False
+        record = read_json(ok, self._fs)
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(self._chunk_bytes))
         REAL_FS.seek(fd, 0)
@@ -2922,7 +2924,17 @@ class DriveBackup:
             self._step(generation)
             digest.update(buffer[:got])
         mine = digest.hexdigest()
-        return mine == record.get("sha256") and self._hash_back(target, generation) == (size, mine)
+        if isinstance(record, dict) and record.get("sha256") != mine:
+            return False
+        if self._hash_back(target, generation) != (size, mine):
+            return False
+        if not isinstance(record, dict):
+            self._mark(ok, target.name, size, mine)
+        return True
+
+    def _mark(self, ok: Path, name: str, size: int, sha256: str) -> None:
+        record = {"name": name, "size": size, "sha256": sha256, "copied": _now()}
+        atomic_write_json(ok, record, self._fs)
 
     def _prune(self, wanted: set[str], generation: int) -> None:
         """Remove older checkpoints from Drive, their marks first; and temporary files left there."""

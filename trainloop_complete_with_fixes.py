@@ -11,7 +11,6 @@ in the order things happen. Nothing runs at import.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -23,8 +22,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-EXIT_DONE, EXIT_UNEXPECTED, EXIT_ARGUMENTS, EXIT_MISSING = 0, 1, 2, 3
-EXIT_MEMORY, EXIT_DIVERGED = 4, 5
+from command_line import (
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_MEMORY,
+    EXIT_MISSING,
+    EXIT_UNEXPECTED,
+    Parser,
+    UserError,
+    number,
+    pick_device,
+    pick_precision,
+)
+
 LOG_EVERY = 50  # batches between two batch lines
 MAX_SKIPPED_IN_A_ROW = 25  # non-finite batches in a row before the run counts as diverged
 FINAL_RESERVE_S = 6.0  # seconds kept for saving and leaving at the end of a time budget
@@ -33,36 +43,6 @@ FINAL_RESERVE_S = 6.0  # seconds kept for saving and leaving at the end of a tim
 # ---------------------------------------------------------------------------------------------
 # Command line (standard library only: --help must not wait for torch)
 # ---------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with a suggestion for a misspelt flag."""
-
-    def error(self, message: str) -> Any:
-        if message.startswith("unrecognized arguments:"):
-            known = [option for action in self._actions for option in action.option_strings]
-            for word in message.split(":", 1)[1].split():
-                close = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.5)
-                if word.startswith("-") and close:
-                    message += f". Did you mean {close[0]}?"
-                    break
-        self.exit(EXIT_ARGUMENTS, f"{self.prog}: error: {message}\n")
-
-
-def number(kind: type, low: float, high: float = float("inf")) -> Any:
-    """An argparse type: a finite number in [low, high]."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not low <= value <= high or value != value:
-            top = "" if high == float("inf") else f" and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}{top}")
-        return value
-
-    return parse
 
 
 def batch_pair(text: str) -> tuple[int, int]:
@@ -369,14 +349,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------
 
 
-class UserError(Exception):
-    """Something the user can put right: one message (what, why, fix) and an exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 class RunLog:
     """Lines to console and training.log, objects to metrics.jsonl.
 
@@ -491,45 +463,6 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.__dataclass_fields__:
             setattr(self, name, state[name])
-
-
-def pick_device(name: str) -> str:
-    """auto -> cuda where there is one, else cpu; a GPU that is not there is an argument error."""
-    import torch
-
-    there = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if there else "cpu"
-    if name.startswith("cuda"):
-        if not there:
-            built = torch.version.cuda is not None
-            why = "no CUDA device is visible" if built else "this torch build has no CUDA"
-            raise UserError(
-                f"--device {name}: {why}. Use --device cpu, or install a CUDA build of torch on a "
-                "machine with a GPU.",
-                EXIT_ARGUMENTS,
-            )
-        index = int(name[5:]) if ":" in name else 0
-        if index >= torch.cuda.device_count():
-            raise UserError(
-                f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0.",
-                EXIT_ARGUMENTS,
-            )
-    return name
-
-
-def pick_precision(amp: str, device: str) -> tuple[Any, bool]:
-    """(autocast dtype or None, whether gradients need scaling) for --amp on a device."""
-    import torch
-
-    if amp == "auto":
-        if device == "cpu":
-            return None, False
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "bf16" if native else "fp16"
-    if amp == "off":
-        return None, False
-    return (torch.bfloat16, False) if amp == "bf16" else (torch.float16, True)
 
 
 def generator_for(device: str, *numbers: int) -> Any:
@@ -782,15 +715,27 @@ def train_step(run: Run, batch: Any, targets: Any) -> dict[str, float]:
             breakdown["d_acc"].mean(),
             accuracy.mean(),
             exact.mean(),
+            size_right.float().mean(),
             keep.sum().float(),
             info.change_frac.float() if info is not None else torch.zeros((), device=run.device),
         ]
     ).tolist()  # the one sync of a batch
-    names = ("loss", "reward", "mask_ratio", "d_acc", "accuracy", "exact", "stored", "change")
+    names = (
+        "loss",
+        "reward",
+        "mask_ratio",
+        "d_acc",
+        "accuracy",
+        "exact",
+        "size",
+        "stored",
+        "change",
+    )
     result = dict(zip(names, figures, strict=True))
     run.threshold.update(result["accuracy"])
     progress.memory_updates += 0 if args.no_memory else int(result["stored"])
-    return result | {"qwen_grad": qwen_grad, "lr_factor": factor}
+    pairs = len(targets.size)
+    return result | {"qwen_grad": qwen_grad, "lr_factor": factor, "pairs": pairs}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -881,6 +826,7 @@ def save(
     progress.elapsed_s = time.monotonic() - run.started
     extra = {name: part.state_dict() for name, part in run.state().items()}
     extra["config"] = run_config(run)
+    extra |= model_identity(run)
     extra["qwen_cache"] = run.system.qwen.cache_state()
     extra["rng"] = capture_rng_state()
     modules = [*run.system.modules().values(), run.optimizer]
@@ -888,6 +834,27 @@ def save(
     persistence.save_checkpoint(*modules, **where, extra=extra, wait=wait)
     if best_of is not None:
         persistence.save_best_model(*modules, **where, metric_name=best_of, extra=extra)
+
+
+def model_identity(run: Run) -> dict[str, Any]:
+    """What another process needs to rebuild the model from one file, without the run directory.
+
+    average_names: "module.parameter" of each averaged tensor, in the average's order.
+    """
+    import dataclasses
+
+    system = run.system
+    names = {
+        id(p): f"{module}.{name}"
+        for module, part in system.modules().items()
+        for name, p in part.named_parameters()
+    }
+    return {
+        # "auto" may mean another thing on another device: the mode that was used is kept.
+        "system": dataclasses.asdict(system.config) | {"qwen_train": system.qwen.train_mode},
+        "task_ids": list(run.stream.task_table),
+        "average_names": [names[id(p)] for p in run.average.params],
+    }
 
 
 def restore(run: Run, metadata: dict[str, Any]) -> None:
@@ -1079,9 +1046,9 @@ def train(run: Run, plan: Plan, persistence: Any, stop: Any) -> int:
             figures["accuracy_delta"] = figures["d_acc"]
             if progress.batch % LOG_EVERY == 0:
                 log_batch(run, figures)
-            run.log.record(
-                {"kind": "batch", "epoch": progress.epoch, "batch": progress.batch, **figures}
-            )
+            minutes = (time.monotonic() - run.started) / 60
+            where = {"epoch": progress.epoch, "batch": progress.batch, "minutes": minutes}
+            run.log.record({"kind": "batch", **where, **figures})
             for name in SUMS:
                 progress.sums[name] += figures[name]
             progress.counted += 1
@@ -1190,7 +1157,12 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
     say(f"  Memory updates: {progress.memory_updates}")
     say(f"  Average Mask Ratio: {mean['mask_ratio']:.4f}")
     say(line)
-    row: dict[str, Any] = {"kind": "epoch", "epoch": progress.epoch, **mean, "skipped": progress.skipped}
+    row: dict[str, Any] = {
+        "kind": "epoch",
+        "epoch": progress.epoch,
+        **mean,
+        "skipped": progress.skipped,
+    }
     if plan.validation:
         result = evaluate(run, plan.tasks, plan.validation, 1)
         exact = result["exact_at_1"] / max(1, result["n"])

