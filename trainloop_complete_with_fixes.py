@@ -386,10 +386,26 @@ class RunLog:
                 file.write(text)
         self.rows = []
 
+    def last_batch(self) -> tuple[int, int] | None:
+        """(epoch, batch) of the newest batch in metrics.jsonl, None without one."""
+        if self.folder is None or not (self.folder / "metrics.jsonl").exists():
+            return None
+        found = None
+        for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # a torn last line
+            if row.get("kind") == "batch":
+                found = (row["epoch"], row["batch"])
+        return found
+
     def rewind(self, epoch: int, batch: int) -> None:
         """Drop metrics of batches at or after (epoch, batch): a resumed run writes them again."""
         if self.folder is None:
             return
+        from model_persistence import atomic_write_bytes
+
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
@@ -402,7 +418,8 @@ class RunLog:
             done = float("inf") if row.get("kind") == "epoch" else row.get("batch", -1)
             if row.get("kind") == "start" or (row.get("epoch", -1), done) < (epoch, batch):
                 keep.append(line)
-        path.write_text("".join(line + "\n" for line in keep), encoding="utf-8")
+        text = "".join(line + "\n" for line in keep)
+        atomic_write_bytes(path, text.encode())
 
     def close(self) -> None:
         self.flush()
@@ -452,8 +469,8 @@ class Progress:
     memory_updates: int = 0  # of this epoch
     untrained_accuracy: float = -1.0  # validation cell accuracy before training; -1 = not measured
     best: float = float("-inf")
-    elapsed_s: float = 0.0
-    epoch_s: float = 0.0
+    last_epoch: int = 0  # of the last batch done
+    last_batch: int = -1
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
     counted: int = 0
 
@@ -463,6 +480,24 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.__dataclass_fields__:
             setattr(self, name, state[name])
+
+
+@dataclass
+class Clock:
+    """Seconds spent, over all processes of the run. Saved, but no part of the training state."""
+
+    elapsed_s: float = 0.0
+    epoch_s: float = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"elapsed_s": self.elapsed_s, "epoch_s": self.epoch_s}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.elapsed_s, self.epoch_s = state["elapsed_s"], state["epoch_s"]
+
+
+class StopRequested(Exception):
+    """A signal came while an evaluation was running; nothing of the training state is half done."""
 
 
 def generator_for(device: str, *numbers: int) -> Any:
@@ -546,9 +581,11 @@ class Run:
     threshold: Any
     monitor: Any
     log: RunLog
+    clock: Clock
     started: float  # time.monotonic() of the process's start
     train_started: float = 0.0  # time.monotonic() of this process's first batch
     resumed_at: int = 0  # batches that were done before this process
+    stop: Any = None  # StopSignals, while they are caught
 
     def autocast(self) -> Any:
         import torch
@@ -567,6 +604,7 @@ class Run:
             "curriculum": self.curriculum,
             "threshold": self.threshold,
             "monitor": self.monitor,
+            "clock": self.clock,
         }
 
 
@@ -763,6 +801,12 @@ def evaluate(
     bar = tqdm(
         total=len(keys) * n_views, desc=title, unit="query", leave=False, disable=no_bar(run.args)
     )
+
+    def step(n: int) -> None:
+        bar.update(n)
+        if run.stop is not None and run.stop.requested:
+            raise StopRequested
+
     with run.average.applied():
         predictions = predict_tasks(
             run.system,
@@ -776,7 +820,7 @@ def evaluate(
             collator=run.collator,
             only=keys,
             deadline=deadline,
-            progress=bar.update,
+            progress=step,
         )
     bar.close()
     return score(predictions, wanted, slices)
@@ -823,14 +867,14 @@ def save(
     from model_persistence import capture_rng_state
 
     progress = run.progress
-    progress.elapsed_s = time.monotonic() - run.started
+    run.clock.elapsed_s = time.monotonic() - run.started
     extra = {name: part.state_dict() for name, part in run.state().items()}
     extra["config"] = run_config(run)
     extra |= model_identity(run)
     extra["qwen_cache"] = run.system.qwen.cache_state()
     extra["rng"] = capture_rng_state()
     modules = [*run.system.modules().values(), run.optimizer]
-    where = {"epoch": progress.epoch, "batch": progress.batch - 1, "metrics": metrics or {}}
+    where = {"epoch": progress.last_epoch, "batch": progress.last_batch, "metrics": metrics or {}}
     persistence.save_checkpoint(*modules, **where, extra=extra, wait=wait)
     if best_of is not None:
         persistence.save_best_model(*modules, **where, metric_name=best_of, extra=extra)
@@ -857,16 +901,19 @@ def model_identity(run: Run) -> dict[str, Any]:
     }
 
 
-def restore(run: Run, metadata: dict[str, Any]) -> None:
-    """Put back everything `save` wrote beside modules and optimizer; random state last."""
+def restore(run: Run, metadata: dict[str, Any]) -> list[str]:
+    """Put back everything `save` wrote beside modules and optimizer; random state last.
+
+    Returns what of the random state could not be put back.
+    """
     from model_persistence import restore_rng_state
 
     extra = metadata["extra"]
     for name, part in run.state().items():
         part.load_state_dict(extra[name])
     run.system.qwen.load_cache_state(extra["qwen_cache"])
-    run.started = time.monotonic() - run.progress.elapsed_s
-    restore_rng_state(extra["rng"])
+    run.started = time.monotonic() - run.clock.elapsed_s
+    return restore_rng_state(extra["rng"])
 
 
 # A resumed run must agree on these; --epochs, --device, --max_batches and logging may change.
@@ -964,6 +1011,7 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
         threshold=DynamicMemoryThreshold(),
         monitor=GradientMonitor(),
         log=RunLog(folder, quiet=args.quiet),
+        clock=Clock(),
         started=started,
     )
 
@@ -1023,8 +1071,8 @@ class Plan:
     deadline: float | None  # time.monotonic() at which the process should be done
 
 
-def train(run: Run, plan: Plan, persistence: Any, stop: Any) -> int:
-    """Epochs of batches from where `run.progress` says; returns the exit code."""
+def train(run: Run, plan: Plan, persistence: Any) -> None:
+    """Epochs of batches from where `run.progress` says. Raises StopRequested after a signal."""
     from tqdm import tqdm
 
     args, progress = run.args, run.progress
@@ -1032,7 +1080,7 @@ def train(run: Run, plan: Plan, persistence: Any, stop: Any) -> int:
         n_batches = run.stream.n_batches(progress.epoch)
         if args.max_batches:
             n_batches = min(n_batches, args.max_batches)
-        epoch_started = time.monotonic() - progress.epoch_s
+        epoch_started = time.monotonic() - run.clock.epoch_s
         bar = tqdm(
             total=n_batches,
             initial=min(progress.batch, n_batches),
@@ -1052,9 +1100,10 @@ def train(run: Run, plan: Plan, persistence: Any, stop: Any) -> int:
             for name in SUMS:
                 progress.sums[name] += figures[name]
             progress.counted += 1
+            progress.last_epoch, progress.last_batch = progress.epoch, progress.batch
             progress.batch += 1
             progress.total += 1
-            progress.epoch_s = time.monotonic() - epoch_started
+            run.clock.epoch_s = time.monotonic() - epoch_started
             bar.update()
             plan_decay(run, plan)
             if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -1068,18 +1117,15 @@ def train(run: Run, plan: Plan, persistence: Any, stop: Any) -> int:
             if persistence is not None and persistence.should_save_checkpoint(progress.total):
                 run.log.flush()
                 save(run, persistence, metrics=public(figures))
-            if stop.requested:
+            if run.stop is not None and run.stop.requested:
                 bar.close()
-                return leave_early(run, persistence, stop)
+                raise StopRequested
             if done_by_schedule(run) or out_of_time(plan):
                 break
         bar.close()
         finish_epoch(run, plan, persistence)
-        if stop.requested:
-            return leave_early(run, persistence, stop)
-        if done_by_schedule(run) or out_of_time(plan):
+        if out_of_time(plan):
             break
-    return EXIT_DONE
 
 
 def batches_of_epoch(run: Run, n_batches: int) -> Any:
@@ -1179,7 +1225,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
             "cell_accuracy": result["cell_accuracy"],
             "size_accuracy": result["size_accuracy"],
         }
-    say(f"[Epoch {progress.epoch}] Time: {progress.epoch_s:.2f}s", important=True)
+    say(f"[Epoch {progress.epoch}] Time: {run.clock.epoch_s:.2f}s", important=True)
     row |= {"minutes": (time.monotonic() - run.started) / 60, "batch": progress.batch}
     run.log.record(row)
     run.log.flush()
@@ -1188,7 +1234,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
     progress.memory_updates = 0
     progress.sums = dict.fromkeys(SUMS, 0.0)
     progress.counted = 0
-    progress.epoch_s = 0.0
+    run.clock.epoch_s = 0.0
     metric = row.get(args.best_metric)
     if persistence is not None:
         metrics = {k: v for k, v in row.items() if isinstance(v, float)}
@@ -1199,8 +1245,9 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
         save(run, persistence, best_of=best_of, wait=True, metrics=metrics)
 
 
-def leave_early(run: Run, persistence: Any, stop: Any) -> int:
+def leave_early(run: Run, persistence: Any) -> int:
     """A signal came: save, say how to go on, and leave with the signal's exit code."""
+    stop = run.stop
     run.log.flush()
     if persistence is not None:
         save(run, persistence, wait=True)
@@ -1284,16 +1331,20 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             lock=False,  # held here, for life
         )
         try:
+            run.stop = stop
             if resuming:
                 resume(run, persistence)
             atomic_write_json(folder / "config.json", full_config(run, tasks))
-            return run_to_the_end(run, plan, persistence, stop, slices_of(tasks))
+            run_to_the_end(run, plan, persistence, slices_of(tasks))
+            return EXIT_DONE
+        except StopRequested:
+            return leave_early(run, persistence)
         finally:
             persistence.close()
             run.log.close()
 
 
-def run_to_the_end(run: Run, plan: Plan, persistence: Any, stop: Any, slices: Any) -> int:
+def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
     """Untrained accuracy, the loop, the final evaluation with voting, results.json."""
     from model_persistence import atomic_write_json
 
@@ -1316,9 +1367,7 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, stop: Any, slices: An
         share = min(wanted, 0.25 * 60 * args.time_budget)
         plan.train_until = plan.deadline - FINAL_RESERVE_S - max(share, 1.3 * eval_s)
     run.train_started, run.resumed_at = time.monotonic(), progress.total
-    code = train(run, plan, persistence, stop)
-    if code != EXIT_DONE:
-        return code
+    train(run, plan, persistence)
     if plan.final:
         until = plan.deadline - FINAL_RESERVE_S if plan.deadline is not None else None
         result = evaluate(
@@ -1343,16 +1392,15 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, stop: Any, slices: An
         for name, counts in result["slices"].items():
             run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}")
     run.log.say(f"Run: {run.log.folder}", important=True)
-    return code
 
 
 def resume(run: Run, persistence: Any) -> None:
     """Load the newest good checkpoint, refuse a changed run, and say how exact it is."""
-    from model_persistence import compare_config
+    from model_persistence import compare_config, resume_report
 
     modules = [*run.system.modules().values(), run.optimizer]
     metadata = persistence.load_latest(*modules, device=run.device)
-    differences = compare_config(metadata["extra"]["config"], run_config(run))
+    differences = compare_config(metadata["extra"]["config"], run_config(run), may_change=())
     if differences and not run.args.allow_mismatch:
         raise UserError(
             "--resume: this run was started with other settings: "
@@ -1360,10 +1408,19 @@ def resume(run: Run, persistence: Any) -> None:
             + ". Use the same ones, or --allow_mismatch to insist.",
             EXIT_MISSING,
         )
-    restore(run, metadata)
+    seen = run.log.last_batch()
+    missing = restore(run, metadata)
     progress = run.progress
     run.log.rewind(progress.epoch, progress.batch)
-    run.log.say(f"Resumed at epoch {progress.epoch}, batch {progress.batch}", important=True)
+    _, line = resume_report(
+        metadata,
+        rng_missing=missing,
+        mismatches=differences,
+        last_seen=seen,
+        batches_per_epoch=run.stream.n_batches(progress.epoch),
+    )
+    run.log.say(line, important=True)
+    run.log.say(f"Going on at epoch {progress.epoch}, batch {progress.batch}")
 
 
 def full_config(run: Run, tasks: Any) -> dict[str, Any]:
@@ -1415,6 +1472,8 @@ def main(argv: list[str] | None = None) -> int:
         return run_training(args, started)
     except UserError as error:
         message, code = str(error), error.code
+    except KeyboardInterrupt:  # before training: nothing to save
+        return 130
     except (DataError, ModelError, PersistenceError) as error:
         message, code = str(error), EXIT_MISSING
     except torch.OutOfMemoryError as error:

@@ -546,7 +546,7 @@ def test_overflow_queries_fit_in_their_own_batches(stream):
             fits.setdefault(key[0], []).append((whole, ok))
     assert fits["huge"].count((True, False)) == 3
     assert fits["huge"].count((False, True)) == 3
-    assert set(fits["grow"]) == {(True, False), (False, True)}
+    assert fits["grow"].count((False, True)) == 3  # asked again, whether or not it fitted before
     assert len(fits["two"]) == 3  # the query whose context holds the 12 x 12 output, once more
     quiet = da.TrainingStream(small_tasks(), 7, 8, overflow=False, collator=stream.collator)
     assert quiet.n_batches(0) == stream.n_batches(0) - sum(

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import threading
@@ -81,14 +82,13 @@ class RottingFS(FileSystem):
 
 
 class FlakyFS(FileSystem):
-    """Every fourth operation that changes something fails."""
+    """One in seven of the operations that change something fails."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.rng = random.Random(0)
 
     def _maybe(self) -> None:
-        self.count += 1
-        if self.count % 4 == 0:
+        if self.rng.random() < 1 / 7:
             raise OSError(errno.EIO, "flaky mount")
 
     def create(self, path: Path) -> int:
