@@ -147,6 +147,14 @@ def rotary_dim(head_dim: int) -> int:
     return max(4, head_dim // 2 // 4 * 4)
 
 
+class RmsNorm(nn.RMSNorm):
+    """RMSNorm whose gain follows the input's precision under autocast (no mixed-type kernel)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, tuple(self.normalized_shape), weight, self.eps)
+
+
 class CellEmbedding(nn.Module):
     """Source planes and cell features -> one vector per canvas cell.
 
@@ -211,7 +219,7 @@ class Mlp(nn.Module):
     def __init__(self, width: int, ratio: float, *, depthwise: bool = True) -> None:
         super().__init__()
         hidden = int(width * ratio)
-        self.norm = nn.RMSNorm(width)
+        self.norm = RmsNorm(width)
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width) if depthwise else None
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
@@ -232,10 +240,10 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, width // heads
-        self.norm = nn.RMSNorm(width)
+        self.norm = RmsNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim)
-        self.k_norm = nn.RMSNorm(self.head_dim)
+        self.q_norm = RmsNorm(self.head_dim)
+        self.k_norm = RmsNorm(self.head_dim)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -255,12 +263,12 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, width // heads
-        self.norm = nn.RMSNorm(width)
-        self.key_norm = nn.RMSNorm(width)
+        self.norm = RmsNorm(width)
+        self.key_norm = RmsNorm(width)
         self.q = nn.Linear(width, width, bias=False)
         self.kv = nn.Linear(width, 2 * width, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim)
-        self.k_norm = nn.RMSNorm(self.head_dim)
+        self.q_norm = RmsNorm(self.head_dim)
+        self.k_norm = RmsNorm(self.head_dim)
         self.out = nn.Linear(width, width, bias=False)
         self.null = nn.Parameter(torch.zeros(2, heads, self.head_dim))
 
@@ -303,9 +311,9 @@ def context_cells(demos: DemonstrationCells, context: Tensor, limit: int) -> tup
     flat = context.clamp(min=0).unsqueeze(-1) * cells
     where = (flat + torch.arange(cells, device=context.device)).flatten(1)
     seen = (demos.mask[context.clamp(min=0)] & (context >= 0).unsqueeze(-1)).flatten(1)
+    # M depends on shapes alone: the largest count of seen cells would let a query's own output (in
+    # its neighbours' contexts) change the rounding of its logits. Measured on CPU: 2% of a batch.
     keep = min(limit, where.shape[1])
-    if where.device.type == "cpu":  # on a GPU the count would be a sync
-        keep = max(1, min(keep, int(seen.sum(1).max())))
     if keep < where.shape[1]:
         changed = 1.0 - demos.right[..., 0].flatten()[where]
         scatter = (where * 40503 % 65536) / 65536.0  # a fixed hash of the cell's place
@@ -375,8 +383,8 @@ class PointerHead(nn.Module):
     def __init__(self, config: AgentConfig) -> None:
         super().__init__()
         self.heads, self.head_dim = config.pointer_heads, config.pointer_width
-        self.norm = nn.RMSNorm(config.width)
-        self.key_norm = nn.RMSNorm(config.width)
+        self.norm = RmsNorm(config.width)
+        self.key_norm = RmsNorm(config.width)
         inner = self.heads * self.head_dim
         self.query = nn.Linear(config.width, inner, bias=False)
         self.key = nn.Linear(config.width, inner, bias=False)
@@ -523,10 +531,10 @@ class ArcAgent(nn.Module):
         self.pointer = PointerHead(config)
         self.size_head = SizeHead(width, config.n_size_candidates)
         self.size_query = nn.Sequential(
-            nn.RMSNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+            RmsNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
         )
         self.confidence = nn.Linear(width + 1, 1)
-        self.state_norm = nn.RMSNorm(width)
+        self.state_norm = RmsNorm(width)
         self.backward_model = BackwardModel(config.backward_width, width)
 
     def _encode(self, x: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:

@@ -1,16 +1,17 @@
 """Prediction without targets, voting over views, and scoring.
 
-`predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `score` is the
-only place where predictions and outputs meet. It trains nothing and writes no files.
+`predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `outcomes` and
+`score` are the only places where predictions and outputs meet. It trains nothing and writes no files.
 `from evaluation import predict_tasks, score, without_outputs`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -134,17 +135,23 @@ def _vote_weights(batch: Batch, output: Any, backward: torch.Tensor) -> tuple[li
     return sure.tolist(), reversible.float().tolist()
 
 
-def score(
-    predictions: dict[Key, Prediction],
-    tasks: Sequence[Task],
-    slices: dict[str, set[Key]] | None = None,
-) -> dict[str, Any]:
-    """Compare predictions with the known outputs of `tasks`' tests.
+class Outcome(NamedTuple):
+    """How one predicted test output compares with the known one."""
 
-    Counts `n`, `exact_at_1`, `exact_at_2`; `size_accuracy` and `cell_accuracy` (of attempt 1; 0 for
-    a wrong size) as means; `tasks_solved` at two attempts; the same three counts per slice.
-    """
-    rows: dict[Key, tuple[bool, bool, bool, float]] = {}
+    attempt_1: bool  # exact
+    attempt_2: bool  # exact, in the second attempt alone
+    size: bool  # attempt 1 has the right size
+    cells: float  # share of right cells of attempt 1, 0 for a wrong size
+
+    @property
+    def exact(self) -> bool:
+        """Whether one of the two attempts is exact."""
+        return self.attempt_1 or self.attempt_2
+
+
+def outcomes(predictions: dict[Key, Prediction], tasks: Iterable[Task]) -> dict[Key, Outcome]:
+    """Compare every prediction whose output is known."""
+    found: dict[Key, Outcome] = {}
     for task in tasks:
         for number, pair in enumerate(task.tests):
             key = (task.task_id, number)
@@ -154,24 +161,38 @@ def score(
             right = [np.array_equal(grid, pair.output) for grid in attempts]
             size = attempts[0].shape == pair.output.shape
             cells = float((attempts[0] == pair.output).mean()) if size else 0.0
-            rows[key] = (right[0], any(right), size, cells)
+            found[key] = Outcome(right[0], any(right[1:]), size, cells)
+    return found
+
+
+def score(
+    predictions: dict[Key, Prediction],
+    tasks: Sequence[Task],
+    slices: Mapping[str, AbstractSet[Key]] | None = None,
+) -> dict[str, Any]:
+    """Compare predictions with the known outputs of `tasks`' tests.
+
+    Counts `n`, `exact_at_1`, `exact_at_2`; `size_accuracy` and `cell_accuracy` (of attempt 1; 0 for
+    a wrong size) as means; `tasks_solved` at two attempts; the same three counts per slice.
+    """
+    rows = outcomes(predictions, tasks)
     by_task: dict[str, list[bool]] = {}
     for (task_id, _), row in rows.items():
-        by_task.setdefault(task_id, []).append(row[1])
+        by_task.setdefault(task_id, []).append(row.exact)
 
     def counts(keys: Iterable[Key]) -> dict[str, int]:
         chosen = [rows[key] for key in keys if key in rows]
         return {
             "n": len(chosen),
-            "exact_at_1": sum(row[0] for row in chosen),
-            "exact_at_2": sum(row[1] for row in chosen),
+            "exact_at_1": sum(row.attempt_1 for row in chosen),
+            "exact_at_2": sum(row.exact for row in chosen),
         }
 
     n = max(1, len(rows))
     return {
         **counts(rows),
-        "size_accuracy": sum(row[2] for row in rows.values()) / n,
-        "cell_accuracy": sum(row[3] for row in rows.values()) / n,
+        "size_accuracy": sum(row.size for row in rows.values()) / n,
+        "cell_accuracy": sum(row.cells for row in rows.values()) / n,
         "tasks": len(by_task),
         "tasks_solved": sum(all(solved) for solved in by_task.values()),
         "slices": {name: counts(keys) for name, keys in (slices or {}).items()},

@@ -2673,6 +2673,8 @@ class DriveBackup:
         self._busy = False
         self._seen_mount = False
         self._stopped = False
+        self._pending = False
+        self._hung: list[threading.Thread] = []
         self.failures_in_a_row = 0
         self.abandoned = 0
         self.last_error = ""
@@ -2688,28 +2690,37 @@ class DriveBackup:
         with self._guard:
             if self._stopped:
                 return
+            self._pending = True
             self._idle.clear()
             self._wake.set()
-            if self._worker is None:
-                self._spawn()
+            self._spawn_if_allowed()
 
     def check(self) -> None:
         """Replace a worker that has made no progress for `stall_timeout_s`."""
         with self._guard:
-            stalled = self._busy and time.monotonic() - self._progress_s > self._stall_timeout_s
-            if not stalled or self._stopped:
+            if self._stopped:
                 return
-            self.abandoned += 1
-            self.last_error = f"no progress for {self._stall_timeout_s:g} s"
-            self._generation += 1
-            self._busy = False
-            self._worker = None
-            if self.abandoned >= self.MAX_ABANDONED:
-                self._set_state("lost")
-                self._stopped = True
-                self._idle.set()
-                return
-            self._set_state("degraded")
+            now = time.monotonic()
+            if self._busy and now - self._progress_s > self._stall_timeout_s:
+                self.abandoned += 1
+                self.last_error = f"no progress for {self._stall_timeout_s:g} s"
+                self._generation += 1
+                self._busy = False
+                if self._worker is not None:
+                    self._hung.append(self._worker)
+                self._worker = None
+                self._hung = [t for t in self._hung if t.is_alive()]
+                lost = len(self._hung) >= self.MAX_ABANDONED
+                self._set_state("lost" if lost else "degraded")
+                if lost:  # tried again when one of them comes back
+                    self._idle.set()
+                self._wake.set()
+            if self._pending:
+                self._spawn_if_allowed()
+
+    def _spawn_if_allowed(self) -> None:
+        self._hung = [t for t in self._hung if t.is_alive()]
+        if self._worker is None and len(self._hung) < self.MAX_ABANDONED:
             self._spawn()
 
     def status(self) -> dict[str, Any]:
@@ -2785,6 +2796,7 @@ class DriveBackup:
             self._set_state("ok")
             with self._guard:
                 if not self._wake.is_set():
+                    self._pending = False
                     self._idle.set()
 
     def _sleep(self, generation: int) -> None:

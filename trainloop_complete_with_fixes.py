@@ -134,6 +134,13 @@ def build_parser() -> Parser:
         help="train on tasks whose demonstrations fit this side, in cells (default: %(default)s)",
     )
     data.add_argument(
+        "--cost_power",
+        type=number(real, 0, 2),
+        metavar="P",
+        help="a task of c cells appears (100 / c) ** P times an epoch, at most once, c the area of "
+        "its largest demonstration grid; 0 = always (default: 0; 0.5 on CPU with --time_budget)",
+    )
+    data.add_argument(
         "--max_context",
         type=number(whole, 1, 16),
         default=4,
@@ -918,7 +925,7 @@ def restore(run: Run, metadata: dict[str, Any]) -> list[str]:
 
 # A resumed run must agree on these; --epochs, --device, --max_batches and logging may change.
 FIXED_ARGUMENTS = (
-    "seed", "batch_size", "grad_accum", "max_side", "max_context", "views", "qwen_model",
+    "seed", "cost_power", "batch_size", "grad_accum", "max_side", "max_context", "views", "qwen_model",
     "qwen_train", "qwen_cache_interval", "width", "blocks", "agent_lr", "qwen_lr",
     "task_lr_factor", "optimizer", "weight_decay", "warmup_batches", "schedule", "decay_frac",
     "clip", "ema", "prompt", "policy", "no_memory", "no_task_tokens", "no_efe_extras",
@@ -946,8 +953,11 @@ def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
         args.width = 96 if on_cpu else 512
     if args.blocks is None:
         args.blocks = 1 if on_cpu else 2
-    if args.val_pairs is None and on_cpu and args.time_budget:
+    short = on_cpu and args.time_budget is not None
+    if args.val_pairs is None and short:
         args.val_pairs = 200
+    if args.cost_power is None:
+        args.cost_power = 0.5 if short else 0.0
 
 
 def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: float) -> Run:
@@ -999,6 +1009,7 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
             batch_size=args.batch_size,
             max_context=args.max_context,
             max_side=args.max_side,
+            task_weights=lambda task: frequency(task, args.cost_power),
             augment=args.views == "on",
             collator=collator,
         ),
@@ -1014,6 +1025,12 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
         clock=Clock(),
         started=started,
     )
+
+
+def frequency(task: Any, power: float) -> float:
+    """How often a task appears in an epoch: once up to 100 cells, then less by `power`."""
+    grids = [g for pair in task.demonstrations for g in (pair.input, pair.output)]
+    return min(1.0, (100 / max(grid.size for grid in grids)) ** power)
 
 
 def new_run_folder(runs_dir: Path) -> Path:

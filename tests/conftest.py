@@ -177,10 +177,29 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def system() -> Any:
-    """A small untrained system in evaluation mode, width 32, 6 known tasks. Do not change it."""
+def task_set(tasks_file: Path) -> Any:
+    """The synthetic tasks, loaded as the trainer loads them."""
+    return dataset_arc.load_tasks(tasks_file)
+
+
+def lively_system(seed: int = 0, **options: Any) -> Any:
+    """A small system of which no weight is at its (often zero) start, so that nothing hides there.
+
+    `options` go to SystemConfig; evaluation mode.
+    """
     import arc_system
 
-    return arc_system.build_system(
-        arc_system.SystemConfig(width=32, heads=2, n_tasks=6), "cpu"
-    ).train(False)
+    config = arc_system.SystemConfig(**{"width": 32, "heads": 2, "n_tasks": 6, **options})
+    system = arc_system.build_system(config, "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in system.modules().values():
+            for p in module.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return system.train(False)
+
+
+@pytest.fixture(scope="session")
+def system() -> Any:
+    """A lively system that tests only read."""
+    return lively_system()

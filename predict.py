@@ -1,0 +1,495 @@
+"""Answer ARC tasks with a trained run and write Kaggle's submission.json; trains nothing.
+
+    python predict.py runs/arc_complete_20260101_120000 --data arcagi2 --split evaluation --score
+    python predict.py best_model.pt --data arc-agi_test_challenges.json --out submission.json
+
+A checkpoint is all it needs; it never writes to the run. The predictor gets tasks without their
+test outputs, which only `--score` reads, afterwards. `from predict import load_model`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command_line import (
+    EXIT_ARGUMENTS,
+    EXIT_DONE,
+    EXIT_MEMORY,
+    EXIT_MISSING,
+    Parser,
+    UserError,
+    number,
+    pick_device,
+    pick_precision,
+)
+
+if TYPE_CHECKING:
+    from arc_system import System
+    from dataset_arc import Task, TaskSet
+    from evaluation import Key, Prediction
+
+VIEWS_CPU, VIEWS_GPU = 4, 8  # guess: a CPU user waits for every view
+BATCH_CPU, BATCH_GPU = 32, 512  # queries; 4x the trainer's batches, as no gradient is kept
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> Parser:
+    """All flags, each with its unit and default."""
+    parser = Parser(
+        prog="predict.py",
+        description="Answer ARC tasks with a trained run; writes Kaggle's submission.json.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit codes: 0 done, 1 unexpected, 2 arguments, 3 data/model/checkpoint missing or\n"
+        "unreadable, 4 out of memory, 130 interrupted (nothing is written).",
+    )
+    parser.add_argument(
+        "model",
+        metavar="RUN_OR_MODEL",
+        help="a run folder, a folder of runs (its newest run), best_model.pt or a checkpoint file",
+    )
+    parser.add_argument(
+        "--data",
+        default="arcagi2",
+        help="arcagi2, arcagi1, a JSON file of one task or many, a Kaggle challenges file or a "
+        "folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("train", "evaluation"),
+        help="which tasks of the data (default: evaluation, or train where there are no others)",
+    )
+    parser.add_argument(
+        "--out",
+        default="submission.json",
+        metavar="FILE",
+        help="where the answers go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--score",
+        action="store_true",
+        help="compare with the outputs that are known: per output, per task, in total",
+    )
+    parser.add_argument(
+        "--score_json", metavar="FILE", help="write the scores there; means --score (default: off)"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="WHICH",
+        help="latest, best or a checkpoint's number; for a run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--views",
+        type=number(int, 1, 64),
+        metavar="N",
+        help=f"views that vote (default: {VIEWS_CPU} on CPU, {VIEWS_GPU} on a GPU)",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=number(int, 1),
+        help=f"queries per batch (default: {BATCH_CPU} on CPU, {BATCH_GPU} on a GPU)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=number(int, 1, 1024), help="CPU threads (default: cores)")
+    parser.add_argument("--offline", action="store_true", help="never ask a model hub")
+    parser.add_argument("--quiet", action="store_true", help="totals and errors only")
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags, checked as far as is possible without torch."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.checkpoint not in ("latest", "best") and not args.checkpoint.isdecimal():
+        parser.error(f"--checkpoint {args.checkpoint}: use latest, best or a checkpoint's number")
+    for flag, value in (("--out", args.out), ("--score_json", args.score_json)):
+        if value is not None:
+            check_output_file(parser, flag, Path(value))
+    check_device_name(parser, args.device)
+    args.score = args.score or args.score_json is not None
+    return args
+
+
+def check_output_file(parser: Parser, flag: str, path: Path) -> None:
+    """A result that cannot be written is found before the work, not after it."""
+    if path.is_dir():
+        parser.error(f"{flag} {path}: is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        parser.error(f"{flag} {path}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.absolute().parent, os.W_OK):
+        parser.error(f"{flag} {path}: the folder {path.parent} may not be written; choose another")
+
+
+def check_device_name(parser: Parser, device: str) -> None:
+    """auto, cpu, cuda or cuda:N."""
+    if device in ("auto", "cpu", "cuda"):
+        return
+    if not (device.startswith("cuda:") and device[5:].isdecimal()):
+        parser.error(f"--device {device}: use auto, cpu, cuda or cuda:N")
+
+
+# ---------------------------------------------------------------------------------------------
+# A model from a file
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """A trained system with its averaged weights, and where it comes from."""
+
+    system: System
+    task_index: dict[str, int]  # row of the task table by task id, for tasks known from training
+    path: Path
+    epoch: int
+    batch: int
+    averaged: bool
+    notes: list[str]  # files that were passed over, and why
+
+    @property
+    def seed(self) -> int:
+        return self.system.config.seed
+
+
+def load_model(
+    spec: str | Path, *, checkpoint: str = "latest", device: str = "cpu", offline: bool = False
+) -> Model:
+    """The model of a run folder, of a folder's newest run, or of a .pt file; only reads.
+
+    checkpoint: latest, best or a number. Of the newest checkpoints a damaged one is passed over and
+    noted. Raises UserError, ModelError or PersistenceError, each one line: what, why, fix.
+    """
+    from model_persistence import CheckpointError, CorruptCheckpointError, verify_checkpoint_file
+
+    notes: list[str] = []
+    for path in model_files(Path(spec).expanduser(), checkpoint):
+        try:
+            payload = verify_checkpoint_file(path).payload
+        except CorruptCheckpointError as error:
+            notes.append(str(error))
+        except OSError as error:
+            notes.append(f"{path}: cannot be read ({error.strerror or error})")
+        else:
+            model = model_of(payload, path, device=device, offline=offline)
+            model.notes = [f"passed over {note}" for note in notes]
+            return model
+    fix = "Give another checkpoint with --checkpoint." if Path(spec).is_dir() else "Give another."
+    raise CheckpointError(f"{spec}: no usable model", "; ".join(notes), fix)
+
+
+def model_files(spec: Path, checkpoint: str) -> list[Path]:
+    """The files to try, in order. A file named by the user has no substitute."""
+    from model_persistence import ModelPersistence
+
+    if spec.is_file():
+        if checkpoint != "latest":
+            raise UserError(
+                f"--checkpoint {checkpoint}: {spec} is a file already; give its run folder instead",
+                EXIT_ARGUMENTS,
+            )
+        return [spec]
+    run = ModelPersistence(find_run(spec), drive_backup=False, lock=False)
+    have = sorted(run.checkpoints, reverse=True)
+    if checkpoint == "latest":
+        best = [run.best_path] if run.best_path.exists() else []
+        return [run.checkpoint_path(i) for i in have] + best
+    if checkpoint == "best":
+        if not run.best_path.exists():
+            raise UserError(
+                f"{run.output_dir}: no best_model.pt yet; it comes with the first epoch's "
+                "validation. Use --checkpoint latest.",
+                EXIT_MISSING,
+            )
+        return [run.best_path]
+    if int(checkpoint) not in have:
+        there = ", ".join(map(str, sorted(have))) or "none"
+        raise UserError(
+            f"{run.output_dir}: no checkpoint {checkpoint}. There are: {there}.", EXIT_MISSING
+        )
+    return [run.checkpoint_path(int(checkpoint))]
+
+
+def find_run(spec: Path) -> Path:
+    """A run folder as it is; the newest run of a folder of runs."""
+    from model_persistence import ModelPersistence, find_latest_run
+
+    if not spec.is_dir():
+        newest = find_latest_run("runs")
+        hint = f" The newest run here is {newest}." if newest else " Train one first."
+        raise UserError(f"{spec}: no such run folder or model file.{hint}", EXIT_MISSING)
+    run = ModelPersistence(spec, drive_backup=False, lock=False)
+    if run.checkpoints or run.best_path.exists():
+        return spec
+    newest = find_latest_run(spec)
+    if newest is None:
+        raise UserError(
+            f"{spec}: no checkpoint in it and no run below it. Give a run folder such as "
+            "runs/arc_complete_20260101_120000, or train longer: the first save comes at batch 50 "
+            "or at the first epoch's end.",
+            EXIT_MISSING,
+        )
+    return newest
+
+
+def model_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool) -> Model:
+    """Build the modules that a checkpoint describes, and put its averaged weights into them."""
+    from arc_system import SystemConfig, build_system
+    from model_persistence import apply_state
+
+    extra = payload.get("extra") or {}
+    missing = [k for k in ("system", "task_ids", "average", "average_names") if k not in extra]
+    if missing:
+        raise UserError(
+            f"{path}: it does not describe its model ('{missing[0]}' is missing), so another "
+            "version wrote it. Resume that run with this version and use its next checkpoint.",
+            EXIT_MISSING,
+        )
+    try:
+        config = SystemConfig(**extra["system"])
+    except TypeError as error:
+        raise UserError(
+            f"{path}: its model has settings that this version does not know ({error}). Use the "
+            "version that trained it.",
+            EXIT_MISSING,
+        ) from error
+    system = build_system(config, device, offline=offline)
+    apply_state(payload, system.modules(), str(path))
+    averaged = apply_average(system, extra, path)
+    system.train(False)
+    index = {task_id: row for row, task_id in enumerate(extra["task_ids"])}
+    return Model(system, index, path, payload["epoch"], payload["batch"], averaged, [])
+
+
+def apply_average(system: System, extra: dict[str, Any], path: Path) -> bool:
+    """Put the averaged weights in place by name; False where the run kept none (--ema 0)."""
+    import torch
+
+    values = extra["average"]["average"]
+    if not values:
+        return False
+    params = {
+        f"{module}.{name}": p
+        for module, part in system.modules().items()
+        for name, p in part.named_parameters()
+    }
+    for name, value in zip(extra["average_names"], values, strict=True):
+        if name not in params or params[name].shape != value.shape:
+            there = list(params[name].shape) if name in params else "nothing"
+            raise UserError(
+                f"{path}: averaged weights of '{name}' do not fit: expected {there}, found "
+                f"{list(value.shape)}. Use the version that trained it.",
+                EXIT_MISSING,
+            )
+        with torch.no_grad():
+            params[name].copy_(value)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers and scores
+# ---------------------------------------------------------------------------------------------
+
+
+def choose_split(tasks: TaskSet, split: str | None) -> tuple[str, tuple[Task, ...]]:
+    """The name and tasks of the wanted split; the evaluation tasks, if any, by default."""
+    if split is None:
+        split = "evaluation" if tasks.evaluation else "train"
+    chosen = tasks.evaluation if split == "evaluation" else tasks.train
+    if not chosen:
+        other = "train" if split == "evaluation" else "evaluation"
+        raise UserError(
+            f"{tasks.name}: no tasks in the split '{split}'. Use --split {other}, which holds "
+            f"{len(tasks.evaluation or tasks.train)}.",
+            EXIT_MISSING,
+        )
+    return split, chosen
+
+
+def submission(predictions: dict[Key, Prediction], tasks: tuple[Task, ...]) -> dict[str, Any]:
+    """Kaggle's format: every task id, every test input in order, two attempts each.
+
+    Where all views agreed there is one candidate, and attempt 2 repeats it.
+    """
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for task in tasks:
+        answers[task.task_id] = []
+        for i in range(len(task.tests)):
+            grids = [grid.tolist() for grid in predictions[(task.task_id, i)].attempts(2)]
+            answers[task.task_id].append({"attempt_1": grids[0], "attempt_2": grids[-1]})
+    return answers
+
+
+def score_report(
+    predictions: dict[Key, Prediction], tasks: tuple[Task, ...], slices: Any
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """(figures for a file, one line per task with each of its outputs, lines of totals)."""
+    from evaluation import outcomes, score
+
+    totals = score(predictions, tasks, slices)
+    found = outcomes(predictions, tasks)
+    lines, by_task = [], {}
+    unknown = 0
+    for task in tasks:
+        known = [found.get((task.task_id, i)) for i in range(len(task.tests))]
+        unknown += sum(outcome is None for outcome in known)
+        states = []
+        for i, outcome in enumerate(known):
+            if outcome is None:
+                states.append(f"test {i}: no known output")
+            elif outcome.exact:
+                states.append(f"test {i}: exact in attempt {1 if outcome.attempt_1 else 2}")
+            elif outcome.size:
+                states.append(f"test {i}: wrong, {100 * outcome.cells:.1f}% of cells")
+            else:
+                states.append(f"test {i}: wrong size")
+        scored = [outcome for outcome in known if outcome is not None]
+        right = sum(outcome.exact for outcome in scored)
+        mark = "solved" if scored and right == len(scored) else "      "
+        mark = mark if scored else "unknown"
+        lines.append(f"{task.task_id:<10} {mark:<7} {right}/{len(scored)}  " + "; ".join(states))
+        by_task[task.task_id] = [
+            None if o is None else {**o._asdict(), "exact": o.exact} for o in known
+        ]
+    n = totals["n"]
+    if not n:
+        ends = [f"Nothing to score: none of the {unknown} test inputs has a known output."]
+    else:
+        ends = [
+            f"Outputs: {totals['exact_at_2']}/{n} exact in two attempts "
+            f"({100 * totals['exact_at_2'] / n:.2f}%), {totals['exact_at_1']} in one; size right "
+            f"{100 * totals['size_accuracy']:.1f}%, cells {100 * totals['cell_accuracy']:.1f}%",
+            f"Tasks:   {totals['tasks_solved']}/{totals['tasks']} solved: every known output "
+            "exact in two attempts",
+        ]
+        if unknown:
+            ends.append(f"Not scored: {unknown} test inputs without a known output")
+        for name, c in totals["slices"].items():
+            ends.append(f"  {name:<11} {c['exact_at_2']}/{c['n']}  ({c['exact_at_1']} in one)")
+    return {**totals, "unknown": unknown, "by_task": by_task}, lines, ends
+
+
+def run_prediction(args: argparse.Namespace) -> int:
+    """From parsed arguments to the written file."""
+    import json
+
+    import torch
+    from tqdm import tqdm
+
+    from dataset_arc import evaluation_views, load_tasks, slices_of
+    from evaluation import predict_tasks, without_outputs
+    from model_persistence import atomic_write_bytes, atomic_write_json
+
+    started = time.monotonic()
+    device = pick_device(args.device)
+    dtype, _ = pick_precision("auto", device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")
+    on_cpu = device == "cpu"
+    n_views = args.views or (VIEWS_CPU if on_cpu else VIEWS_GPU)
+
+    def say(text: str, *, important: bool = False) -> None:
+        if important or not args.quiet:
+            print(text, flush=True)
+
+    tasks = load_tasks(args.data)
+    split, chosen = choose_split(tasks, args.split)
+    model = load_model(args.model, checkpoint=args.checkpoint, device=device, offline=args.offline)
+    for note in model.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    n_inputs = sum(len(task.tests) for task in chosen)
+    n_known = sum(task.task_id in model.task_index for task in chosen)
+    weights = "averaged weights" if model.averaged else "weights as they are"
+    say(f"Model:  {model.path} (epoch {model.epoch}, batch {model.batch}), {weights}")
+    say(f"Data:   {tasks.name}, {split}: {len(chosen)} tasks, {n_inputs} test inputs")
+    say(f"        {n_known} tasks known from training, {len(chosen) - n_known} unseen")
+    say(f"Device: {device}, {n_views} views")
+
+    bar = tqdm(
+        total=n_inputs * n_views,
+        desc="Predicting",
+        unit="query",
+        leave=False,
+        disable=args.quiet or not sys.stderr.isatty(),
+    )
+    with bar:
+        predictions = predict_tasks(
+            model.system,
+            without_outputs(chosen),
+            evaluation_views(n_views, model.seed),
+            task_index=model.task_index,
+            batch_size=args.batch_size or (BATCH_CPU if on_cpu else BATCH_GPU),
+            device=device,
+            dtype=dtype,
+            seed=model.seed,
+            progress=bar.update,
+        )
+    answers = submission(predictions, chosen)
+    write(args.out, lambda path: atomic_write_bytes(path, json.dumps(answers).encode()))
+    say(f"Wrote {args.out}: {n_inputs} answers in {time.monotonic() - started:.1f} s")
+    if args.score:
+        slices = slices_of(tasks) if (tasks.name, split) == ("arcagi2", "train") else None
+        figures, lines, totals = score_report(predictions, chosen, slices)
+        for line in lines:
+            say(line)
+        for line in totals:
+            say(line, important=True)
+        if args.score_json:
+            about: dict[str, Any] = {"model": str(model.path), "data": tasks.name, "split": split}
+            about |= {"views": n_views, "seconds": time.monotonic() - started}
+            write(args.score_json, lambda path: atomic_write_json(path, about | figures))
+    return EXIT_DONE
+
+
+def write(path: str, action: Any) -> None:
+    """Run a writing action; a disk that refuses is a user's error."""
+    try:
+        action(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}). Choose another place.",
+            EXIT_MISSING,
+        ) from error
+
+
+def guarded(action: Any, args: argparse.Namespace, advice: str) -> int:
+    """Run `action(args)`, and turn what goes wrong into one line and an exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import torch
+
+        from dataset_arc import DataError
+        from model_persistence import PersistenceError
+        from qwen_hybrid_prompt import ModelError
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    try:
+        return action(args)
+    except UserError as error:
+        message, code = str(error), error.code
+    except (DataError, ModelError, PersistenceError) as error:
+        message, code = str(error), EXIT_MISSING
+    except torch.OutOfMemoryError as error:
+        message = f"out of memory: {str(error).splitlines()[0]} {advice}"
+        code = EXIT_MEMORY
+    except KeyboardInterrupt:
+        message, code = "interrupted; nothing was written", EXIT_INTERRUPTED
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The script: parse, predict, and return an exit code."""
+    return guarded(run_prediction, parse_arguments(argv), "Use a smaller --batch_size.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""The agent: shapes, sizes, log-probabilities, five real refinements, pointers, gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import lively_system
+
+import dataset_arc
+import grid_features
+from arc_agent import (
+    N_POINTERS,
+    N_STEPS,
+    AgentConfig,
+    ArcAgent,
+    SizeHead,
+    choose_size,
+    context_cells,
+    rotary_dim,
+    rotary_table,
+    rotate,
+    size_mask,
+)
+from dataset_arc import N_SIZE_CANDIDATES
+
+
+@pytest.fixture(scope="module")
+def batch(task_set):
+    return dataset_arc.TrainingStream(task_set.train, seed=0, batch_size=6).batch(0, 0)[0]
+
+
+@pytest.fixture(scope="module")
+def output(system, batch):
+    with torch.no_grad():
+        return system.answer(system.read(batch))
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def test_logits_are_five_steps_of_log_probabilities(output, batch):
+    n, _, rows, cols = batch.query_sources.shape
+    assert output.logits.shape == (N_STEPS, n, rows, cols, 10)
+    assert output.logits.dtype == torch.float32
+    total = output.logits.exp().sum(-1)
+    inside = size_mask(output.size, rows, cols).expand(N_STEPS, -1, -1, -1)
+    torch.testing.assert_close(
+        total[inside], torch.ones_like(total[inside]), atol=1e-4, rtol=0
+    )
+    assert output.confidence.shape == (N_STEPS, n)
+    assert output.size_logits.shape == (n, 2, 30)
+    torch.testing.assert_close(
+        output.size_logits.exp().sum(-1), torch.ones(n, 2), atol=1e-4, rtol=0
+    )
+
+
+def test_grids_are_minus_one_outside_the_predicted_size(output):
+    grids = output.grids()
+    inside = size_mask(output.size, *grids.shape[1:])
+    assert (grids[inside] >= 0).all()
+    assert (grids[~inside] == -1).all()
+    assert output.grids(0).shape == grids.shape
+
+
+def test_each_planning_step_changes_state_answer_and_confidence(output):
+    for step in range(1, N_STEPS):
+        assert not torch.equal(output.logits[step], output.logits[step - 1])
+        assert not torch.equal(output.confidence[step], output.confidence[step - 1])
+
+
+def test_the_answer_so_far_is_fed_back(batch):
+    """Without the feedback of step 1 the later steps come out differently, step 1 does not."""
+    system = lively_system()
+    with torch.no_grad():
+        full = system.answer(system.read(batch)).logits
+        system.agent.answer.weight.zero_()
+        blind = system.answer(system.read(batch)).logits
+    assert torch.equal(full[0], blind[0])
+    assert not torch.equal(full[1], blind[1])
+
+
+def test_planning_steps_follow_the_configuration(batch):
+    system = lively_system(planning_steps=2)
+    with torch.no_grad():
+        assert system.answer(system.read(batch)).logits.shape[0] == 2
+
+
+def test_results_do_not_depend_on_the_other_queries_of_a_batch(system, task_set):
+    """Padding is neutral: a task alone and beside larger ones gets the same answer."""
+    together = next(dataset_arc.evaluation_batches(task_set.train, batch_size=6))
+    with torch.no_grad():
+        all_at_once = system.answer(system.read(together))
+        for row, (task_id, _, _) in enumerate(together.pair_ids):
+            task = [t for t in task_set.train if t.task_id == task_id]
+            alone = next(dataset_arc.evaluation_batches(task, batch_size=6))
+            one = system.answer(system.read(alone))
+            rows, cols = (int(v) for v in one.size[0])
+            assert torch.equal(all_at_once.size[row], one.size[0])
+            torch.testing.assert_close(
+                all_at_once.logits[:, row, :rows, :cols],
+                one.logits[:, 0, :rows, :cols],
+                atol=2e-4,
+                rtol=1e-3,
+            )
+
+
+def test_the_order_of_demonstrations_hardly_matters_to_the_agent(system, task_set):
+    batch = next(dataset_arc.evaluation_batches(task_set.train, batch_size=2))
+    turned = dataclasses.replace(batch, context=batch.context.flip(1))
+    with torch.no_grad():
+        a = system.agent.look(batch, system.agent.read_demonstrations(batch))
+        b = system.agent.look(turned, system.agent.read_demonstrations(turned))
+    torch.testing.assert_close(a.evidence, b.evidence, atol=1e-4, rtol=1e-4)
+
+
+def test_a_bare_grid_gives_five_steps_of_logits(system):
+    with torch.no_grad():
+        for shape in ((1, 1), (3, 4), (30, 30)):
+            logits = system.agent(torch.zeros(shape, dtype=torch.long))
+            assert logits.shape[0] == N_STEPS
+            assert logits.shape[-1] == 10
+            assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 31), (2, 2, 2)])
+def test_a_bare_grid_of_impossible_shape_is_refused(system, shape):
+    with pytest.raises(ValueError, match=r"sides 1\.\.30"):
+        system.agent(torch.zeros(shape, dtype=torch.long))
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def test_every_weight_is_reached_by_gradient(batch):
+    system = lively_system().train()
+    reading = system.read(batch)
+    answer = system.answer(reading)
+    back = system.backward(reading, answer)
+    total = answer.logits.square().mean() + answer.confidence.square().mean()
+    (total + answer.size_logits.square().mean() + back.square().mean()).backward()
+    dead = [
+        name
+        for name, p in system.agent.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)
+    ]
+    assert dead == []
+
+
+def test_the_backward_model_learns_from_the_answer_alone(system, batch):
+    """Its logits follow the predicted grid, have gradient to it, and never see the input."""
+    with torch.no_grad():
+        reading = system.read(batch)
+        answer = system.answer(reading)
+    logits = answer.logits.clone().requires_grad_()
+    back = system.backward(reading, dataclasses.replace(answer, logits=logits))
+    assert back.shape == (*batch.query_input.shape, 10)
+    back.square().sum().backward()
+    assert logits.grad[-1].abs().sum() > 0
+    other = dataclasses.replace(batch, query_input=batch.query_input.flip(0).clone())
+    with torch.no_grad():
+        again = system.backward(dataclasses.replace(reading, batch=other), answer)
+    assert torch.equal(back.detach(), again)
+
+
+# ---------------------------------------------------------------- demonstrations
+
+
+def test_right_names_the_pointers_that_hit_the_demonstrated_colour(system, batch):
+    with torch.no_grad():
+        demos = system.agent.read_demonstrations(batch)
+    pairs, rows, cols = batch.demo_output.shape
+    right = demos.right.view(pairs, rows, cols, N_POINTERS)
+    for pair in range(pairs):
+        for row in range(rows):
+            for col in range(cols):
+                colour = int(batch.demo_output[pair, row, col])
+                expected = torch.zeros(N_POINTERS)
+                if colour >= 0:
+                    planes = batch.demo_sources[pair, :, row, col]
+                    expected[: len(planes)] = (planes == colour).float()
+                    expected[len(planes) + colour] = 1.0
+                assert torch.equal(right[pair, row, col], expected)
+
+
+def test_context_cells_are_the_query_s_own_and_their_number_follows_shapes(system, batch):
+    with torch.no_grad():
+        demos = system.agent.read_demonstrations(batch)
+    cells = demos.mask.shape[1]
+    for limit in (10_000, 40, 7):
+        where, seen = context_cells(demos, batch.context, limit)
+        assert where.shape[1] == min(limit, batch.context.shape[1] * cells)
+        for query, slots in enumerate(batch.context.tolist()):
+            own = {d * cells + c for d in slots if d >= 0 for c in range(cells) if demos.mask[d, c]}
+            kept = where[query][seen[query]].tolist()
+            assert len(set(kept)) == len(kept) == min(limit, len(own))
+            assert set(kept) <= own
+
+
+def test_a_query_without_demonstrations_gets_a_finite_answer(system, batch):
+    alone = dataclasses.replace(batch, context=torch.full_like(batch.context, -1))
+    with torch.no_grad():
+        answer = system.answer(system.read(alone))
+    assert torch.isfinite(answer.logits).all()
+    assert torch.isfinite(answer.size_logits).all()
+
+
+def test_evidence_is_read_off_the_demonstrations(task_set):
+    """An untrained agent already copies where all demonstrations copy."""
+    import arc_system
+
+    system = arc_system.build_system(
+        arc_system.SystemConfig(width=32, heads=2, n_tasks=6), "cpu"
+    ).train(False)
+    tasks = [t for t in task_set.train if t.task_id.endswith("same")]
+    batch = next(dataset_arc.evaluation_batches(tasks))
+    with torch.no_grad():
+        answer = system.answer(system.read(batch))
+    grid = answer.grids()[0, : tasks[0].tests[0].input.shape[0], : tasks[0].tests[0].input.shape[1]]
+    assert np.array_equal(grid.numpy(), tasks[0].tests[0].input)
+
+
+# ---------------------------------------------------------------- size
+
+
+def test_the_size_head_follows_rules_that_the_demonstrations_support():
+    head = SizeHead(8, 3)
+    candidates = torch.tensor([[[3, 6, 0], [4, 8, 0]]])
+    support = torch.tensor([[[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]]])
+    log_p = head(torch.zeros(1, 8), candidates, support)
+    assert (log_p.argmax(-1) + 1).tolist() == [[6, 8]]
+    assert torch.isfinite(log_p).all()
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(1, 2), atol=1e-4, rtol=0)
+
+
+def test_the_size_head_can_say_any_number():
+    head = SizeHead(8, 3)
+    with torch.no_grad():
+        head.free.bias[16] = 50.0
+        head.free.bias[30 + 28] = 50.0
+    log_p = head(torch.zeros(1, 8), torch.tensor([[[3, 6, 0]] * 2]), torch.ones(1, 2, 3))
+    assert (log_p.argmax(-1) + 1).tolist() == [[17, 29]]
+
+
+def test_choose_size_stays_on_the_canvas():
+    logits = torch.zeros(2, 2, 30)
+    logits[:, :, 19] = 5.0
+    logits[:, :, 4] = 1.0
+    canvas = torch.tensor([[20, 30], [19, 5]])
+    assert choose_size(logits, canvas).tolist() == [[20, 20], [5, 5]]
+
+
+def test_size_mask_is_the_top_left_rectangle():
+    mask = size_mask(torch.tensor([[2, 3], [0, 1]]), 3, 4)
+    expected = torch.zeros(2, 3, 4, dtype=torch.bool)
+    expected[0, :2, :3] = True
+    assert torch.equal(mask, expected)
+
+
+# ---------------------------------------------------------------- positions and colours
+
+
+def test_rotation_keeps_norms_and_depends_on_distance_alone():
+    dim = rotary_dim(16)
+    cos, sin = rotary_table(5, 6, dim, torch.device("cpu"))
+    x = torch.randn(1, 1, 1, 16).expand(1, 1, 30, 16)
+    y = rotate(x, (cos, sin))
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+    y = y.view(5, 6, 16)
+    torch.testing.assert_close((y[0, 0] * y[2, 3]).sum(), (y[1, 2] * y[3, 5]).sum())
+    assert (y[0, 0] * y[2, 3]).sum() != (y[0, 0] * y[3, 2]).sum()
+
+
+def test_weights_are_a_function_of_the_seed():
+    def weights(seed):
+        torch.manual_seed(seed)
+        return ArcAgent(AgentConfig(width=32, heads=2, n_size_candidates=N_SIZE_CANDIDATES))
+
+    a, b, c = weights(1), weights(1), weights(2)
+    same = [torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+    assert all(same)
+    assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters(), strict=True))
+
+
+def test_pointers_are_sources_and_colours():
+    assert N_POINTERS == grid_features.N_SOURCES + grid_features.COLOURS
