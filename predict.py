@@ -149,8 +149,7 @@ class Model:
     system: System
     task_index: dict[str, int]  # row of the task table by task id, for tasks known from training
     path: Path
-    epoch: int
-    batch: int
+    n_batches: int  # that it was trained on
     averaged: bool
     notes: list[str]  # files that were passed over, and why
 
@@ -245,7 +244,8 @@ def model_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool)
     from model_persistence import apply_state
 
     extra = payload.get("extra") or {}
-    missing = [k for k in ("system", "task_ids", "average", "average_names") if k not in extra]
+    needed = ("system", "task_ids", "progress", "average", "average_names")
+    missing = [key for key in needed if key not in extra]
     if missing:
         raise UserError(
             f"{path}: it does not describe its model ('{missing[0]}' is missing), so another "
@@ -265,7 +265,7 @@ def model_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool)
     averaged = apply_average(system, extra, path)
     system.train(False)
     index = {task_id: row for row, task_id in enumerate(extra["task_ids"])}
-    return Model(system, index, path, payload["epoch"], payload["batch"], averaged, [])
+    return Model(system, index, path, extra["progress"]["total"], averaged, [])
 
 
 def apply_average(system: System, extra: dict[str, Any], path: Path) -> bool:
@@ -408,7 +408,7 @@ def run_prediction(args: argparse.Namespace) -> int:
     n_inputs = sum(len(task.tests) for task in chosen)
     n_known = sum(task.task_id in model.task_index for task in chosen)
     weights = "averaged weights" if model.averaged else "weights as they are"
-    say(f"Model:  {model.path} (epoch {model.epoch}, batch {model.batch}), {weights}")
+    say(f"Model:  {model.path} ({model.n_batches} batches), {weights}")
     say(f"Data:   {tasks.name}, {split}: {len(chosen)} tasks, {n_inputs} test inputs")
     say(f"        {n_known} tasks known from training, {len(chosen) - n_known} unseen")
     say(f"Device: {device}, {n_views} views")

@@ -480,8 +480,8 @@ def page(
         f'<img alt="Learning curves" src="data:image/png;base64,{image}">',
         "<h2>Answers</h2>",
         f"<p>{len(answers)} test queries, the same sample for every run on these tasks, answered "
-        f"in one view and one attempt by {html.escape(model.path.name)} (epoch {model.epoch}, "
-        f"batch {model.batch}): {len(solved)} solved. Shown are the first of each kind; the marks "
+        f"in one view and one attempt by {html.escape(model.path.name)} (after {model.n_batches} "
+        f"batches): {len(solved)} solved. Shown are the first of each kind; the marks "
         "say whether a planning step's grid is right.</p>",
     ]
     for name, group in (("Solved", solved), ("Not solved", unsolved)):

@@ -194,9 +194,8 @@ def build_parser() -> Parser:
     optim.add_argument(
         "--qwen_lr",
         type=number(real, 0),
-        default=1e-3,
-        help="learning rate of Qwen and its projections (default: %(default)s for tiny, 5e-5 for "
-        "other models)",
+        help="learning rate of Qwen and its projections (default: 1e-3 for tiny, which starts from "
+        "nothing, 5e-5 for other models)",
     )
     optim.add_argument(
         "--task_lr_factor",
@@ -356,14 +355,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------
 
 
+def tensorboard_writer(folder: Path) -> Any:
+    """TensorBoard's writer into the run folder; the package is an extra."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "--report_to tensorboard: the package is not installed. pip install tensorboard, or "
+            "leave the flag out (metrics.jsonl is always written).",
+            EXIT_MISSING,
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
 class RunLog:
     """Lines to console and training.log, objects to metrics.jsonl.
 
     The console goes through tqdm, so that a progress bar and lines do not mix.
     """
 
-    def __init__(self, folder: Path | None, *, quiet: bool) -> None:
+    def __init__(self, folder: Path | None, *, quiet: bool, report_to: str = "none") -> None:
         self.folder, self.quiet = folder, quiet
+        self.board = tensorboard_writer(folder) if folder and report_to == "tensorboard" else None
         self.logger = logging.Logger("arc")
         if folder is not None:
             handler = logging.FileHandler(folder / "training.log", encoding="utf-8")
@@ -384,6 +397,10 @@ class RunLog:
     def record(self, row: dict[str, Any]) -> None:
         """Keep one object for metrics.jsonl until `flush`."""
         self.rows.append(row)
+        if self.board is not None and "step" in row:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
     def flush(self) -> None:
         """Append what was recorded to metrics.jsonl."""
@@ -430,6 +447,8 @@ class RunLog:
 
     def close(self) -> None:
         self.flush()
+        if self.board is not None:
+            self.board.close()
         for handler in self.logger.handlers:
             handler.close()
 
@@ -495,12 +514,13 @@ class Clock:
 
     elapsed_s: float = 0.0
     epoch_s: float = 0.0
+    query_s: float = 0.0  # of evaluation, per query and view
 
     def state_dict(self) -> dict[str, float]:
-        return {"elapsed_s": self.elapsed_s, "epoch_s": self.epoch_s}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.elapsed_s, self.epoch_s = state["elapsed_s"], state["epoch_s"]
+        vars(self).update(state)
 
 
 class StopRequested(Exception):
@@ -804,7 +824,8 @@ def evaluate(
     from dataset_arc import evaluation_views
     from evaluation import predict_tasks, score, without_outputs
 
-    wanted = [task for task in tasks.train if any((task.task_id, i) in keys for i in range(9))]
+    ids = {task_id for task_id, _ in keys}
+    wanted = [task for task in tasks.train if task.task_id in ids]
     bar = tqdm(
         total=len(keys) * n_views, desc=title, unit="query", leave=False, disable=no_bar(run.args)
     )
@@ -973,6 +994,8 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
     device = args.device
     dtype, scaling = pick_precision(args.amp, device)
     args.qwen_model, _ = resolve_qwen_model(args.qwen_model, device)
+    if args.qwen_lr is None:
+        args.qwen_lr = 1e-3 if args.qwen_model == "tiny" else 5e-5
     config = arc_system.SystemConfig(
         width=args.width,
         heads=max(1, args.width // 24) if args.width < 256 else args.width // 64,
@@ -1021,7 +1044,7 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
         curriculum=SizeWarmupCurriculum(),
         threshold=DynamicMemoryThreshold(),
         monitor=GradientMonitor(),
-        log=RunLog(folder, quiet=args.quiet),
+        log=RunLog(folder, quiet=args.quiet, report_to=args.report_to),
         clock=Clock(),
         started=started,
     )
@@ -1171,11 +1194,11 @@ def plan_decay(run: Run, plan: Plan) -> None:
     if schedule.kind != "wsd" or schedule.decay_start is not None or plan.train_until is None:
         return
     now = time.monotonic()
-    spent = now - run.train_started
     left = plan.train_until - now
-    if progress.total < 10 or left > run.args.decay_frac * (spent + left):
+    here = progress.total - run.resumed_at  # batches of this process
+    if here < 10 or left > run.args.decay_frac * (plan.train_until - run.started):
         return
-    per_batch_s = spent / max(1, progress.total - run.resumed_at)
+    per_batch_s = (now - run.train_started) / here
     schedule.decay_start = progress.total
     schedule.stop_at = progress.total + max(1, int(0.98 * left / per_batch_s))
     run.log.say(
@@ -1243,7 +1266,11 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
             "size_accuracy": result["size_accuracy"],
         }
     say(f"[Epoch {progress.epoch}] Time: {run.clock.epoch_s:.2f}s", important=True)
-    row |= {"minutes": (time.monotonic() - run.started) / 60, "batch": progress.batch}
+    row |= {
+        "minutes": (time.monotonic() - run.started) / 60,
+        "batch": progress.batch,
+        "step": progress.total,
+    }
     run.log.record(row)
     run.log.flush()
     progress.epoch += 1
@@ -1330,7 +1357,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         validation=validation_keys(tasks, limit, args.seed),
         final=validation_keys(tasks, limit, args.seed) if args.max_batches else everything,
         train_until=None,
-        deadline=started + 60 * args.time_budget if args.time_budget else None,
+        deadline=None,
     )
     banner(run, tasks, folder, notes)
     if args.dry_run:
@@ -1351,6 +1378,8 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             run.stop = stop
             if resuming:
                 resume(run, persistence)
+            if args.time_budget:  # of all processes of the run together
+                plan.deadline = run.started + 60 * args.time_budget
             atomic_write_json(folder / "config.json", full_config(run, tasks))
             run_to_the_end(run, plan, persistence, slices_of(tasks))
             return EXIT_DONE
@@ -1366,11 +1395,10 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
     from model_persistence import atomic_write_json
 
     args, progress = run.args, run.progress
-    eval_s = 0.0
     if progress.untrained_accuracy < 0 and plan.validation:
         begun = time.monotonic()
         untrained = evaluate(run, plan.tasks, plan.validation, 1, title="Untrained model")
-        eval_s = (time.monotonic() - begun) / len(plan.validation) * len(plan.final)
+        run.clock.query_s = (time.monotonic() - begun) / len(plan.validation)
         progress.untrained_accuracy = untrained["cell_accuracy"]
         run.log.say(
             f"Untrained: cell accuracy {untrained['cell_accuracy']:.4f}, exact "
@@ -1380,9 +1408,9 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
     views = args.eval_views or (2 if run.device == "cpu" and plan.deadline is None else 8)
     if plan.deadline is not None:
         # Voting gets what it needs for its views, but at most a quarter of the whole budget.
-        wanted = eval_s * views * 1.2
-        share = min(wanted, 0.25 * 60 * args.time_budget)
-        plan.train_until = plan.deadline - FINAL_RESERVE_S - max(share, 1.3 * eval_s)
+        view_s = run.clock.query_s * len(plan.final)
+        share = min(1.2 * views * view_s, 0.25 * 60 * args.time_budget)
+        plan.train_until = plan.deadline - FINAL_RESERVE_S - max(share, 1.3 * view_s)
     run.train_started, run.resumed_at = time.monotonic(), progress.total
     train(run, plan, persistence)
     if plan.final:

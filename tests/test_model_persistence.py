@@ -46,9 +46,9 @@ from model_persistence import (
 FAULTS = Path(__file__).parent / "faults"
 # The scripts that fork or mostly wait run beside the other tests.
 SCRIPTS = {
-    "kill_points": ["--share", "1/8"],
+    "kill_points": ["--share", "1/9"],
     "kill_random": ["--kills", "25"],
-    "bitwise": ["--batches", "8", "--share", "1/4"],
+    "bitwise": ["--batches", "6", "--share", "1/3"],
     "drive": [],
     "signals": [],
 }
@@ -82,9 +82,13 @@ def python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def scripts() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """The fault scripts, two at a time: fork and signal them, read them when a test asks."""
+def scripts(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """The fault scripts whose tests are selected; the ones that mostly wait run side by side."""
     running = {}
+    selected = {
+        getattr(i, "callspec", None) and i.callspec.params.get("script")
+        for i in request.session.items
+    }
 
     def start(names: list[str]) -> None:
         for name in names:
@@ -93,6 +97,7 @@ def scripts() -> Iterator[dict[str, subprocess.Popen[str]]]:
                 running[name].wait()
 
     names = sorted(SCRIPTS, key=lambda n: n not in ("drive", "signals"))
+    names = [n for n in names if n in selected]
     starter = threading.Thread(target=start, args=(names,))
     starter.start()
 
@@ -651,6 +656,44 @@ def test_a_damaged_file_goes_to_quarantine_with_the_reason(run_dir: Path) -> Non
     assert "expected sha256" in reason["reason"]
 
 
+def test_an_unsealed_file_is_checked_by_its_own_checksums(run_dir: Path) -> None:
+    """Written by hand with torch.save: torch itself loads it damaged without a word."""
+    persistence, toy = filled(run_dir, 2)
+    payload = torch.load(persistence.checkpoint_path(1), weights_only=True)
+    del payload["sealed"]
+    path = persistence.checkpoint_path(1)
+    path.unlink()
+    (run_dir / "checkpoint_metadata.json").unlink()
+    torch.save(payload, path)
+    info = manager(run_dir).get_resume_info()
+    assert info is not None
+    assert info["checkpoint_id"] == 1
+    weight = payload["agent"]["0.weight"].numpy().tobytes()
+    data = bytearray(path.read_bytes())
+    data[data.index(weight) + 5] ^= 8
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+    found = manager(run_dir).load_latest(*toy.six)
+    assert found["checkpoint_id"] == 0
+    assert "checksum" in found["skipped"][0]["reason"]
+
+
+def test_a_disk_that_loses_bytes_is_noticed_before_anything_is_replaced(run_dir: Path) -> None:
+    class Lying(FileSystem):
+        def write(self, fd: int, data: bytes | memoryview) -> int:
+            changed = bytearray(data)
+            if len(changed) > 10_000:
+                changed[len(changed) // 2] ^= 1
+            return super().write(fd, changed)
+
+    persistence, toy = filled(run_dir, 2, max_checkpoints=1)
+    persistence.fs = Lying()
+    assert save(persistence, toy, 2) is None
+    assert persistence.failed_saves == 1
+    assert not temps(run_dir)
+    assert manager(run_dir).load_latest(*toy.six)["batch"] == 1
+
+
 def test_by_id_a_damaged_file_is_an_error_that_names_the_next(run_dir: Path) -> None:
     persistence, toy = filled(run_dir, 3)
     damage(persistence.checkpoint_path(2))
@@ -990,19 +1033,19 @@ def test_restore_from_files_laid_flat_into_the_drive(run_dir: Path, tmp_path: Pa
 # -- faults: a bounded share of each row -----------------------------------------------------------
 @pytest.fixture(scope="module", autouse=True)
 def _start_scripts(scripts: Any) -> None:
-    """They run from the first test on."""
+    """Those that are needed run from the first test on."""
 
 
 def test_power_cuts() -> None:
-    figures = power_cut.run(states=120)
+    figures = power_cut.run(states=100)
     assert figures["problems"] == []
-    assert figures["good"] == figures["distinct"] == 120
+    assert figures["good"] == figures["distinct"] == 100
 
 
 def test_failing_operations() -> None:
-    figures = io_errors.run("1/24")
+    figures = io_errors.run("1/32")
     assert figures["problems"] == []
-    assert figures["went_on"] == figures["cases"] > 80
+    assert figures["went_on"] == figures["cases"] > 60
 
 
 def test_corrupt_and_hostile_files() -> None:
@@ -1012,32 +1055,24 @@ def test_corrupt_and_hostile_files() -> None:
     assert set(figures["by_kind"]) >= {"bit flip", "hostile pickle", "truncation", "garbage JSON"}
 
 
-def test_kills_around_every_operation(scripts: Any) -> None:
-    figures = figures_of(scripts["kill_points"])
-    assert figures["points"] == figures["resumed"] >= 50
-    assert figures["lost"] == 0
+def enough(script: str, figures: dict[str, Any]) -> bool:
+    """The figure of each script at its bounded share."""
+    if script == "kill_points":
+        return figures["points"] == figures["resumed"] >= 50 and figures["lost"] == 0
+    if script == "kill_random":
+        equal = figures["equal"] == figures["runs"]
+        return figures["kills"] == 25 and figures["lost"] == 0 and equal
+    if script == "bitwise":
+        return figures["equal"] == figures["runs"] >= 20
+    if script == "drive":
+        return len(figures["cases"]) == 8
+    return figures["good"] == figures["cases"] == 18 and figures["slowest_s"] < 25
 
 
-def test_kills_at_random_instants(scripts: Any) -> None:
-    figures = figures_of(scripts["kill_random"])
-    assert figures["kills"] == 25
-    assert figures["lost"] == 0
-    assert figures["equal"] == figures["runs"]
-
-
-def test_killed_runs_end_bitwise_equal(scripts: Any) -> None:
-    figures = figures_of(scripts["bitwise"])
-    assert figures["equal"] == figures["runs"] >= 20
-
-
-def test_drives_that_fail(scripts: Any) -> None:
-    assert len(figures_of(scripts["drive"])["cases"]) == 8
-
-
-def test_signals_everywhere(scripts: Any) -> None:
-    figures = figures_of(scripts["signals"])
-    assert figures["good"] == figures["cases"] == 18
-    assert figures["slowest_s"] < 25
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_fault_script(scripts: Any, script: str) -> None:
+    figures = figures_of(scripts[script])
+    assert enough(script, figures), figures
 
 
 def test_resume_cost_does_not_depend_on_the_position(tmp_path: Path) -> None:
@@ -1057,9 +1092,10 @@ def test_resume_cost_does_not_depend_on_the_position(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "arguments", "figure", "least"),
+    ("full_script", "arguments", "figure", "least"),
     [
         ("kill_points", [], "resumed", 200),
+        ("signals", [], "good", 18),
         ("kill_random", ["--kills", "1000"], "kills", 1000),
         ("power_cut", ["--states", "2500"], "good", 2000),
         ("io_errors", [], "went_on", 600),
@@ -1068,8 +1104,8 @@ def test_resume_cost_does_not_depend_on_the_position(tmp_path: Path) -> None:
         ("mutants", [], "caught", 12),
     ],
 )
-def test_the_full_figures(script: str, arguments: list[str], figure: str, least: int) -> None:
-    process = python(str(FAULTS / f"{script}.py"), *arguments)
+def test_the_full_figures(full_script: str, arguments: list[str], figure: str, least: int) -> None:
+    process = python(str(FAULTS / f"{full_script}.py"), *arguments)
     output, errors = process.communicate()
     assert process.returncode == 0, output + errors
     figures = json.loads(output.strip().splitlines()[-1])

@@ -79,7 +79,7 @@ class _Evil:
             (exec, (f"open({self.marker!r}, 'w').close()",)),
             (io.open, (self.marker, "w")),
             (os.mkdir, (self.marker,)),
-            (__import__, ("antigravity",)),
+            (__import__, ("colorsys",)),
         ][self.call]
 
 

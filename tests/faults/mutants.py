@@ -1,0 +1,265 @@
+"""Remove each guard of model_persistence in a copy, and show which test notices.
+
+A guard whose removal no test catches is either useless or untested.
+    python tests/faults/mutants.py            # all, and the table
+    python tests/faults/mutants.py fsync      # those whose name contains `fsync`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+class Mutant(NamedTuple):
+    """A guard, the edit that removes it, and the test expected to notice."""
+
+    guard: str
+    old: str
+    new: str
+    test: str  # a pytest -k expression, or `script.py --options`
+
+
+IN_PLACE = """self.fs.mkdir(self.target.parent)
+        data = self.temp.read_bytes()
+        if _exists(self.fs, self.target):
+            self.fs.unlink(self.target)
+        fd = self.fs.create(self.target)
+        self.fs.write(fd, data)
+        self.fs.close(fd)
+        self.fs.unlink(self.temp)
+"""
+MUTANTS = [
+    Mutant("fsync of the file", "        self.fs.fsync(self._fd)\n", "", "test_power_cuts"),
+    Mutant(
+        "fsync of the directory",
+        "self.fs.fsync_dir(self.target.parent)\n",
+        "pass\n",
+        "test_power_cuts",
+    ),
+    Mutant(
+        "temporary file in the same directory",
+        "self.temp = target.parent / f",
+        "self.temp = Path(os.environ.get('TMPDIR', '/tmp')) / f",
+        "test_order_of_operations or test_failing_operations",
+    ),
+    Mutant(
+        "rename instead of writing in place",
+        "self.fs.replace(self.temp, self.target)\n",
+        IN_PLACE,
+        "kill_points.py --share 1/6",
+    ),
+    Mutant(
+        "index after the file",
+        "            size, sha256 = self._write_file(target, job.payload, job.seal)\n"
+        "        except (OSError, RuntimeError) as e:\n"
+        "            if isinstance(e, RuntimeError) and not is_space_error(e):\n"
+        "                raise\n"
+        "            try:",
+        "            early = {**job.seal, 'size': 1, 'sha256': ''}\n"
+        "            self._write_manifest(job.checkpoint_id, early)\n"
+        "            size, sha256 = self._write_file(target, job.payload, job.seal)\n"
+        "        except (OSError, RuntimeError) as e:\n"
+        "            if isinstance(e, RuntimeError) and not is_space_error(e):\n"
+        "                raise\n"
+        "            try:",
+        "test_order_of_operations",
+    ),
+    Mutant(
+        "hash compared on load",
+        'if seal["seal_sha256"] != body:',
+        "if False:",
+        "test_corrupt_and_hostile_files",
+    ),
+    Mutant(
+        "checksums of an unsealed file",
+        "        else:\n            _check_crc(reader, size)\n        if not load",
+        "        if not load",
+        "test_an_unsealed_file",
+    ),
+    Mutant(
+        "file holds what its name says",
+        "if expect_id is not None and found_id is not None and found_id != expect_id:",
+        "if False:",
+        "test_corrupt_and_hostile_files",
+    ),
+    Mutant(
+        "weights only, no code",
+        'map_location="cpu", weights_only=True)\n    except OSError',
+        'map_location="cpu", weights_only=False)\n    except OSError',
+        "test_corrupt_and_hostile_files",
+    ),
+    Mutant(
+        "fallback to an older file",
+        '            item = {"file": str(path), "reason": reason.removeprefix',
+        '            raise\n            item = {"file": str(path), "reason": reason.removeprefix',
+        "test_a_damaged_file_goes_to_quarantine",
+    ),
+    Mutant(
+        "read back before publishing",
+        "            _sync_and_read_back",
+        "            _sync_only",
+        "test_a_disk_that_loses_bytes",
+    ),
+    Mutant(
+        "rotation after the save",
+        '        """The protocol: file, index entry',
+        '        self._rotate(self.max_checkpoints - 1)\n        """The protocol: file, index entry',
+        "kill_points.py --share 1/6",
+    ),
+    Mutant(
+        "rotation spares what best points to",
+        "if i != self._protected_id()]",
+        "]",
+        "test_rotation_spares",
+    ),
+    Mutant(
+        "making room spares the last good one",
+        "if doomed and verify and not any(",
+        "if False and not any(",
+        "test_making_room_never",
+    ),
+    Mutant(
+        "second try on a full disk",
+        "            if not is_space_error(e):\n                raise\n            self._make_room()\n"
+        "            return write",
+        "            raise\n            return write",
+        "test_a_full_disk",
+    ),
+    Mutant(
+        "own temporary file removed after a failure",
+        "                self.fs.unlink(self.temp)\n            except FileNotFoundError:",
+        "                pass\n            except FileNotFoundError:",
+        "test_failing_operations",
+    ),
+    Mutant(
+        "ids from every place that remembers one",
+        'seen = [-1, manifest["next_id"] - 1, *manifest["checkpoints"], *self._files()]\n'
+        "        for folder in (self.checkpoints_dir, self.quarantine_dir):",
+        "seen = [-1, *self._files()]\n        for folder in ():",
+        "test_ids_are_never_used_twice",
+    ),
+    Mutant(
+        "best model replaced in one step",
+        "            self.fs.replace(temp, self.best_path)\n",
+        "            if _exists(self.fs, self.best_path):\n"
+        "                self.fs.unlink(self.best_path)\n"
+        "            self.fs.replace(temp, self.best_path)\n",
+        "kill_points.py --share 1/1",
+    ),
+    Mutant(
+        "snapshot copied before training goes on",
+        "                state = self._buffers.copy(state)\n            else:\n"
+        "                self._buffers.clear()",
+        "                pass\n            else:\n                self._buffers.clear()",
+        "test_background_save_holds",
+    ),
+    Mutant(
+        "random number states restored",
+        '        torch.set_rng_state(state["torch"].cpu())\n',
+        "",
+        "bitwise.py --batches 6 --share 1/3",
+    ),
+    Mutant(
+        "live state compared after loading",
+        "    if not verify_live:\n        return recast\n",
+        "    return recast\n",
+        "test_a_module_that_does_not_restore",
+    ),
+    Mutant(
+        "lock on the run",
+        "                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "                pass\n",
+        "test_a_second_writer or test_a_manager_takes_the_lock",
+    ),
+    Mutant(
+        "signals become a flag",
+        "self._previous[number] = signal.signal(number, self._handle)",
+        "pass",
+        "signals.py",
+    ),
+    Mutant(
+        "Drive copy read back before it is marked",
+        "                if found != (size, sha256):",
+        "                if False:",
+        "drive.py",
+    ),
+    Mutant(
+        "Drive still mounted",
+        "        elif self._seen_mount:\n            raise OSError(",
+        "        elif False:\n            raise OSError(",
+        "drive.py",
+    ),
+]
+SYNC_ONLY = """
+
+def _sync_only(file: AtomicFile, size: int) -> None:
+    file.sync()
+"""
+
+
+def try_out(mutant: Mutant) -> tuple[bool, str, float]:
+    """(caught, by what, seconds)."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder)
+        source = (REPO / "model_persistence.py").read_text()
+        if source.count(mutant.old) != 1:
+            raise SystemExit(
+                f"{mutant.guard}: the guard is found {source.count(mutant.old)} times; "
+                "adapt the table"
+            )
+        (copy / "model_persistence.py").write_text(
+            source.replace(mutant.old, mutant.new) + SYNC_ONLY
+        )
+        (copy / "tests").mkdir()
+        shutil.copytree(REPO / "tests/faults", copy / "tests/faults")
+        shutil.copy(REPO / "tests/test_model_persistence.py", copy / "tests")
+        shutil.copy(REPO / "pyproject.toml", copy)
+        started = time.monotonic()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        if ".py" in mutant.test:
+            script, *options = mutant.test.split()
+            command = [sys.executable, f"tests/faults/{script}", *options]
+        else:
+            command = [sys.executable, "-m", "pytest", "tests", "-x", "-q", "-k", mutant.test]
+            command += ["-p", "no:cacheprovider"]
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, check=False
+        )
+        took_s = time.monotonic() - started
+        if done.returncode == 0:
+            return False, mutant.test, took_s
+        if done.returncode not in (1,) or "ERROR collecting" in done.stdout:
+            raise SystemExit(f"{mutant.guard}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        failed = re.findall(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
+        return True, failed[0] if failed else mutant.test, took_s
+
+
+def main() -> None:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    rows = []
+    print("| guard removed | caught by | seconds |\n|---|---|---|")
+    for mutant in MUTANTS:
+        if wanted not in mutant.guard:
+            continue
+        caught, by, took_s = try_out(mutant)
+        rows.append(caught)
+        print(f"| {mutant.guard} | {by if caught else 'NOTHING'} | {took_s:.0f} |", flush=True)
+    missed = [m.guard for m, caught in zip(MUTANTS, rows, strict=False) if not caught]
+    figures = {"mutants": len(rows), "caught": sum(rows), "problems": missed}
+    print(json.dumps({**figures, "ok": not missed}))
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()
