@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from evaluation import Key, Prediction
 
 VIEWS_CPU, VIEWS_GPU = 4, 8  # guess: a CPU user waits for every view
-BATCH_CPU, BATCH_GPU = 32, 512  # queries; 4x the trainer's batches, as no gradient is kept
+BATCH_CPU, BATCH_GPU = 16, 256  # queries; as in the evaluations of training
 EXIT_INTERRUPTED = 130
 
 

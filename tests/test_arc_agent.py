@@ -27,12 +27,12 @@ from arc_agent import (
 from dataset_arc import N_SIZE_CANDIDATES
 
 
-@pytest.fixture(scope="module")
-def batch(task_set):
-    return dataset_arc.TrainingStream(task_set.train, seed=0, batch_size=6).batch(0, 0)[0]
+@pytest.fixture
+def batch(whole_batch):
+    return whole_batch
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def output(system, batch):
     with torch.no_grad():
         return system.answer(system.read(batch))
@@ -47,9 +47,7 @@ def test_logits_are_five_steps_of_log_probabilities(output, batch):
     assert output.logits.dtype == torch.float32
     total = output.logits.exp().sum(-1)
     inside = size_mask(output.size, rows, cols).expand(N_STEPS, -1, -1, -1)
-    torch.testing.assert_close(
-        total[inside], torch.ones_like(total[inside]), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(total[inside], torch.ones_like(total[inside]), atol=1e-4, rtol=0)
     assert output.confidence.shape == (N_STEPS, n)
     assert output.size_logits.shape == (n, 2, 30)
     torch.testing.assert_close(

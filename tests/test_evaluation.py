@@ -163,8 +163,8 @@ def test_views_are_inverted_so_that_they_vote_for_one_grid(hidden, rule):
         for d in range(8)
         for colours in (tuple(range(10)), (0, 2, 3, 1, 5, 4, 9, 8, 6, 7))
     ]
-    found = predict_tasks(Oracle(rule), hidden, views)
-    for task in hidden:
+    found = predict_tasks(Oracle(rule), hidden[:3], views)
+    for task in hidden[:3]:
         for number, pair in enumerate(task.tests):
             (candidate,) = found[task.task_id, number].candidates.values()
             assert candidate.votes == 16

@@ -22,7 +22,7 @@ import torch
 from harness import Toy, arguments, copy_tree, finish, scratch, share_of
 from kill_points import expected_states, manager, prepare
 
-from model_persistence import CheckpointError, NoCheckpointError
+from model_persistence import CheckpointError, NoCheckpointError, write_checkpoint_file
 
 SAVES = 4  # max_checkpoints=2: ids 2 and 3 are there, best is 3
 NEWEST = "checkpoints/checkpoint_00003.pt"
@@ -95,8 +95,10 @@ def hostile(path: Path, rng: random.Random, marker: Path) -> None:
     else:
         data = {**good, place: {**good[place], "evil": evil}}
     path.unlink()
-    kind = rng.randrange(4)
-    if kind == 0:
+    kind = rng.randrange(6)
+    if kind > 3:  # sealed like a real one: a seal proves integrity, not origin
+        write_checkpoint_file(path, {"head": 0, **data} if type(data) is dict else {"x": data}, {})
+    elif kind == 0:
         path.write_bytes(pickle.dumps(data))
     elif kind == 1:
         torch.save(data, path, _use_new_zipfile_serialization=False)
@@ -192,6 +194,8 @@ def inject(kind: str, number: int, work: Path, other: Path, rng: random.Random) 
         simple[name](newest, rng)
         return "older"
     if kind == "hostile pickle":
+        if number % 2:  # else the index rejects it before anything is unpickled
+            (work / INDEX).unlink()
         hostile(newest, rng, work / "code-was-run")
         return "older"
     if kind == "swapped files":

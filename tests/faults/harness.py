@@ -423,13 +423,13 @@ def share_of(items: list[Any], share: str, seed: int = 0) -> list[Any]:
     return [items[i] for i in chosen]
 
 
-def arguments(description: str, **numbers: int) -> argparse.Namespace:
-    """`--share a/b` and the given whole-number options."""
+def arguments(description: str, **options: Any) -> argparse.Namespace:
+    """`--share a/b` and the given options with their defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--share", default="1/1", help="part of the cases, e.g. 1/5")
     parser.add_argument("--seed", type=int, default=0)
-    for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser.parse_args()
 
 

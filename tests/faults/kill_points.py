@@ -1,7 +1,7 @@
 """SIGKILL before, in the middle of and after every file operation of a save.
 
-Five situations: the very first save, the steady state, a save that rotates, a new best model, and
-the first save after a resume. After each kill a new process resumes by itself; no acknowledged
+Seven situations, among them the very first save, one that rotates, one that keeps a single file, a
+new best model, and the first save after a resume. After each kill a new process resumes by itself; no acknowledged
 checkpoint may be missing, and the next save must work and leave no temporary file.
     python tests/faults/kill_points.py
 """
@@ -27,10 +27,10 @@ from harness import (
 )
 
 
-def manager(folder: Path, fs: Any = None) -> ModelPersistence:
+def manager(folder: Path, fs: Any = None, keep: int = 2) -> ModelPersistence:
     options = {"fs": fs} if fs is not None else {}
     return ModelPersistence(
-        folder, max_checkpoints=2, drive_backup=False, on_message=lambda _: None, **options
+        folder, max_checkpoints=keep, drive_backup=False, on_message=lambda _: None, **options
     )
 
 
@@ -46,7 +46,7 @@ def save(toy: Toy, persistence: ModelPersistence, batch: int, best: bool = False
 
 def scenario(name: str, folder: Path, fs: Any, say: Any) -> None:
     """The part that is killed. It says `ack ID` for every save that returned."""
-    persistence = manager(folder, fs)
+    persistence = manager(folder, fs, 1 if name == "only one kept" else 2)
     toy = Toy()
     if name == "resume + save":
         found = persistence.load_latest(*toy.six)
@@ -69,6 +69,7 @@ SITUATIONS = {  # name -> saves made before
     "first save": 0,
     "steady state": 1,
     "rotation": 3,
+    "only one kept": 1,
     "new best": 3,
     "two saves": 2,
     "resume + save": 3,
@@ -93,7 +94,7 @@ def expected_states() -> dict[int, str]:
     return states
 
 
-def run(share: str = "1/1", seed: int = 0) -> dict[str, Any]:
+def run(share: str = "1/1", seed: int = 0, only: str = "") -> dict[str, Any]:
     """Inject the kills; returns the figures."""
     expected = expected_states()
     figures: dict[str, Any] = {
@@ -107,6 +108,8 @@ def run(share: str = "1/1", seed: int = 0) -> dict[str, Any]:
     with scratch() as root:
         cases: list[tuple[str, int, str]] = []
         for number, (name, saves) in enumerate(SITUATIONS.items()):
+            if only not in name:
+                continue
             base = root / f"base{number}"
             prepare(base, saves)
             copy_tree(base, root / "count")
@@ -187,8 +190,8 @@ def check(
 
 
 def main() -> None:
-    args = arguments(__doc__ or "")
-    figures = run(args.share, args.seed)
+    args = arguments(__doc__ or "", only="")
+    figures = run(args.share, args.seed, args.only)
     finish(figures, not figures["problems"] and figures["lost"] == 0)
 
 
