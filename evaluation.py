@@ -25,6 +25,7 @@ Key = tuple[str, int]  # task id, number of the test input
 
 SURE_WEIGHT = 0.5  # a view's vote counts 1 + 0.5 * probability + 0.25 * reversibility (guess)
 REVERSIBLE_WEIGHT = 0.25
+EARLIER_WEIGHT = 1e-3  # the answers of earlier planning steps only break ties and fill attempt 2
 N_ATTEMPTS = 2
 
 
@@ -43,10 +44,10 @@ class Prediction:
 
     candidates: dict[tuple[Any, ...], Candidate] = field(default_factory=dict)
 
-    def add(self, grid: Grid, weight: float) -> None:
+    def add(self, grid: Grid, weight: float, votes: int = 1) -> None:
         key = (*grid.shape, grid.tobytes())
         candidate = self.candidates.setdefault(key, Candidate(grid))
-        candidate.votes += 1
+        candidate.votes += votes
         candidate.weight += weight
 
     def attempts(self, n: int = N_ATTEMPTS) -> list[Grid]:
@@ -105,7 +106,10 @@ def predict_tasks(
                 on_device = batch.to(device)
                 with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
                     output, backward = system.predict(on_device, generator)
-                grids = output.grids().cpu().numpy()
+                n_steps = len(output.logits)
+                grids, *earlier = (
+                    output.grids(step).cpu().numpy() for step in range(n_steps - 1, -1, -1)
+                )
                 sure, reversible = _vote_weights(on_device, output, backward)
                 sizes = output.size.tolist()
                 for row, (task_id, _, number_in_task) in enumerate(batch.pair_ids):
@@ -115,7 +119,11 @@ def predict_tasks(
                     rows, cols = sizes[row]
                     grid = view.invert(grids[row, :rows, :cols].astype(np.uint8))
                     weight = 1.0 + SURE_WEIGHT * sure[row] + REVERSIBLE_WEIGHT * reversible[row]
-                    found.setdefault(key, Prediction()).add(grid, weight)
+                    prediction = found.setdefault(key, Prediction())
+                    prediction.add(grid, weight)
+                    for age, grids_then in enumerate(earlier, start=1):
+                        then = view.invert(grids_then[row, :rows, :cols].astype(np.uint8))
+                        prediction.add(then, EARLIER_WEIGHT / age, votes=0)
                 if progress is not None:
                     progress(len(grids))
     finally:

@@ -835,7 +835,11 @@ def evaluate(
         total=len(keys) * n_views, desc=title, unit="query", leave=False, disable=no_bar(run.args)
     )
 
+    n_done = 0
+
     def step(n: int) -> None:
+        nonlocal n_done
+        n_done += n
         bar.update(n)
         if run.stop is not None and run.stop.requested:
             raise StopRequested
@@ -856,7 +860,8 @@ def evaluate(
             progress=step,
         )
     bar.close()
-    return score(predictions, wanted, slices)
+    views_done = n_done / max(1, sum(len(task.tests) for task in wanted))
+    return {**score(predictions, wanted, slices), "views": round(views_done, 2)}
 
 
 def no_bar(args: argparse.Namespace) -> bool:
@@ -1440,7 +1445,6 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
             run, plan.tasks, plan.final, views, slices=slices, deadline=until, title="Final voting"
         )
         result |= {
-            "views": views,
             "seed": args.seed,
             "epoch": progress.epoch,
             "batch": progress.total,

@@ -8,6 +8,7 @@ the training loop stands still; "whole" is until the bytes are durable (ours: re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+@contextlib.contextmanager
+def new_file(folder: Path, name: str) -> Iterator[Path]:
+    """A new path; the one before is removed afterwards, as a checkpoint's predecessor is.
+
+    So every method writes to memory and blocks that the file before it does not give back yet.
+    """
+    old = list(folder.glob(f"{name}.*"))
+    yield folder / f"{name}.{time.monotonic_ns()}"
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def methods(folder: Path, mib: int) -> dict[str, Callable[[], dict[str, float]]]:
     """name -> measurement; each returns {column: seconds} and leaves nothing behind."""
     model, optimizer, ema = training_state(mib)
@@ -63,8 +76,6 @@ def methods(folder: Path, mib: int) -> dict[str, Callable[[], dict[str, float]]]
     tensors = tensors_of(state)
 
     def raw() -> dict[str, float]:
-        target = folder / "raw.bin"
-
         def write() -> None:
             with target.open("wb", buffering=0) as file:
                 for t in tensors:
@@ -73,27 +84,24 @@ def methods(folder: Path, mib: int) -> dict[str, Callable[[], dict[str, float]]]
                         view = view[file.write(view[: 4 << 20]) :]
                 os.fsync(file.fileno())
 
-        took_s = timed(write)
-        target.unlink()
+        with new_file(folder, "raw") as target:
+            took_s = timed(write)
         return {"blocking": took_s, "whole": took_s}
 
     def torch_save() -> dict[str, float]:
-        target = folder / "torch.pt"
-        took_s = timed(lambda: torch.save(state, target))
-        target.unlink()
+        with new_file(folder, "torch") as target:
+            took_s = timed(lambda: torch.save(state, target))
         return {"blocking": took_s}
 
     def torch_save_fsync() -> dict[str, float]:
-        target = folder / "torch.pt"
-
         def write() -> None:
             with target.open("wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
 
-        took_s = timed(write)
-        target.unlink()
+        with new_file(folder, "durable") as target:
+            took_s = timed(write)
         return {"blocking": took_s, "whole": took_s}
 
     managers = {
@@ -139,13 +147,12 @@ def peers(
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
         def dcp_async() -> dict[str, float]:
-            target = folder / "dcp"
-            started = time.perf_counter()
-            future: Any = dcp.async_save(state, checkpoint_id=str(target))
-            blocking_s = time.perf_counter() - started
-            future.result()
-            whole_s = time.perf_counter() - started
-            shutil.rmtree(target)
+            with new_file(folder, "dcp") as target:
+                started = time.perf_counter()
+                future: Any = dcp.async_save(state, checkpoint_id=str(target))
+                blocking_s = time.perf_counter() - started
+                future.result()
+                whole_s = time.perf_counter() - started
             return {"blocking": blocking_s, "whole": whole_s}
 
         found["torch DCP async_save"] = dcp_async
@@ -157,11 +164,9 @@ def peers(
         fabric = Fabric(accelerator="cpu", devices=1)
 
         def lightning() -> dict[str, float]:
-            target = folder / "lightning.ckpt"
-            took_s = timed(
-                lambda: fabric.save(target, {"model": model, "optimizer": optimizer, "ema": ema})
-            )
-            target.unlink()
+            parts = {"model": model, "optimizer": optimizer, "ema": ema}
+            with new_file(folder, "lightning") as target:
+                took_s = timed(lambda: fabric.save(target, parts))
             return {"blocking": took_s}
 
         found["Lightning Fabric.save"] = lightning
@@ -183,9 +188,8 @@ def peers(
         accelerator.register_for_checkpointing(Average())
 
         def accelerate() -> dict[str, float]:
-            target = folder / "accelerate"
-            took_s = timed(lambda: accelerator.save_state(str(target)))
-            shutil.rmtree(target)
+            with new_file(folder, "accelerate") as target:
+                took_s = timed(lambda: accelerator.save_state(str(target)))
             return {"blocking": took_s}
 
         assert prepared

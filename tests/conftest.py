@@ -35,6 +35,8 @@ RULES: dict[str, Callable[[Any], Any]] = {
     "mirror": lambda g: np.concatenate([g, g[::-1]], 0),
     "same": lambda g: g,
     "drop": lambda g: np.sort(g, axis=0),
+    "swap": lambda g: np.where(g == 1, 2, np.where(g == 2, 1, g)),
+    "top": lambda g: np.concatenate([g[:1] * 0 + 5, g[1:]], 0),
 }
 
 

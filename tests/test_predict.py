@@ -123,7 +123,17 @@ def test_a_lone_best_model_is_enough(run: Path, data: Path, tmp_path: Path, caps
     assert call(run, "--checkpoint", "best", "--data", data, "--out", tmp_path / "b.json") == 0
 
 
-def test_kaggle_challenges_without_outputs(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_kaggle_challenges_without_outputs(
+    run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    tables: list[dict[str, int]] = []
+    predict_tasks = evaluation.predict_tasks
+
+    def watched(*args: Any, **options: Any) -> Any:
+        tables.append(options["task_index"])
+        return predict_tasks(*args, **options)
+
+    monkeypatch.setattr(evaluation, "predict_tasks", watched)
     tasks = {"new_task": make_task("mirror", n_tests=2), "two_tests": make_task("turn")}
     for task in tasks.values():
         for pair in task["test"]:
@@ -133,6 +143,8 @@ def test_kaggle_challenges_without_outputs(run: Path, tmp_path: Path, capsys: An
     assert call(run, "--data", file, "--out", out, "--views", 1, "--score") == 0
     answers = json.loads(out.read_text())
     assert [len(answers[t]) for t in ("new_task", "two_tests")] == [2, 1]
+    assert tables == [predict.load_model(run).task_index]
+    assert len(tables[0]) == 5
     printed = capsys.readouterr().out
     assert "1 tasks known from training, 1 unseen" in printed
     assert "test 1: no known output" in printed

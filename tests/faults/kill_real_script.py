@@ -76,6 +76,8 @@ def final_state(runs: Path) -> str:
     newest = max(persistence.checkpoints)
     payload = torch.load(persistence.checkpoint_path(newest), weights_only=True)
     extra = {k: v for k, v in payload["extra"].items() if k not in NOT_STATE}
+    # The script draws from private generators and torch's; the other two it leaves unseeded.
+    extra["rng"] = {k: extra["rng"][k] for k in ("torch", "cuda")}
     names = ("agent", "qwen", "solver2", "efe_loss", "policy_rl", "optimizer")
     state = {n: payload[n] for n in names}
     return state_fingerprint({**state, "extra": extra, "at": [payload["epoch"], payload["batch"]]})
