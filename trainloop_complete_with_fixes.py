@@ -861,7 +861,7 @@ def evaluate(
         )
     bar.close()
     views_done = n_done / max(1, sum(len(task.tests) for task in wanted))
-    return {**score(predictions, wanted, slices), "views": round(views_done, 2)}
+    return {**score(predictions, wanted, slices), "views_done": round(views_done, 2)}
 
 
 def no_bar(args: argparse.Namespace) -> bool:
@@ -1445,6 +1445,7 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
             run, plan.tasks, plan.final, views, slices=slices, deadline=until, title="Final voting"
         )
         result |= {
+            "views": views,
             "seed": args.seed,
             "epoch": progress.epoch,
             "batch": progress.total,
