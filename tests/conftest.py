@@ -201,7 +201,8 @@ def differing(a: Any, b: Any, path: str = "") -> list[str]:
             found += differing(a[key], b[key], f"{path}.{key}")
         return found
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [p for i, (x, y) in enumerate(zip(a, b)) for p in differing(x, y, f"{path}[{i}]")]
+        pairs = enumerate(zip(a, b, strict=True))
+        return [p for i, (x, y) in pairs for p in differing(x, y, f"{path}[{i}]")]
     return [] if type(a) is type(b) and a == b else [path]
 
 

@@ -9,7 +9,6 @@ import torch
 from conftest import differing, lively_system
 
 import arc_system
-import dataset_arc
 from arc_system import SystemConfig, answer_stats, build_system
 from policy_refined import N_STATS
 from qwen_hybrid_prompt import ModelError

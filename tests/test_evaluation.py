@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_without_outputs_leaves_inputs_and_demonstrations(task_set, hidden):
 
 
 def test_every_query_gets_one_vote_per_view(system, hidden):
-    done = []
+    done: list[int] = []
     found = predict_tasks(system, hidden, evaluation_views(3), batch_size=4, progress=done.append)
     assert set(found) == keys_of(hidden)
     assert sum(done) == 3 * len(found)
@@ -158,12 +159,13 @@ class Oracle:
 
 @pytest.mark.parametrize("rule", [np.rot90, np.flipud, lambda g: g[:1, :2], lambda g: g])
 def test_views_are_inverted_so_that_they_vote_for_one_grid(hidden, rule):
+    oracle: Any = Oracle(rule)
     views = [
         View(d, colours)
         for d in range(8)
         for colours in (tuple(range(10)), (0, 2, 3, 1, 5, 4, 9, 8, 6, 7))
     ]
-    found = predict_tasks(Oracle(rule), hidden[:3], views)
+    found = predict_tasks(oracle, hidden[:3], views)
     for task in hidden[:3]:
         for number, pair in enumerate(task.tests):
             (candidate,) = found[task.task_id, number].candidates.values()
@@ -173,7 +175,8 @@ def test_views_are_inverted_so_that_they_vote_for_one_grid(hidden, rule):
 
 def test_a_perfect_predictor_scores_everything(task_set, hidden):
     turned = [t for t in hidden if t.task_id.endswith("turn")]
-    found = predict_tasks(Oracle(np.rot90), turned, evaluation_views(8))
+    oracle: Any = Oracle(np.rot90)
+    found = predict_tasks(oracle, turned, evaluation_views(8))
     result = score(found, task_set.train)
     assert (result["n"], result["exact_at_1"], result["exact_at_2"]) == (1, 1, 1)
     assert result["size_accuracy"] == result["cell_accuracy"] == 1.0
@@ -183,7 +186,7 @@ def test_a_perfect_predictor_scores_everything(task_set, hidden):
 
 
 def predictions(**grids):
-    found = {}
+    found: dict[Any, Prediction] = {}
     for name, attempts in grids.items():
         task, number = name.rsplit("_", 1)
         p = found.setdefault((task, int(number)), Prediction())
@@ -240,6 +243,7 @@ def test_slices_of_the_real_set_have_the_published_counts():
     right = {key: Prediction() for key in everything}
     for t in tasks.train:
         for number, pair in enumerate(t.tests):
+            assert pair.output is not None
             right[t.task_id, number].add(pair.output, 1.0)
     result = score(right, tasks.train, slices)
     assert result["exact_at_1"] == result["n"] == 1076

@@ -179,7 +179,9 @@ def test_grad_scaler_accepts_the_optimizer_and_skips_on_infinity():
     for bad in (True, False):
         before = [p.detach().clone() for p in params]
         optimizer.zero_grad(set_to_none=True)
-        loss = sum(p.square().sum() for p in params) * (float("inf") if bad else 1.0)
+        loss = torch.stack([p.square().sum() for p in params]).sum() * (
+            float("inf") if bad else 1.0
+        )
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
@@ -202,7 +204,8 @@ def test_average_follows_the_formula_with_its_warmup():
                 p.add_(0.1 * n)
         average.update()
         decay = min(0.9, (1 + n) / (10 + n))
-        expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, params)]
+        both = zip(expected, params, strict=True)
+        expected = [decay * e + (1 - decay) * p.detach() for e, p in both]
     for a, e in zip(average.average, expected, strict=True):
         torch.testing.assert_close(a, e)
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,16 +134,16 @@ def test_batch_lines_are_to_the_letter(reference):
 
 def test_a_batch_line_comes_every_fifty_batches(train):
     rules = ["same", "flip"] * 26
-    data = write_tasks(
-        train.folder / "d.json", make_tasks(rules, sides=(1, 2), n_demonstrations=2)
-    )
+    data = write_tasks(train.folder / "d.json", make_tasks(rules, sides=(1, 2), n_demonstrations=2))
     outcome = train(
         "--batch_size", 2, "--epochs", 1, "--val_pairs", 1, "--qwen_train", "frozen",
         "--planning_steps", 1, "--policy", "off", data=data,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     index = (outcome.folder / "checkpoint_metadata.json").read_text(encoding="utf-8")
-    lines = [BATCH_LINE.match(line) for line in outcome.out.splitlines() if "[Batch" in line]
+    lines: list[Any] = [
+        BATCH_LINE.match(line) for line in outcome.out.splitlines() if "[Batch" in line
+    ]
     assert [line["batch"] for line in lines] == ["   0", "  50"]
     rows = outcome.rows("batch")
     assert len(rows) == 52
@@ -350,7 +350,12 @@ def test_gradient_accumulation_is_the_mean_over_its_batches_and_ends_with_the_ep
 
     def prepare(run):
         real = run.optimizer.step
-        run.optimizer.step = lambda: (steps.append(run.progress.batch), real())
+
+        def step():
+            steps.append(run.progress.batch)
+            real()
+
+        run.optimizer.step = step
 
     outcome = train("--grad_accum", 4, "--epochs", 1, prepare=prepare)
     assert outcome.run.progress.total == 6
@@ -365,9 +370,7 @@ def test_a_changed_seed_is_refused_with_the_list_and_can_be_insisted_on(train):
     assert "seed: saved 0, now 7" in line
     assert "clip: saved 1.0, now 0.5" in line
     assert "--allow_mismatch" in line
-    insisted = train(
-        "--resume", "--epochs", 2, "--max_batches", 1, "--seed", 7, "--allow_mismatch"
-    )
+    insisted = train("--resume", "--epochs", 2, "--max_batches", 1, "--seed", 7, "--allow_mismatch")
     assert insisted.code == 0, insisted.err
     assert insisted.folder == first.folder
     assert "DEGRADED" in insisted.out
@@ -433,7 +436,7 @@ def test_every_field_of_the_loop_s_state_survives_a_round_trip():
     progress = trainloop.Progress()
     for number, name in enumerate(progress.__dataclass_fields__):
         value = getattr(progress, name)
-        changed = {k: 0.5 for k in value} if isinstance(value, dict) else type(value)(number + 2)
+        changed = dict.fromkeys(value, 0.5) if isinstance(value, dict) else type(value)(number + 2)
         setattr(progress, name, changed)
     other = trainloop.Progress()
     other.load_state_dict(progress.state_dict())
@@ -583,7 +586,7 @@ def test_a_hub_id_offline_exits_3_quickly_with_three_ways_out(train):
 def test_a_folder_that_save_pretrained_wrote_is_trained(train):
     from qwen_hybrid_prompt import build_tiny
 
-    model, _ = build_tiny(3)
+    model: Any = build_tiny(3)[0]
     folder = train.folder / "qwen"
     model.save_pretrained(folder)
     outcome = train("--qwen_model", folder, "--qwen_train", "full", "--max_batches", 2)
@@ -639,9 +642,7 @@ def test_dry_run_writes_nothing(train):
 
 
 def test_a_time_budget_ends_the_run_with_the_learning_rate_at_zero(train):
-    outcome = train(
-        "--schedule_batches", "6:10", "--warmup_batches", 2, "--qwen_train", "frozen"
-    )
+    outcome = train("--schedule_batches", "6:10", "--warmup_batches", 2, "--qwen_train", "frozen")
     assert outcome.code == 0, outcome.err
     factors = [row["lr_factor"] for row in outcome.rows("batch")]
     assert factors == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
@@ -689,8 +690,8 @@ def test_fix_1_a_frozen_qwen_stays_as_it_is_and_its_heads_learn(fresh_run):
 
 
 def test_fix_2_the_reward_is_part_of_the_gradient_of_agent_and_qwen(fresh_run):
-    on, figures_on = gradients(*fresh_run("--clip", 1e9))
-    off, figures_off = gradients(*fresh_run("--clip", 1e9, "--no_reward"))
+    on, _ = gradients(*fresh_run("--clip", 1e9))
+    off, _ = gradients(*fresh_run("--clip", 1e9, "--no_reward"))
     for module in ("agent.", "qwen.backbone.", "qwen.project"):
         names = [n for n in on if n.startswith(module) and on[n] is not None]
         assert names
@@ -730,6 +731,7 @@ def test_fix_3_hard_cells_get_the_stated_share_of_the_gradient(fresh_run):
         logits = torch.nn.functional.one_hot(shown, 10).float().mul(3.0)
         logits = logits.expand(5, 1, 3, 3, 10).clone().requires_grad_()
         run.system.efe_loss(logits=logits, target=target)["total"].backward()
+        assert logits.grad is not None
         slopes[flags] = logits.grad[-1, 0].abs().sum(-1)
     wrong = (shown != target)[0]
     ratio = slopes[()] / slopes["--no_hard_cells",]
@@ -789,13 +791,12 @@ def test_fix_5_the_threshold_follows_the_accuracy_and_memory_is_updated(referenc
 
 
 def test_fix_5_only_tasks_above_the_threshold_are_stored(fresh_run):
-    for threshold, expected in ((0.0, 2), (1.0, 0)):
+    for threshold, expected in ((0.01, 2), (0.99, 0)):
         run, batch, targets = fresh_run()
-        run.threshold.get_threshold = lambda t=threshold: t - 1e-9
         run.threshold.get_threshold = lambda t=threshold: t
         figures = trainloop.train_step(run, batch, targets)
-        assert figures["stored"] == run.system.solver2.n_updates
-        assert figures["stored"] <= expected
+        assert 0.05 < figures["accuracy"] < 0.9  # nothing that a fixed high bar would take
+        assert figures["stored"] == run.system.solver2.n_updates == expected
     run, batch, targets = fresh_run("--no_memory")
     run.threshold.get_threshold = lambda: -1.0
     trainloop.train_step(run, batch, targets)
@@ -841,10 +842,12 @@ def test_fix_6_the_policy_gets_the_reward_of_its_own_step(fresh_run):
     answers_in_turn(run, targets, (False, True))
     given = []
     real = run.system.policy_rl.update
-    run.system.policy_rl.update = lambda info, reward, state: (
-        given.append(reward.clone()),
-        real(info, reward, state),
-    )
+
+    def update(info, reward, state):
+        given.append(reward.clone())
+        return real(info, reward, state)
+
+    run.system.policy_rl.update = update
     trainloop.train_step(run, batch, targets)
     (reward,) = given
     assert reward.shape == (batch.n_queries,)
@@ -999,7 +1002,7 @@ SIDES = st.integers(1, 30)
 
 @given(sizes=st.tuples(*[SIDES] * 8))
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     database=None,
@@ -1056,9 +1059,16 @@ def test_with_the_policy_off_d_acc_is_exactly_zero(train):
 def test_the_policy_learns_after_the_main_step_and_never_twice_through_one_graph(fresh_run):
     run, batch, targets = fresh_run()
     order = []
-    step, update = run.optimizer.step, run.system.policy_rl.update
-    run.optimizer.step = lambda *a, **k: (order.append("main"), step(*a, **k))[1]
-    run.system.policy_rl.update = lambda *a: (order.append("policy"), update(*a))[1]
+
+    def noted(name, real):
+        def call(*args, **options):
+            order.append(name)
+            return real(*args, **options)
+
+        return call
+
+    run.optimizer.step = noted("main", run.optimizer.step)
+    run.system.policy_rl.update = noted("policy", run.system.policy_rl.update)
     for _ in range(2):  # a second backward through a freed graph would raise
         trainloop.train_step(run, batch, targets)
     assert order == ["main", "policy"] * 2
@@ -1123,7 +1133,7 @@ def test_it_overfits_eight_small_tasks_to_every_pair_exactly(train):
     tasks = make_tasks(rules, sides=(3, 5))
     data = write_tasks(train.folder / "eight.json", tasks)
     outcome = train(
-        "--views", "off", "--batch_size", 12, "--agent_lr", 6e-3, "--schedule_batches", "45:75",
+        "--views", "off", "--batch_size", 12, "--agent_lr", 6e-3, "--schedule_batches", "36:60",
         "--ema", 0.9, "--val_pairs", 1, "--eval_views", 1, data=data,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
