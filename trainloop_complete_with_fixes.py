@@ -139,7 +139,7 @@ def build_parser() -> Parser:
         type=number(real, 0, 2),
         metavar="P",
         help="a task of c cells appears (100 / c) ** P times an epoch, at most once, c the area of "
-        "its largest demonstration grid; 0 = always (default: 0; 0.5 on CPU with --time_budget)",
+        "its largest demonstration input; 0 = always (default: 0; 0.5 on CPU with --time_budget)",
     )
     data.add_argument(
         "--max_context",
@@ -369,6 +369,12 @@ def tensorboard_writer(folder: Path) -> Any:
     return SummaryWriter(str(folder / "tensorboard"))
 
 
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with null where a number is not finite, which JSON cannot say."""
+    bad = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return {k: None if k in bad else v for k, v in row.items()}
+
+
 class RunLog:
     """Lines to console and training.log, objects to metrics.jsonl.
 
@@ -406,7 +412,7 @@ class RunLog:
     def flush(self) -> None:
         """Append what was recorded to metrics.jsonl."""
         if self.folder is not None and self.rows:
-            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            text = "".join(json.dumps(finite(row)) + "\n" for row in self.rows)
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(text)
         self.rows = []
@@ -1061,9 +1067,8 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
 
 
 def frequency(task: Any, power: float) -> float:
-    """How often a task appears in an epoch: once up to 100 cells, then less by `power`."""
-    grids = [g for pair in task.demonstrations for g in (pair.input, pair.output)]
-    return min(1.0, (100 / max(grid.size for grid in grids)) ** power)
+    """How often a task appears in an epoch: once up to 100 input cells, then less by `power`."""
+    return min(1.0, (100 / max(pair.input.size for pair in task.demonstrations)) ** power)
 
 
 def new_run_folder(runs_dir: Path) -> Path:
