@@ -27,6 +27,7 @@ from command_line import (
     number,
     pick_device,
     pick_precision,
+    settle_threads,
 )
 
 if TYPE_CHECKING:
@@ -462,7 +463,7 @@ def write(path: str, action: Any) -> None:
 
 def guarded(action: Any, args: argparse.Namespace, advice: str) -> int:
     """Run `action(args)`, and turn what goes wrong into one line and an exit code."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settle_threads()
     try:
         import torch
 

@@ -34,6 +34,7 @@ from command_line import (
     number,
     pick_device,
     pick_precision,
+    settle_threads,
 )
 
 LOG_EVERY = 50  # batches between two batch lines
@@ -1536,7 +1537,7 @@ def main(argv: list[str] | None = None) -> int:
     """The script: parse, train, and turn what goes wrong into one message and an exit code."""
     started = time.monotonic()
     args = parse_arguments(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settle_threads()
 
     import torch
 

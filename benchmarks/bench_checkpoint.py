@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -51,6 +52,13 @@ def training_state(mib: int) -> tuple[Model, torch.optim.Optimizer, list[torch.T
 
 def tensors_of(*trees: Any) -> list[torch.Tensor]:
     return [t for tree in trees for _, t in iter_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def settle() -> None:
+    """The same start for everyone: nothing left to write, no file in the page cache (as root)."""
+    os.sync()
+    with contextlib.suppress(OSError):
+        Path("/proc/sys/vm/drop_caches").write_text("1")
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -215,10 +223,10 @@ def main() -> None:
         table = methods(folder, args.mib)
         for round_ in range(args.repeats + 1):
             names = [n for n in table if args.only in n or n == RAW]
-            shift = round_ % len(names)  # nobody always comes after the same one
-            for name in names[shift:] + names[:shift]:
+            random.Random(round_).shuffle(names)  # nobody always comes after the same one
+            for name in names:
                 measure = table[name]
-                os.sync()  # nobody pays for what the one before left to be written
+                settle()
                 for column, seconds in measure().items():
                     if round_:  # the first round warms buffers and the page cache
                         measured.setdefault(name, {}).setdefault(column, []).append(seconds)
