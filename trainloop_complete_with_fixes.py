@@ -39,6 +39,8 @@ from command_line import (
 
 LOG_EVERY = 50  # batches between two batch lines
 MAX_SKIPPED_IN_A_ROW = 25  # non-finite batches in a row before the run counts as diverged
+DRIVE_WAIT_S = 60.0  # at a normal end, seconds the last copy to Drive may still take
+DRIVE_WAIT_STOPPED_S = 5.0  # ... and after a signal or an error
 FINAL_RESERVE_S = 6.0  # seconds kept for saving and leaving at the end of a time budget
 
 
@@ -909,20 +911,26 @@ def save(
 
     wait: until it is on the disk; for saves that must not be skipped.
     """
+    progress = run.progress
+    extra = checkpoint_extra(run)
+    modules = [*run.system.modules().values(), run.optimizer]
+    where = {"epoch": progress.last_epoch, "batch": progress.last_batch, "metrics": metrics or {}}
+    persistence.save_checkpoint(*modules, **where, extra=extra, wait=wait)
+    if best_of is not None:
+        persistence.save_best_model(*modules, **where, metric_name=best_of, extra=extra)
+
+
+def checkpoint_extra(run: Run) -> dict[str, Any]:
+    """Everything a checkpoint holds beside the five modules and the optimizer."""
     from model_persistence import capture_rng_state
 
-    progress = run.progress
     run.clock.elapsed_s = time.monotonic() - run.started
     extra = {name: part.state_dict() for name, part in run.state().items()}
     extra["config"] = run_config(run)
     extra |= model_identity(run)
     extra["qwen_cache"] = run.system.qwen.cache_state()
     extra["rng"] = capture_rng_state()
-    modules = [*run.system.modules().values(), run.optimizer]
-    where = {"epoch": progress.last_epoch, "batch": progress.last_batch, "metrics": metrics or {}}
-    persistence.save_checkpoint(*modules, **where, extra=extra, wait=wait)
-    if best_of is not None:
-        persistence.save_best_model(*modules, **where, metric_name=best_of, extra=extra)
+    return extra
 
 
 def model_identity(run: Run) -> dict[str, Any]:
@@ -1174,6 +1182,10 @@ def train(run: Run, plan: Plan, persistence: Any) -> None:
                     "--agent_lr, or with --amp off.",
                     EXIT_DIVERGED,
                 )
+            if persistence is not None and progress.total == run.resumed_at + 1:
+                # Memory for the copy that a save takes, before the first save has to wait for it.
+                modules = [*run.system.modules().values(), run.optimizer]
+                persistence.prepare(*modules, extra=checkpoint_extra(run))
             due |= persistence is not None and persistence.should_save_checkpoint(progress.total)
             if not last:
                 continue
@@ -1406,6 +1418,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             on_message=run.log.say,
             lock=False,  # held here, for life
         )
+        drive_s = DRIVE_WAIT_STOPPED_S
         try:
             run.stop = stop
             if resuming:
@@ -1414,11 +1427,12 @@ def run_training(args: argparse.Namespace, started: float) -> int:
                 plan.deadline = run.started + 60 * args.time_budget
             atomic_write_json(folder / "config.json", full_config(run, tasks))
             run_to_the_end(run, plan, persistence, slices_of(tasks))
+            drive_s = DRIVE_WAIT_S
             return EXIT_DONE
         except StopRequested:
             return leave_early(run, persistence)
         finally:
-            persistence.close()
+            persistence.close(drive_timeout_s=drive_s)
             run.log.close()
 
 
