@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from arc_agent import AgentConfig, AgentOutput, ArcAgent, Sight, size_mask
-from dataset_arc import N_SIZE_CANDIDATES, Batch
+from dataset_arc import N_INPUT_CANDIDATES, N_SIZE_CANDIDATES, Batch
 from grid_features import N_CONTROL
 from loss_function import EFELoss
 from policy_refined import PolicyInfo, RefinedPolicy, prediction_stats
@@ -137,15 +137,20 @@ class System:
         return output, self.backward(reading, output)
 
     def _ablate(self, batch: Batch) -> Batch:
-        """Null and shuffled prompts take the demonstrations away from every path, not just Qwen's."""
+        """Null and shuffled prompts take the demonstrations away from Qwen, from the agent's view of
+        their cells and from the size rules. What is left of them is the bound of the canvas."""
         if self.config.prompt == "null":
             context = torch.full_like(batch.context, -1)
         elif self.config.prompt == "shuffled":
             context = context_of_next_task(batch)
         else:
             return batch
+        candidates = batch.size_candidates.clone()
+        candidates[..., N_INPUT_CANDIDATES:] = 0  # rules read off the demonstrations
         support = torch.zeros_like(batch.size_support)
-        return dataclasses.replace(batch, context=context, size_support=support)
+        return dataclasses.replace(
+            batch, context=context, size_candidates=candidates, size_support=support
+        )
 
 
 def answer_stats(output: AgentOutput) -> Tensor:
@@ -183,7 +188,10 @@ def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = F
                 n_size_candidates=N_SIZE_CANDIDATES,
             )
         )
-        solver2 = Solver2(config.n_tasks, config.width, use_memory=config.memory)
+        # A shuffled prompt is another task's: kept in memory under this one's name, it could come
+        # back to its own task and bring a query its own pair.
+        use_memory = config.memory and config.prompt != "shuffled"
+        solver2 = Solver2(config.n_tasks, config.width, use_memory=use_memory)
         generator = torch.Generator().manual_seed(config.seed)
         policy_rl = RefinedPolicy(config.width, generator=generator)
     efe_loss = EFELoss(hard_cells=config.hard_cells, extras=config.efe_extras)

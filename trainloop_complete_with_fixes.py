@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -336,10 +335,49 @@ def build_parser() -> Parser:
     return parser
 
 
+# A resume takes these from its command line only; the rest it takes from the run where not given.
+OF_THIS_PROCESS = (
+    "device", "threads", "runs_dir", "resume", "allow_mismatch", "dry_run", "quiet", "offline",
+)  # fmt: skip
+
+
+def explicit_arguments(argv: list[str] | None) -> set[str]:
+    """Names of the flags that were really given, defaults left out."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def take_saved_arguments(args: argparse.Namespace, given: set[str]) -> None:
+    """Fill `args` from the config.json of the run to resume, except for what was given."""
+    from model_persistence import find_latest_run
+
+    newest = args.resume in ("latest", "auto")
+    folder = find_latest_run(args.runs_dir) if newest else Path(args.resume)
+    if folder is None:
+        return
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["arguments"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # derived and replaceable: the checkpoint's own settings are compared later
+    for name in vars(args):
+        if name in saved and name not in given and name not in OF_THIS_PROCESS:
+            value = saved[name]
+            setattr(args, name, tuple(value) if isinstance(value, list) else value)
+
+
+def heads_of(width: int) -> int:
+    """Attention heads of an agent: 24 channels each when narrow, 64 from width 256 on."""
+    return max(1, width // 24) if width < 256 else width // 64
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags with the defaults that depend on other flags filled in."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.resume is not None:
+        take_saved_arguments(args, explicit_arguments(argv))
     if args.epochs is None:
         args.epochs = (
             10**6 if args.time_budget or args.schedule_batches else (1 if args.max_batches else 20)
@@ -349,6 +387,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         device.startswith("cuda:") and device[5:].isdigit()
     ):
         parser.error(f"--device {device}: use auto, cpu, cuda or cuda:N")
+    if args.width is not None and args.width % heads_of(args.width):
+        unit = 24 if args.width < 256 else 64
+        parser.error(f"--width {args.width}: use a multiple of {unit} (channels of a head)")
     if args.schedule == "auto":
         args.schedule = "wsd" if args.time_budget or args.schedule_batches else "constant"
     return args
@@ -783,7 +824,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     owner = torch.zeros(batch.n_tasks, dtype=torch.long, device=run.device)
     owner[batch.query_task] = batch.task_index
     keep = by_task > run.threshold.get_threshold()
-    if not args.no_memory:
+    if system.solver2.use_memory:
         system.solver2.store(summary / counts[:, None], owner, by_task, keep)
 
     figures = torch.stack(
@@ -812,7 +853,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     )
     result = dict(zip(names, figures, strict=True))
     run.threshold.update(result["accuracy"])
-    progress.memory_updates += 0 if args.no_memory else int(result["stored"])
+    progress.memory_updates += int(result["stored"]) if system.solver2.use_memory else 0
     pairs = len(targets.size)
     return result | {"qwen_grad": qwen_grad, "lr_factor": factor, "pairs": pairs}
 
@@ -1023,7 +1064,7 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
         args.qwen_lr = 1e-3 if args.qwen_model == "tiny" else 5e-5
     config = arc_system.SystemConfig(
         width=args.width,
-        heads=max(1, args.width // 24) if args.width < 256 else args.width // 64,
+        heads=heads_of(args.width),
         blocks=args.blocks,
         planning_steps=args.planning_steps,
         n_tasks=len(tasks.train),
@@ -1101,19 +1142,28 @@ def new_run_folder(runs_dir: Path) -> Path:
 
 def banner(run: Run, tasks: Any, folder: Path | None, notes: list[str]) -> None:
     """What is about to run, in a few lines."""
+    import torch
+
     args, say = run.args, run.log.say
     n_agent = sum(p.numel() for p in run.system.agent.parameters())
     precision = {None: "fp32"}.get(run.dtype, str(run.dtype).removeprefix("torch."))
     n_pairs = sum(len(task.demonstrations) for task in tasks.train)
     n_tests = sum(len(task.tests) for task in tasks.train)
     say(f"Data:   {tasks.name}: {len(tasks.train)} tasks, Train: {n_pairs}, test pairs: {n_tests}")
+    skipped = run.stream.n_skipped_single + run.stream.n_skipped_large
+    if skipped:
+        say(
+            f"        trained on {run.stream.n_pairs} pairs an epoch; {skipped} tasks left out "
+            f"({run.stream.n_skipped_large} above --max_side {args.max_side}, "
+            f"{run.stream.n_skipped_single} with one demonstration only)"
+        )
     for warning in tasks.warnings:
         say(f"        warning: {warning}")
     say(f"Qwen:   {run.system.qwen.description()}")
     say(
         f"Agent:  {n_agent / 1e6:.2f} M parameters, width {args.width}, {args.planning_steps} steps"
     )
-    say(f"Device: {run.device}, {precision}, {args.threads or os.cpu_count()} threads")
+    say(f"Device: {run.device}, {precision}, {torch.get_num_threads()} threads")
     say(f"Run:    {folder}" if folder is not None else "Run:    nothing is written (--dry_run)")
     for note in notes:
         say(note)
@@ -1334,7 +1384,7 @@ def leave_early(run: Run, persistence: Any) -> int:
     run.log.say(
         f"Stopped by {stop.name}; everything is saved. Go on with:\n"
         f"    python trainloop_complete_with_fixes.py --resume {run.log.folder} "
-        f"--epochs {run.args.epochs} --device {run.args.device}",
+        f"--device {run.args.device}",
         important=True,
     )
     return stop.exit_code
@@ -1392,6 +1442,13 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     if folder is None and not args.dry_run:
         folder = new_run_folder(runs_dir)
         run.log = RunLog(folder, quiet=args.quiet, report_to=args.report_to)
+    if run.stream.n_batches(0) == 0:
+        raise UserError(
+            f"{tasks.name}: no task to train on: {run.stream.n_skipped_single} of "
+            f"{len(tasks.train)} have one demonstration only, {run.stream.n_skipped_large} exceed "
+            f"--max_side {args.max_side}. Raise --max_side or use other --data.",
+            EXIT_MISSING,
+        )
     limit = args.val_pairs
     if args.max_batches:
         limit = min(limit or 10**9, args.max_batches * args.batch_size)
@@ -1550,8 +1607,8 @@ def device_name(device: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The script: parse, train, and turn what goes wrong into one message and an exit code."""
     started = time.monotonic()
-    args = parse_arguments(argv)
     settle_threads()
+    args = parse_arguments(argv)
 
     import torch
 
