@@ -1439,9 +1439,6 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             notes.append(f"--resume auto: NOTHING TO RESUME in {looked}; a fresh run starts")
             resuming, folder = False, None
     run = set_up(args, tasks, folder, started)
-    if folder is None and not args.dry_run:
-        folder = new_run_folder(runs_dir)
-        run.log = RunLog(folder, quiet=args.quiet, report_to=args.report_to)
     if run.stream.n_batches(0) == 0:
         raise UserError(
             f"{tasks.name}: no task to train on: {run.stream.n_skipped_single} of "
@@ -1449,6 +1446,9 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             f"--max_side {args.max_side}. Raise --max_side or use other --data.",
             EXIT_MISSING,
         )
+    if folder is None and not args.dry_run:
+        folder = new_run_folder(runs_dir)
+        run.log = RunLog(folder, quiet=args.quiet, report_to=args.report_to)
     limit = args.val_pairs
     if args.max_batches:
         limit = min(limit or 10**9, args.max_batches * args.batch_size)

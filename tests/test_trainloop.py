@@ -5,6 +5,8 @@ Most tests call `main` in this process; those about process start and signals st
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -329,6 +331,44 @@ def test_ctrl_c_then_resume_is_bit_identical(train, reference, place, nth):
     assert "Resume: EXACT" in resumed.out
     assert "batches lost: 0" in resumed.out
     assert_same_end(resumed, reference)
+
+
+def test_the_printed_command_is_enough_to_go_on_whatever_the_flags_were(train):
+    """A resume takes the flags that are not given from the run itself."""
+    flags = ("--epochs", 1, "--batch_size", 5, "--clip", 0.5, "--max_context", 2)
+    whole = train(*flags, runs="whole")
+    context, wrapped = stop_in(trainloop, "train_step", 2)
+    with context as patch:
+        patch.setattr(trainloop, "train_step", wrapped)
+        stopped = train(*flags)
+    assert stopped.code == 130
+    printed = stopped.out[stopped.out.index("python trainloop") :].split()[2:6]
+    assert printed == ["--resume", str(stopped.folder), "--device", "cpu"]
+    out, code = io.StringIO(), -1
+    with contextlib.redirect_stdout(out):
+        code = trainloop.main(printed)
+    assert code == 0
+    assert "Resume: EXACT" in out.getvalue()
+    assert losses_of(stopped.folder) == losses_of(whole.folder)
+    assert len(losses_of(whole.folder)) > 2
+
+
+def losses_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(r["epoch"], r["batch"], r["loss"]) for r in rows if r["kind"] == "batch"]
+
+
+def test_a_width_that_heads_cannot_share_is_an_argument_error(train):
+    outcome = train("--width", 97)
+    assert outcome.code == 2
+    assert "--width 97: use a multiple of 24" in outcome.err
+
+
+def test_nothing_to_train_on_is_an_error_that_counts_what_was_left_out(train):
+    outcome = train("--max_side", 1)
+    assert outcome.code == 3
+    assert "no task to train on" in outcome.err
+    assert "exceed --max_side 1" in outcome.err
 
 
 def test_ctrl_c_between_two_steps_of_gradient_accumulation(train):
