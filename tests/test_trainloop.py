@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -351,6 +352,18 @@ def test_the_printed_command_is_enough_to_go_on_whatever_the_flags_were(train):
     assert "Resume: EXACT" in out.getvalue()
     assert losses_of(stopped.folder) == losses_of(whole.folder)
     assert len(losses_of(whole.folder)) > 2
+
+
+def test_a_run_folder_that_is_gone_comes_back_from_drive(train, reference, tmp_path):
+    drive = ("--drive_backup", tmp_path / "drive")
+    first = train("--epochs", 1, *drive)
+    assert first.code == 0
+    shutil.rmtree(first.folder.parent)
+    second = train("--resume", "--epochs", 2, *drive)
+    assert second.code == 0, second.err
+    assert second.folder.name == first.folder.name
+    assert "Resume: EXACT" in second.out
+    assert_same_end(second, reference)
 
 
 def losses_of(folder):
