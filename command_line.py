@@ -101,3 +101,13 @@ def pick_precision(amp: str, device: str) -> tuple[Any, bool]:
     if amp == "off":
         return None, False
     return (torch.bfloat16, False) if amp == "bf16" else (torch.float16, True)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser, quiet: str) -> None:
+    """The flags of every script that uses a trained model; `quiet` says what is still printed."""
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=number(int, 1, 1024), help="CPU threads (default: cores)")
+    parser.add_argument("--offline", action="store_true", help="never ask a model hub")
+    parser.add_argument("--quiet", action="store_true", help=quiet)

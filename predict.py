@@ -24,6 +24,7 @@ from command_line import (
     EXIT_MISSING,
     Parser,
     UserError,
+    add_process_arguments,
     number,
     pick_device,
     pick_precision,
@@ -97,12 +98,7 @@ def build_parser() -> Parser:
         type=number(int, 1),
         help=f"queries per batch (default: {BATCH_CPU} on CPU, {BATCH_GPU} on a GPU)",
     )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=number(int, 1, 1024), help="CPU threads (default: cores)")
-    parser.add_argument("--offline", action="store_true", help="never ask a model hub")
-    parser.add_argument("--quiet", action="store_true", help="totals and errors only")
+    add_process_arguments(parser, "totals and errors only")
     return parser
 
 

@@ -20,7 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import EXIT_DONE, EXIT_MISSING, Parser, UserError, number, pick_device
+from command_line import (
+    EXIT_DONE,
+    EXIT_MISSING,
+    Parser,
+    UserError,
+    add_process_arguments,
+    number,
+    pick_device,
+)
 from predict import check_device_name, check_output_file, find_run, guarded, load_model, write
 
 if TYPE_CHECKING:
@@ -88,12 +96,7 @@ def build_parser() -> Parser:
         metavar="WHICH",
         help="latest, best or a checkpoint's number (default: %(default)s)",
     )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=number(int, 1, 1024), help="CPU threads (default: cores)")
-    parser.add_argument("--offline", action="store_true", help="never ask a model hub")
-    parser.add_argument("--quiet", action="store_true", help="errors only")
+    add_process_arguments(parser, "errors only")
     return parser
 
 

@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from harness import finish, forked, scratch
-from kill_real_script import OPTIONS, final_state, losses, tiny_data
+from kill_real_script import OPTIONS, final_state, judge, losses, tiny_data
 
 N_TASKS = 32  # one task a batch: 32 batches an epoch, 64 in two
 EVALUATIONS = (0, 1, 2, 3)  # untrained, after each epoch, final
@@ -85,14 +85,7 @@ def run(amp: str = "off", every: int = 1) -> dict[str, Any]:
             if status != 0 and not any(work.glob("*/checkpoints/*.pt")):
                 shutil.rmtree(work)  # killed before the first save: nothing was promised
                 status, lines = attempt(resuming)
-            if status != 0:
-                figures["problems"].append(f"{point}: the resumed run ended with {status}: {lines}")
-            elif final_state(work) != wanted:
-                figures["problems"].append(f"{point}: another final state")
-            elif losses(work) != wanted_losses:
-                figures["problems"].append(f"{point}: other losses")
-            else:
-                figures["equal"] += 1
+            judge(figures, str(point), status, lines, work, (wanted, wanted_losses))
     return figures
 
 

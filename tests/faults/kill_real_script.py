@@ -97,6 +97,25 @@ def losses(runs: Path) -> dict[tuple[int, int], float]:
     return found
 
 
+def judge(
+    figures: dict[str, Any],
+    name: str,
+    status: int,
+    lines: list[str],
+    runs: Path,
+    wanted: tuple[str, dict[tuple[int, int], float]],
+) -> None:
+    """Count a finished run as equal to the wanted (state, losses), or say what is wrong with it."""
+    if status != 0:
+        figures["problems"].append(f"{name} ended with {status}: {lines}")
+    elif final_state(runs) != wanted[0]:
+        figures["problems"].append(f"{name} ended in another state")
+    elif losses(runs) != wanted[1]:
+        figures["problems"].append(f"{name}: other losses")
+    else:
+        figures["equal"] += 1
+
+
 def newest_durable(runs: Path) -> int:
     run = find_latest_run(runs)
     info = manager(run).get_resume_info() if run is not None else None
@@ -143,14 +162,7 @@ def run(kills: int = 1000, per_run: int = 5, seed: int = 0) -> dict[str, Any]:
                 newest = now
             if status == -signal.SIGKILL:
                 status, lines = attempt(resuming)
-            if status != 0:
-                figures["problems"].append(f"run {figures['runs']} ended with {status}: {lines}")
-            elif final_state(work) != wanted:
-                figures["problems"].append(f"run {figures['runs']} ended in another state")
-            elif losses(work) != wanted_losses:
-                figures["problems"].append(f"run {figures['runs']}: other losses")
-            else:
-                figures["equal"] += 1
+            judge(figures, f"run {figures['runs']}", status, lines, work, (wanted, wanted_losses))
     return figures
 
 
