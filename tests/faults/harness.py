@@ -18,6 +18,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -389,6 +390,10 @@ def forked(action: Callable[[Callable[[str], None]], None], kill_after_s: float 
         status = 1
         try:
             os.close(reader)
+            if "tqdm" in sys.modules:
+                # tqdm's own lock is shared between forks: one child killed while it held the lock
+                # would stop all later ones. Processes started afresh share nothing.
+                sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
             action(lambda text: os.write(writer, (text + "\n").encode()) and None)
             status = 0
         except SystemExit as e:
