@@ -349,12 +349,17 @@ def explicit_arguments(argv: list[str] | None) -> set[str]:
     return set(vars(parser.parse_args(argv)))
 
 
-def take_saved_arguments(args: argparse.Namespace, given: set[str]) -> None:
-    """Fill `args` from the config.json of the run to resume, except for what was given."""
+def run_to_resume(args: argparse.Namespace) -> Path | None:
+    """The folder that --resume means: the named one, else the newest in --runs_dir, if any."""
     from model_persistence import find_latest_run
 
     newest = args.resume in ("latest", "auto")
-    folder = find_latest_run(args.runs_dir) if newest else Path(args.resume)
+    return find_latest_run(args.runs_dir) if newest else Path(args.resume)
+
+
+def take_saved_arguments(args: argparse.Namespace, given: set[str]) -> None:
+    """Fill `args` from the config.json of the run to resume, except for what was given."""
+    folder = run_to_resume(args)
     if folder is None:
         return
     try:
@@ -1368,10 +1373,9 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
     metric = row.get(args.best_metric)
     if persistence is not None:
         metrics = {k: v for k, v in row.items() if isinstance(v, float)}
-        better = metric is not None and metric > progress.best
-        if better and metric is not None:
-            progress.best = metric
-        best_of = args.best_metric if better else None
+        best_of = None
+        if metric is not None and metric > progress.best:
+            progress.best, best_of = metric, args.best_metric
         save(run, persistence, best_of=best_of, wait=True, metrics=metrics)
 
 
@@ -1401,7 +1405,6 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         StopSignals,
         atomic_write_json,
         configured_drive_backup,
-        find_latest_run,
         restore_run_from_drive,
     )
 
@@ -1419,9 +1422,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     notes: list[str] = []
     folder: Path | None = None
     if resuming:
-        folder = (
-            find_latest_run(runs_dir) if args.resume in ("latest", "auto") else Path(args.resume)
-        )
+        folder = run_to_resume(args)
         drive = args.drive_backup or configured_drive_backup()
         if (folder is None or not folder.is_dir()) and drive:  # a new machine
             parent, name = (folder.parent, folder.name) if folder else (runs_dir, None)
@@ -1452,11 +1453,11 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     limit = args.val_pairs
     if args.max_batches:
         limit = min(limit or 10**9, args.max_batches * args.batch_size)
-    everything = validation_keys(tasks, None, args.seed)
+    validation = validation_keys(tasks, limit, args.seed)
     plan = Plan(
         tasks=tasks,
-        validation=validation_keys(tasks, limit, args.seed),
-        final=validation_keys(tasks, limit, args.seed) if args.max_batches else everything,
+        validation=validation,
+        final=validation if args.max_batches else validation_keys(tasks, None, args.seed),
         train_until=None,
         deadline=None,
     )
