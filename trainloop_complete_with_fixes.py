@@ -373,8 +373,9 @@ def take_saved_arguments(args: argparse.Namespace, given: set[str]) -> None:
 
 
 def heads_of(width: int) -> int:
-    """Attention heads of an agent: 24 channels each when narrow, 64 from width 256 on."""
-    return max(1, width // 24) if width < 256 else width // 64
+    """Attention heads of an agent, at least two (rows and columns): 24 channels each when narrow,
+    64 from width 256 on."""
+    return max(2, width // 24) if width < 256 else width // 64
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -16,6 +16,8 @@ from arc_agent import (
     N_STEPS,
     AgentConfig,
     ArcAgent,
+    AxialAttention,
+    RuleFit,
     SizeHead,
     choose_size,
     context_cells,
@@ -218,6 +220,99 @@ def test_evidence_is_read_off_the_demonstrations(task_set):
         answer = system.answer(system.read(batch))
     grid = answer.grids()[0, : tasks[0].tests[0].input.shape[0], : tasks[0].tests[0].input.shape[1]]
     assert np.array_equal(grid.numpy(), tasks[0].tests[0].input)
+
+
+# ---------------------------------------------------------------- the fitted rule
+
+
+def rule_of_sign(cells, seed):
+    """Features (1, cells, 7) with a last 1; pointer 3 is right where the first feature is positive,
+    pointer 8 elsewhere."""
+    features = torch.randn(1, cells, 7, generator=torch.Generator().manual_seed(seed))
+    features[..., -1] = 1.0
+    right = torch.zeros(1, cells, N_POINTERS)
+    right[..., 3] = (features[..., 0] > 0).float()
+    right[..., 8] = 1.0 - right[..., 3]
+    return features, right
+
+
+def test_the_rule_of_the_demonstrations_holds_at_new_cells():
+    fit = RuleFit(AgentConfig(width=8, rule_width=6))
+    seen, right = rule_of_sign(120, seed=0)
+    query, wanted = rule_of_sign(200, seed=1)
+    score = fit(query, seen, right, torch.ones(1, 120, dtype=torch.bool))
+    assert (score.argmax(-1) == wanted.argmax(-1)).float().mean() > 0.9
+
+
+def test_without_gradient_steps_the_rule_is_ridge_regression():
+    """Against the normal equations, written out in numpy."""
+    fit = RuleFit(AgentConfig(width=8, rule_width=6, rule_steps=0)).requires_grad_(False)
+    seen, right = rule_of_sign(30, seed=0)
+    right[0, :10, 0] = 1.0  # these ten are as in the input
+    query, _ = rule_of_sign(9, seed=1)
+    mask = torch.arange(30)[None] < 20
+    score = fit(query, seen, right, mask)
+    x, r = seen[0, :20].double().numpy(), right[0, :20].double().numpy()
+    heavier = 1.0 + float(fit.log_changed.exp())
+    w = np.where(r[:, 0] > 0, 1.0, heavier)
+    w /= w.sum()
+    ridge = float(fit.log_ridge.exp()) * np.eye(7)
+    rule = np.linalg.solve((x * w[:, None]).T @ x + ridge, (x * w[:, None]).T @ r)
+    expected = query[0].double().numpy() @ rule * float(fit.gain[0])
+    np.testing.assert_allclose(score[0].numpy(), expected, atol=1e-4)
+
+
+def test_gradient_steps_make_the_demonstrated_colours_more_likely():
+    seen, right = rule_of_sign(40, seed=2)
+    right[..., 5] = right[..., 3]  # two pointers explain the same cells
+    mask = torch.ones(1, 40, dtype=torch.bool)
+
+    def surprise(steps):
+        fit = RuleFit(AgentConfig(width=8, rule_width=6, rule_steps=steps)).requires_grad_(False)
+        p = fit(seen, seen, right, mask).softmax(-1)
+        return -(p * right).sum(-1).log().mean()
+
+    assert surprise(3) < surprise(1) < surprise(0)
+
+
+def test_the_rule_learns_its_features_and_sees_demonstrations_only():
+    torch.manual_seed(0)
+    fit = RuleFit(AgentConfig(width=8, rule_width=6))
+    x, raw = torch.randn(2, 1, 30, 8)
+    _, right = rule_of_sign(30, seed=0)
+    right[0, :10, 0] = 1.0  # these ten are as in the input: the others weigh more
+    mask = torch.arange(30)[None] < 20
+    seen = fit.of(x, raw)
+    score = fit(seen[:, :5], seen, right, mask)
+    score.square().sum().backward()
+    for name, p in fit.named_parameters():
+        assert p.grad is not None, name
+        assert torch.isfinite(p.grad).all(), name
+        assert p.grad.abs().sum() > 0, name
+    unseen = seen.detach().clone()
+    unseen[:, 20:] = 7.0
+    assert torch.equal(fit(seen[:, :5], unseen, right, mask), score)
+    assert not fit(seen[:, :5], seen, right, torch.zeros_like(mask)).any()
+
+
+def test_axial_attention_sees_its_row_and_column_alone():
+    torch.manual_seed(0)
+    attention = AxialAttention(16, 2)
+    table = rotary_table(3, 4, rotary_dim(8), torch.device("cpu"))
+    x = torch.randn(1, 12, 16)
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    mask[0, 11] = False  # the last cell is outside
+    with torch.no_grad():
+        before = attention(x, mask, table, 3, 4)
+        for cell in range(12):
+            other = x.clone()
+            other[0, cell] += 1.0
+            row, col = divmod(cell, 4)
+            sees = [r == row or c == col for r in range(3) for c in range(4)]
+            if cell == 11:
+                sees = [i == 11 for i in range(12)]
+            changed = (attention(other, mask, table, 3, 4) != before).any(-1)[0]
+            assert changed.tolist() == sees
 
 
 # ---------------------------------------------------------------- size

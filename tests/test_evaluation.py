@@ -107,6 +107,35 @@ def test_a_deadline_never_costs_the_first_view(system, hidden):
     assert all(sum(c.votes for c in p.candidates.values()) == 1 for p in found.values())
 
 
+def test_small_tasks_get_all_their_views_before_large_ones_their_second(system, hidden):
+    order = []
+    views = evaluation_views(3)
+
+    class Spy:
+        def __getattr__(self, name):
+            return getattr(system, name)
+
+        def predict(self, batch, generator):
+            order.extend(task_id for task_id, _, _ in batch.pair_ids)
+            return system.predict(batch, generator)
+
+    predict_tasks(Spy(), hidden, views)
+    n = len(keys_of(hidden))
+    assert len(order) == 3 * n
+    assert set(order[:n]) == {t.task_id for t in hidden}
+    cells = {
+        t.task_id: max(
+            g.size
+            for p in (*t.tests, *t.demonstrations)
+            for g in (p.input, p.output)
+            if g is not None
+        )
+        for t in hidden
+    }
+    later = [cells[task_id] for task_id in order[n:]]
+    assert later == sorted(later)
+
+
 def test_batch_size_changes_no_prediction(system, hidden):
     a = predict_tasks(system, hidden, [View()], batch_size=1)
     b = predict_tasks(system, hidden, [View()], batch_size=32)
