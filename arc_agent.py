@@ -81,15 +81,14 @@ class DemonstrationCells:
 class Sight:
     """What the agent sees of a batch's queries before any prompt: made once, planned from often.
 
-    cells (Q, cells, width) encoded; evidence and outside (Q, cells, N_POINTERS); sources
-    (Q, cells, K) int64; demonstrations: keys, values and mask for each planning block.
+    cells (Q, cells, width) encoded, after a look at the demonstrations' cells; evidence and outside
+    (Q, cells, N_POINTERS); sources (Q, cells, K) int64.
     """
 
     cells: Tensor
     evidence: Tensor
     outside: Tensor
     sources: Tensor
-    demonstrations: list[Keys]
 
 
 @dataclass
@@ -387,11 +386,10 @@ class EncoderBlock(nn.Module):
 
 
 class PlanningBlock(nn.Module):
-    """One refinement: look at the demonstrations' cells, at the prompt, at the own grid; think."""
+    """One refinement: look at the prompt, at the own row and column; think."""
 
     def __init__(self, config: AgentConfig) -> None:
         super().__init__()
-        self.demonstrations = CrossAttention(config.width, config.heads)
         self.prompt = CrossAttention(config.width, config.heads)
         self.own = AxialAttention(config.width, config.heads)
         self.mlp = Mlp(config.width, config.mlp_ratio)
@@ -400,13 +398,11 @@ class PlanningBlock(nn.Module):
         self,
         x: Tensor,
         mask: Tensor,
-        demonstrations: Keys,
         prompt: Keys,
         table: tuple[Tensor, Tensor],
         rows: int,
         cols: int,
     ) -> Tensor:
-        x = self.demonstrations(x, *demonstrations, table)
         x = self.prompt(x, *prompt, None)
         return self.mlp(self.own(x, mask, table, rows, cols), mask, rows, cols)
 
@@ -620,6 +616,7 @@ class ArcAgent(nn.Module):
         self.film = nn.Linear(width, width, bias=False)
         self.step_token = nn.Parameter(torch.zeros(config.n_steps, width))
         self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_blocks))
+        self.demonstrations = CrossAttention(config.width, config.heads)
         self.blocks = nn.ModuleList(PlanningBlock(config) for _ in range(config.blocks))
         self.pointer = PointerHead(config)
         self.rule = RuleFit(config)
@@ -687,13 +684,13 @@ class ArcAgent(nn.Module):
             seen_fit,
         )
         table = self._table(demos.rows, demos.cols, sources.device)
-        keyed = []
-        for block in self._planning_blocks():
-            k, v = block.demonstrations.keys(demos.tokens, table)
-            k, v = _take_heads(k, where), _take_heads(v, where)
-            keyed.append(block.demonstrations.add_null(k, v, seen))
+        k, v = self.demonstrations.keys(demos.tokens, table)
+        k, v, seen = self.demonstrations.add_null(
+            _take_heads(k, where), _take_heads(v, where), seen
+        )
+        x = self.demonstrations(x, k, v, seen, self._table(rows, cols, sources.device))
         flat = sources.flatten(2).transpose(1, 2).long()
-        return Sight(x, evidence, F.pad(flat == OUTSIDE, (0, COLOURS)), flat, keyed)
+        return Sight(x, evidence, F.pad(flat == OUTSIDE, (0, COLOURS)), flat)
 
     def plan(self, batch: Any, sight: Sight, prompt: Any) -> AgentOutput:
         """Predict every query of a batch in five steps.
@@ -719,10 +716,8 @@ class ArcAgent(nn.Module):
         all_logits, all_confidence = [], []
         for step in range(self.config.n_steps):
             x = x + self.step_token[step]
-            for block, demo_key, prompt_key in zip(
-                self._planning_blocks(), sight.demonstrations, prompt_keys, strict=True
-            ):
-                x = block(x, mask, demo_key, prompt_key, table, rows, cols)
+            for block, keys in zip(self._planning_blocks(), prompt_keys, strict=True):
+                x = block(x, mask, keys, table, rows, cols)
             logits = self.pointer(x, sight.sources, sight.outside, sight.evidence)
             probability = logits.exp()
             x = x + self.answer(probability.to(x.dtype))

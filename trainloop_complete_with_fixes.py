@@ -141,7 +141,7 @@ def build_parser() -> Parser:
         type=number(real, 0, 2),
         metavar="P",
         help="a task of c cells appears (100 / c) ** P times an epoch, at most once, c the area of "
-        "its largest demonstration input; 0 = always (default: 0; 0.5 on CPU with --time_budget)",
+        "its largest demonstration input; 0 = always (default: 0; 1.5 on CPU with --time_budget)",
     )
     data.add_argument(
         "--max_context",
@@ -303,7 +303,7 @@ def build_parser() -> Parser:
     scoring.add_argument(
         "--val_pairs",
         type=number(whole, 1),
-        help="test pairs of the validation after each epoch, a fixed subset (default: all; 200 on "
+        help="test pairs of the validation after each epoch, a fixed subset (default: all; 100 on "
         "CPU with --time_budget)",
     )
 
@@ -617,7 +617,11 @@ def parameter_groups(system: Any, args: argparse.Namespace, qwen_lr: float) -> l
     muon: list[Any] = []
     plain: list[Any] = []
     for name, p in system.agent.named_parameters():
-        hidden = p.ndim == 2 and name.startswith(("blocks.", "encoder.")) and "null" not in name
+        hidden = (
+            p.ndim == 2
+            and name.startswith(("blocks.", "encoder.", "demonstrations."))
+            and "null" not in name
+        )
         (muon if hidden and args.optimizer == "muon" else plain).append(p)
     task = [system.solver2.task_tokens.weight]
     rest = [p for p in system.solver2.parameters() if p is not task[0]]
@@ -1048,9 +1052,9 @@ def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
         args.blocks = 1 if on_cpu else 2
     short = on_cpu and args.time_budget is not None
     if args.val_pairs is None and short:
-        args.val_pairs = 200
+        args.val_pairs = 100
     if args.cost_power is None:
-        args.cost_power = 0.5 if short else 0.0
+        args.cost_power = 1.5 if short else 0.0
 
 
 def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: float) -> Run:

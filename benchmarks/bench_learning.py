@@ -3,6 +3,7 @@
     python benchmarks/bench_learning.py --minutes 10 --seeds 0 1 2 --threads 2
     python benchmarks/bench_learning.py --minutes 10 --seeds 0 1 --ablations
     python benchmarks/bench_learning.py --minutes 10 --device cuda --evaluate_arc2
+    python benchmarks/bench_learning.py --minutes 10 --ablations --parallel 2 --threads 1
 
 Each row is the real training script in its own process. Stopped and started again, it goes on with
 the runs that are not finished. The table (learning_<minutes>min.md) and the raw figures (.json) lie
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,12 @@ def build_parser() -> Parser:
         help="(default: 0 1 2)",
     )
     parser.add_argument("--threads", type=number(int, 1, 1024), help="CPU threads (default: cores)")
+    parser.add_argument(
+        "--parallel",
+        type=number(int, 1, 64),
+        default=1,
+        help="runs at a time; give --threads too, so that they share the cores (default: 1)",
+    )
     parser.add_argument("--device", default="auto", help="as in training (default: %(default)s)")
     parser.add_argument(
         "--ablations", action="store_true", help="one row per ablation (default: the full one only)"
@@ -183,6 +191,18 @@ def figures_of(run: Path, row: str, seed: int) -> dict[str, Any]:
     }
 
 
+def one_run(args: argparse.Namespace, out: Path, row: str, seed: int) -> dict[str, Any] | None:
+    """Figures of one run, trained now if it is not there yet; None if it failed."""
+    folder = out / run_name(args.minutes, row, seed, args.train_flags)
+    run = finished_run(folder) or train_once(args, row, seed, folder)
+    if run is None:
+        return None
+    figures = figures_of(run, row, seed)
+    if args.evaluate_arc2:
+        figures["arc2_evaluation"] = evaluate_arc2(args, run)
+    return figures
+
+
 def spread(values: list[float], form: str) -> str:
     """Median, and lowest to highest where there are several."""
     text = format(statistics.median(values), form)
@@ -244,31 +264,28 @@ def main(argv: list[str] | None = None) -> int:
     chosen = args.only or (list(ABLATIONS) if args.ablations else ["full"])
     # Seed by seed, so that a table over all rows is there as early as possible.
     plan = [(row, seed) for seed in args.seeds for row in chosen]
-    raw: list[dict[str, Any]] = []
-    failed = 0
-    for done, (row, seed) in enumerate(plan):
-        folder = out / run_name(args.minutes, row, seed, args.train_flags)
-        run = finished_run(folder)
-        if run is None:
+    raw: dict[tuple[str, int], dict[str, Any]] = {}
+    with ThreadPoolExecutor(args.parallel) as pool:
+        jobs = {pool.submit(one_run, args, out, *member): member for member in plan}
+        for done, job in enumerate(as_completed(jobs), start=1):
+            figures = job.result()
+            row, seed = jobs[job]
+            if figures is None:
+                continue
+            raw[row, seed] = figures
+            rows = [raw[member] for member in plan if member in raw]
+            name = f"learning_{args.minutes:g}min"
+            (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            (out / f"{name}.md").write_text(markdown(rows, args.minutes), encoding="utf-8")
+            rest = (len(plan) - done) * args.minutes / args.parallel
             print(
-                f"[{time.strftime('%H:%M')}] {done + 1}/{len(plan)}: {row}, seed {seed}; about "
-                f"{(len(plan) - done) * args.minutes:.0f} minutes to go at most",
+                f"[{time.strftime('%H:%M')}] {done}/{len(plan)}: {row}, seed {seed}: "
+                f"{figures['exact_at_2']}/{figures['n']}; about {rest:.0f} minutes to go at most",
                 flush=True,
             )
-            run = train_once(args, row, seed, folder)
-        if run is None:
-            failed += 1
-            continue
-        figures = figures_of(run, row, seed)
-        if args.evaluate_arc2:
-            figures["arc2_evaluation"] = evaluate_arc2(args, run)
-        raw.append(figures)
-        name = f"learning_{args.minutes:g}min"
-        (out / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-        (out / f"{name}.md").write_text(markdown(raw, args.minutes), encoding="utf-8")
     if raw:
-        print(markdown(raw, args.minutes))
-    return EXIT_UNEXPECTED if failed or not raw else EXIT_DONE
+        print(markdown([raw[member] for member in plan if member in raw], args.minutes))
+    return EXIT_UNEXPECTED if len(raw) < len(plan) else EXIT_DONE
 
 
 if __name__ == "__main__":
