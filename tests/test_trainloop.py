@@ -802,7 +802,7 @@ def test_fix_3_hard_cells_change_the_training_gradient(fresh_run):
         output[:, 0] = torch.where(output[:, 0] >= 0, (output[:, 0] + 1) % 10, -1)  # a row is wrong
         gradient, figures = gradients(run, batch, dataclasses.replace(targets, output=output))
         assert 0 < figures["mask_ratio"] < 1
-        found.append(gradient["agent.answer.weight"])
+        found.append(gradient["agent.pointer.to_pointer.bias"])
     on, off = (gradient / gradient.norm() for gradient in found)  # clipping hides its length
     assert not torch.allclose(on, off, rtol=0.01, atol=1e-4)
 
