@@ -76,6 +76,7 @@ def predict_tasks(
     collator: Collator | None = None,
     only: set[Key] | None = None,
     deadline: float | None = None,
+    max_batches: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[Key, Prediction]:
     """Predict every test input of `tasks` once per view, and collect the votes.
@@ -83,13 +84,14 @@ def predict_tasks(
     task_index: row of the task table by task id (tasks without one are unseen); only: the queries
     wanted (default all); deadline: time.monotonic() after which no further batch is started, except
     in the first view: small tasks are through with all views before large ones start on their
-    second; progress is called with the number of queries done.
+    second; max_batches: batches after which likewise none is started; progress is called with the number of queries done.
     Raises ValueError if a test output is in sight.
     """
     if any(pair.output is not None for task in tasks for pair in task.tests):
         raise ValueError("predict_tasks must not see test outputs: pass without_outputs(tasks)")
     kind = device.split(":")[0]
     found: dict[Key, Prediction] = {}
+    n_batches = 0
     was_training = system.agent.training
     system.train(False)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -103,8 +105,10 @@ def predict_tasks(
                 max_context=max_context,
                 collator=collator,
             ):
-                if number and deadline is not None and time.monotonic() > deadline:
+                late = deadline is not None and time.monotonic() > deadline
+                if number and (late or (max_batches is not None and n_batches >= max_batches)):
                     return found
+                n_batches += 1
                 on_device = batch.to(device)
                 with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
                     output, backward = system.predict(on_device, generator)

@@ -48,12 +48,16 @@ FINAL_RESERVE_S = 6.0  # seconds kept for saving and leaving at the end of a tim
 # ---------------------------------------------------------------------------------------------
 
 
-def batch_pair(text: str) -> tuple[int, int]:
-    """An argparse type: A:B with 0 <= A < B."""
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not A:B with whole numbers A < B")
-    return int(first), int(last)
+def batch_pair(text: str) -> tuple[int, ...]:
+    """An argparse type: A:B or A:B:C, whole numbers with A < B and 0 < C <= B."""
+    parts = text.split(":")
+    numbers = tuple(int(part) for part in parts if part.isdigit())
+    fits = len(numbers) == len(parts) in (2, 3) and numbers[0] < numbers[1]
+    if not fits or not 0 < numbers[-1] <= numbers[1]:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not A:B or A:B:C with whole numbers A < B and 0 < C <= B"
+        )
+    return numbers
 
 
 def build_parser() -> Parser:
@@ -141,7 +145,8 @@ def build_parser() -> Parser:
         type=number(real, 0, 2),
         metavar="P",
         help="a task of c cells appears (100 / c) ** P times an epoch, at most once, c the area of "
-        "its largest demonstration input; 0 = always (default: 0; 1.5 on CPU with --time_budget)",
+        "its largest demonstration input; 0 = always (default: 0; 1.5 on CPU with --time_budget or "
+        "--schedule_batches)",
     )
     data.add_argument(
         "--max_context",
@@ -234,9 +239,9 @@ def build_parser() -> Parser:
     optim.add_argument(
         "--schedule_batches",
         type=batch_pair,
-        metavar="A:B",
-        help="wsd in batches: fall from batch A to 0 at batch B, where training ends; repeats a "
-        "--time_budget run bit for bit (default: off)",
+        metavar="A:B[:C]",
+        help="wsd in batches: fall from batch A to 0 at batch B; training ends there, or at batch C; "
+        "repeats a --time_budget run bit for bit (default: off)",
     )
     optim.add_argument(
         "--decay_frac",
@@ -301,10 +306,17 @@ def build_parser() -> Parser:
         help="views that vote in the final evaluation (default: 8; what fits in a --time_budget)",
     )
     scoring.add_argument(
+        "--vote_batches",
+        type=number(whole, 1),
+        metavar="N",
+        help="batches of the final evaluation at most, its first view always whole; repeats the "
+        "voting of a --time_budget run (default: all)",
+    )
+    scoring.add_argument(
         "--val_pairs",
         type=number(whole, 1),
         help="test pairs of the validation after each epoch, a fixed subset (default: all; 100 on "
-        "CPU with --time_budget)",
+        "CPU with --time_budget or --schedule_batches)",
     )
 
     ablation = parser.add_argument_group("ablations (what each part earns)")
@@ -515,13 +527,15 @@ class Schedule:
     """Learning rate factor by batch: linear warmup, stable, linear decay to 0 (wsd) or constant.
 
     With a time budget the decay's start and length in batches are fixed once, when the clock says
-    so; `stop_at` then is where training ends. The pair reproduces the run bit for bit on a CPU.
+    so; `stop_at` is where it reaches 0 and training ends, unless time is up at batch `end_at`. The
+    three reproduce the run bit for bit on a CPU.
     """
 
     kind: str
     warmup: int
     decay_start: int | None = None
     stop_at: int | None = None
+    end_at: int | None = None
 
     def factor(self, batch: int) -> float:
         rise = min(1.0, (batch + 1) / self.warmup) if self.warmup else 1.0
@@ -881,6 +895,7 @@ def evaluate(
     *,
     slices: dict[str, set[Any]] | None = None,
     deadline: float | None = None,
+    max_batches: int | None = None,
     title: str = "Validation",
 ) -> dict[str, Any]:
     """Score the averaged weights on the given queries; targets meet predictions only in `score`."""
@@ -895,11 +910,12 @@ def evaluate(
         total=len(keys) * n_views, desc=title, unit="query", leave=False, disable=no_bar(run.args)
     )
 
-    n_done = 0
+    n_done = n_batches = 0
 
     def step(n: int) -> None:
-        nonlocal n_done
+        nonlocal n_done, n_batches
         n_done += n
+        n_batches += 1
         bar.update(n)
         if run.stop is not None and run.stop.requested:
             raise StopRequested
@@ -917,11 +933,13 @@ def evaluate(
             collator=run.collator,
             only=keys,
             deadline=deadline,
+            max_batches=max_batches,
             progress=step,
         )
     bar.close()
     views_done = n_done / max(1, sum(len(task.tests) for task in wanted))
-    return {**score(predictions, wanted, slices), "views_done": round(views_done, 2)}
+    done = {"views_done": round(views_done, 2), "batches_done": n_batches}
+    return {**score(predictions, wanted, slices), **done}
 
 
 def no_bar(args: argparse.Namespace) -> bool:
@@ -1050,7 +1068,7 @@ def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
         args.width = 96 if on_cpu else 512
     if args.blocks is None:
         args.blocks = 1 if on_cpu else 2
-    short = on_cpu and args.time_budget is not None
+    short = on_cpu and (args.time_budget is not None or args.schedule_batches is not None)
     if args.val_pairs is None and short:
         args.val_pairs = 100
     if args.cost_power is None:
@@ -1223,6 +1241,7 @@ def train(run: Run, plan: Plan, persistence: Any) -> None:
                 log_batch(run, figures)
             minutes = (time.monotonic() - run.started) / 60
             where = {"epoch": progress.epoch, "batch": progress.batch, "minutes": minutes}
+            where |= {"step": progress.total}
             run.log.record({"kind": "batch", **where, **figures})
             if all(math.isfinite(figures[name]) for name in SUMS):
                 for name in SUMS:
@@ -1275,9 +1294,9 @@ def batches_of_epoch(run: Run, n_batches: int) -> Any:
 
 
 def done_by_schedule(run: Run) -> bool:
-    """Whether the learning rate has reached its end."""
-    stop_at = run.schedule.stop_at
-    return stop_at is not None and run.progress.total >= stop_at
+    """Whether the learning rate has reached its end, or the batch at which to end before."""
+    ends = (run.schedule.stop_at, run.schedule.end_at)
+    return any(end is not None and run.progress.total >= end for end in ends)
 
 
 def out_of_time(plan: Plan) -> bool:
@@ -1297,10 +1316,7 @@ def plan_decay(run: Run, plan: Plan) -> None:
     per_batch_s = (now - run.train_started) / here
     schedule.decay_start = progress.total
     schedule.stop_at = progress.total + max(1, int(0.98 * left / per_batch_s))
-    run.log.say(
-        f"Learning rate falls to 0 from batch {schedule.decay_start} to {schedule.stop_at} "
-        f"(the same run again: --schedule_batches {schedule.decay_start}:{schedule.stop_at})"
-    )
+    run.log.say(f"Learning rate falls to 0 from batch {schedule.decay_start} to {schedule.stop_at}")
 
 
 def log_batch(run: Run, figures: dict[str, float]) -> None:
@@ -1525,7 +1541,14 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
     if plan.final:
         until = plan.deadline - FINAL_RESERVE_S if plan.deadline is not None else None
         result = evaluate(
-            run, plan.tasks, plan.final, views, slices=slices, deadline=until, title="Final voting"
+            run,
+            plan.tasks,
+            plan.final,
+            views,
+            slices=slices,
+            deadline=until,
+            max_batches=args.vote_batches,
+            title="Final voting",
         )
         result |= {
             "views": views,
@@ -1545,6 +1568,13 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
         )
         for name, counts in result["slices"].items():
             run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}")
+        schedule = run.schedule
+        if plan.deadline is not None and schedule.stop_at is not None:
+            run.log.say(
+                "The same again, bit for bit on this CPU: in place of --time_budget, "
+                f"--schedule_batches {schedule.decay_start}:{schedule.stop_at}:{progress.total} "
+                f"--eval_views {views} --vote_batches {result['batches_done']}"
+            )
     run.log.say(f"Run: {run.log.folder}", important=True)
 
 

@@ -593,6 +593,8 @@ def test_a_gpu_that_is_not_there_is_an_argument_error_with_its_reason(train, dev
         (["--epochs", "two"], "'two' is not a number"),
         (["--qwen_lr", "nan"], "must be at least 0"),
         (["--schedule_batches", "9:3"], "A < B"),
+        (["--schedule_batches", "3:9:10"], "C <= B"),
+        (["--schedule_batches", "3"], "A:B"),
         (["--amp", "fp8"], "invalid choice"),
     ],
 )
@@ -700,6 +702,27 @@ def test_a_time_budget_ends_the_run_with_the_learning_rate_at_zero(train):
     assert outcome.code == 0, outcome.err
     factors = [row["lr_factor"] for row in outcome.rows("batch")]
     assert factors == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(train):
+    begun = time.monotonic()
+    outcome = train("--time_budget", 0.3, "--seed", 3)
+    assert outcome.code == 0, outcome.err
+    assert time.monotonic() - begun < 25
+    results = json.loads((outcome.folder / "results.json").read_text())
+    again = re.search(
+        r"in place of --time_budget, (--schedule_batches \d+:\d+:\d+ --eval_views \d+ "
+        r"--vote_batches \d+)$",
+        outcome.out,
+        re.MULTILINE,
+    )
+    assert again, outcome.out
+    repeated = train(*again[1].split(), "--seed", 3)
+    assert repeated.code == 0, repeated.err
+    same = json.loads((repeated.folder / "results.json").read_text())
+    assert {**same, "minutes": 0} == {**results, "minutes": 0}
+    assert repeated.figures() == outcome.figures()
+    assert len(outcome.figures()) > 10
 
 
 # ---------------------------------------------------------------- the seven fixes
