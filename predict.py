@@ -1,10 +1,11 @@
-"""Answer ARC tasks with a trained run and write Kaggle's submission.json; trains nothing.
+"""Answer ARC tasks with a trained run and write Kaggle's submission.json.
 
     python predict.py runs/arc_complete_20260101_120000 --data arcagi2 --split evaluation --score
     python predict.py best_model.pt --data arc-agi_test_challenges.json --out submission.json
 
-A checkpoint is all it needs; it never writes to the run. The predictor gets tasks without their
-test outputs, which only `--score` reads, afterwards. `from predict import load_model`.
+A checkpoint is all it needs; it never writes to the run, not even when it adapts to new tasks first
+(`adaptation`). The predictor gets tasks without their test outputs, which only `--score` reads,
+afterwards. `from predict import load_model`.
 """
 
 from __future__ import annotations
@@ -98,6 +99,25 @@ def build_parser() -> Parser:
         type=number(int, 1),
         help=f"queries per batch (default: {BATCH_CPU} on CPU, {BATCH_GPU} on a GPU)",
     )
+    parser.add_argument(
+        "--adapt_seconds",
+        type=number(float, 0.1),
+        metavar="S",
+        help="first train on the demonstrations of unseen tasks for so long, each told from the "
+        "others; the run stays as it is (default: off)",
+    )
+    parser.add_argument(
+        "--adapt_batches",
+        type=number(int, 1),
+        metavar="N",
+        help="the same for so many batches, which can be repeated bit for bit (default: off)",
+    )
+    parser.add_argument(
+        "--adapt_parts",
+        choices=("tokens", "all"),
+        default="all",
+        help="what learns then: the new tasks' own tokens, or all weights (default: %(default)s)",
+    )
     add_process_arguments(parser, "totals and errors only")
     return parser
 
@@ -112,6 +132,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if value is not None:
             check_output_file(parser, flag, Path(value))
     check_device_name(parser, args.device)
+    if args.adapt_seconds and args.adapt_batches:
+        parser.error("--adapt_seconds and --adapt_batches: give one of them")
     args.score = args.score or args.score_json is not None
     return args
 
@@ -410,12 +432,32 @@ def run_prediction(args: argparse.Namespace) -> int:
     say(f"        {n_known} tasks known from training, {len(chosen) - n_known} unseen")
     say(f"Device: {device}, {n_views} views")
 
+    hide_bar = args.quiet or not sys.stderr.isatty()
+    if args.adapt_seconds or args.adapt_batches:
+        from adaptation import adapt
+
+        percent = tqdm(total=100, desc="Adapting", unit="%", leave=False, disable=hide_bar)
+        with percent:
+            adapted = adapt(
+                model.system,
+                without_outputs(chosen),
+                model.task_index,
+                seconds=args.adapt_seconds,
+                n_batches=args.adapt_batches,
+                parts=args.adapt_parts,
+                seed=model.seed,
+                device=device,
+                dtype=dtype,
+                progress=lambda share: percent.update(int(100 * share) - percent.n),
+            )
+        model.task_index = adapted.task_index
+        say(
+            f"Adapted: {adapted.n_batches} batches of leave-one-out, exact "
+            f"{adapted.exact_first:.3f} in their first quarter, {adapted.exact_last:.3f} in the last"
+        )
+
     bar = tqdm(
-        total=n_inputs * n_views,
-        desc="Predicting",
-        unit="query",
-        leave=False,
-        disable=args.quiet or not sys.stderr.isatty(),
+        total=n_inputs * n_views, desc="Predicting", unit="query", leave=False, disable=hide_bar
     )
     with bar:
         predictions = predict_tasks(

@@ -53,6 +53,13 @@ class Solver2(nn.Module):
         self.register_buffer("scores", torch.zeros(capacity))
         self.register_buffer("counters", torch.zeros(2, dtype=torch.long))  # next slot, updates
 
+    def add_tasks(self, n: int) -> int:
+        """Add rows for `n` new tasks, which start as unseen tasks do; returns the first row."""
+        rows = self.task_tokens.weight.detach()
+        new = self.unknown.detach().flatten().expand(n, -1)
+        self.task_tokens = nn.Embedding.from_pretrained(torch.cat([rows, new]), freeze=False)
+        return len(rows)
+
     @property
     def n_updates(self) -> int:
         """How many entries were ever stored."""
