@@ -1,9 +1,10 @@
 """Test-time training: fit a trained system to tasks it has never met, on their demonstrations alone.
 
 Each unseen task gets a row of task tokens; then every demonstration is asked in turn, told from the
-others, in random views, exactly as in training, while tokens (and, if wanted, all weights) learn
-from the EFE loss and the policy from its reward. No test input or output is looked at, and nothing
-is written: the checkpoint stays as it is. `from adaptation import adapt`.
+others, in random views, while tokens (and, if wanted, weights) learn from the EFE loss and the
+policy from its reward. Unlike training it never drops a task's tokens, stores no memories, and has
+no soft reward in its loss. No test input or output is looked at, and nothing is written: the
+checkpoint stays as it is. `from adaptation import adapt`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class Adapted:
-    """task_index: rows of the task table, old and new; n_batches: optimizer steps; exact_first,
-    exact_last: share of leave-one-out queries right in the first and the last quarter of them."""
+    """task_index: rows of the task table, old and new; n_batches: done, those whose gradient was not
+    finite included; exact_first, exact_last: share of leave-one-out queries answered right in their
+    first and last quarter. These are trained on, so the last says little about tests."""
 
     task_index: dict[str, int]
     n_batches: int
@@ -55,7 +57,7 @@ def adapt(
 
     Ends after `seconds` or after `n_batches`, whichever is given; the learning rate falls to 0 by
     then, so n_batches repeats a run bit for bit on a CPU. parts: what learns, "tokens" of the new
-    tasks or "all" weights that training trains; the policy learns in both cases. lr: of the weights;
+    tasks or "all" weights but the language model's; the policy learns in both cases. lr: of the weights;
     tokens take ten times as much. progress gets the share done. Tasks with one demonstration have
     nothing to learn from and stay unseen. Raises ValueError for other parts or no end.
     """
@@ -68,32 +70,41 @@ def adapt(
     first_row = system.solver2.add_tasks(len(unseen))
     index |= {task.task_id: first_row + i for i, task in enumerate(unseen)}
     stream = TrainingStream(unseen, seed, batch_size, task_table=index)
-    optimizer = _optimizer(system, parts, lr)
+    frozen, optimizer = _what_learns(system, parts, lr)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     exact: list[torch.Tensor] = []
-    system.train(True)
     begun = time.monotonic()
-    for number, (place, batch, targets) in enumerate(_forever(stream, seed)):
-        done = number / n_batches if n_batches else (time.monotonic() - begun) / (seconds or 1.0)
-        if done >= 1.0:
-            break
-        if progress is not None:
-            progress(done)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * (1.0 - done)
-        rng = torch.Generator(device=device).manual_seed(int(generator(*place).integers(2**62)))
-        loss, right, learn_policy = _leave_one_out(
-            system, batch.to(device), targets.to(device), rng, device, dtype
-        )
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(params, CLIP)
-        if bool(torch.isfinite(norm)):
-            optimizer.step()
-        system.policy_rl.zero_grad(set_to_none=True)
-        optimizer.zero_grad(set_to_none=True)
-        learn_policy()
-        exact.append(right)
-    system.train(False)
+    was_training = system.agent.training
+    system.train(True)
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        for number, (place, batch, targets) in enumerate(_forever(stream, seed)):
+            done = (
+                number / n_batches if n_batches else (time.monotonic() - begun) / (seconds or 1.0)
+            )
+            if number and done >= 1.0:
+                break
+            if progress is not None:
+                progress(done)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * max(0.0, 1.0 - done)
+            rng = torch.Generator(device=device).manual_seed(int(generator(*place).integers(2**62)))
+            loss, right, learn_policy = _leave_one_out(
+                system, batch.to(device), targets.to(device), rng, device, dtype
+            )
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(params, CLIP)
+            if bool(torch.isfinite(norm)):
+                optimizer.step()
+            system.policy_rl.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
+            learn_policy()
+            exact.append(right)
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+        system.train(was_training)
     quarter = max(1, len(exact) // 4)
     shares = [float(torch.cat(part).mean()) for part in (exact[:quarter], exact[-quarter:])]
     return Adapted(index, len(exact), *shares)
@@ -159,18 +170,24 @@ def _forever(stream: TrainingStream, seed: int) -> Iterator[tuple[tuple[int, ...
             yield (seed, epoch, position), *stream.batch(epoch, position)
 
 
-def _optimizer(system: System, parts: str, lr: float) -> torch.optim.Optimizer:
+def _what_learns(
+    system: System, parts: str, lr: float
+) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+    """(trained tensors that have to stand still meanwhile, the optimizer of the others).
+
+    The language model stands still: its learning rate in training is its own, and with a large one
+    its gradient costs more than all else.
+    """
     tokens = system.solver2.task_tokens.weight
+    agent, solver2 = system.agent.parameters(), system.solver2.parameters()
+    refinement, heads = system.policy_rl.main_parameters(), system.qwen.head_parameters()
     weights = [
-        p
-        for name, module in system.modules().items()
-        if name != "policy_rl"
-        for p in module.parameters()
-        if p.requires_grad and p is not tokens
-    ] + list(system.policy_rl.main_parameters())
-    for p in weights:
-        p.requires_grad_(parts == "all")
+        p for p in (*agent, *solver2, *refinement, *heads) if p.requires_grad and p is not tokens
+    ]
+    frozen = [p for p in system.qwen.lm_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [tokens], "base_lr": TOKEN_LR_FACTOR * lr}]
     if parts == "all":
         groups.append({"params": weights, "base_lr": lr})
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    else:
+        frozen += weights
+    return frozen, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)

@@ -27,7 +27,7 @@ SURE_WEIGHT = 0.5  # a view's vote counts 1 + 0.5 * probability + 0.25 * reversi
 REVERSIBLE_WEIGHT = 0.25
 EARLIER_WEIGHT = 1e-3  # the answers of earlier planning steps only break ties and fill attempt 2
 N_ATTEMPTS = 2
-N_COST_GROUPS = 12  # of tasks, by size: after the first view, each gets all its views in turn
+N_COST_GROUPS = 12  # of tasks, by size: in a hurry, each gets all its views in turn
 
 
 @dataclass
@@ -96,7 +96,8 @@ def predict_tasks(
     system.train(False)
     generator = torch.Generator(device=device).manual_seed(seed)
     try:
-        for number, view, some in _work(tasks, views):
+        hurried = deadline is not None or max_batches is not None
+        for number, view, some in _work(tasks, views, N_COST_GROUPS if hurried else 1):
             for batch in evaluation_batches(
                 some,
                 view,
@@ -138,16 +139,16 @@ def predict_tasks(
 
 
 def _work(
-    tasks: Sequence[Task], views: Sequence[View]
+    tasks: Sequence[Task], views: Sequence[View], n_groups: int
 ) -> Iterator[tuple[int, View, Sequence[Task]]]:
     """(number of the view, view, tasks): the first view of all tasks, then the other views of the
-    smallest tasks, and so on to the largest. A small task costs a fraction of a large one and is
+    smallest of `n_groups` groups of tasks, and so on to the largest. A small task costs a fraction of a large one and is
     solved three times as often (measured), so a deadline had better cut the large ones' views."""
     if not views:
         return
     yield 0, views[0], tasks
     by_cost = sorted(tasks, key=_cells)
-    n_groups = min(N_COST_GROUPS, len(by_cost))
+    n_groups = min(n_groups, len(by_cost))
     for group in range(n_groups):
         start, end = (len(by_cost) * i // n_groups for i in (group, group + 1))
         for number, view in enumerate(views[1:], start=1):

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 VIEWS_CPU, VIEWS_GPU = 4, 8  # guess: a CPU user waits for every view
 BATCH_CPU, BATCH_GPU = 16, 256  # queries; as in the evaluations of training
+ADAPT_BATCH = 8  # queries; as in training on a CPU
 EXIT_INTERRUPTED = 130
 
 
@@ -116,7 +117,8 @@ def build_parser() -> Parser:
         "--adapt_parts",
         choices=("tokens", "all"),
         default="all",
-        help="what learns then: the new tasks' own tokens, or all weights (default: %(default)s)",
+        help="what learns then: the new tasks' own tokens, or all weights but the language model's "
+        "(default: %(default)s)",
     )
     add_process_arguments(parser, "totals and errors only")
     return parser
@@ -445,14 +447,15 @@ def run_prediction(args: argparse.Namespace) -> int:
                 seconds=args.adapt_seconds,
                 n_batches=args.adapt_batches,
                 parts=args.adapt_parts,
+                batch_size=args.batch_size or ADAPT_BATCH,
                 seed=model.seed,
                 device=device,
-                dtype=dtype,
+                dtype=None if dtype is torch.float16 else dtype,  # it would need a scaler
                 progress=lambda share: percent.update(int(100 * share) - percent.n),
             )
         model.task_index = adapted.task_index
         say(
-            f"Adapted: {adapted.n_batches} batches of leave-one-out, exact "
+            f"Adapted: {adapted.n_batches} batches of leave-one-out, training exact "
             f"{adapted.exact_first:.3f} in their first quarter, {adapted.exact_last:.3f} in the last"
         )
 

@@ -82,8 +82,8 @@ def build_parser() -> Parser:
         "--time_budget",
         type=number(real, 0.1),
         metavar="MIN",
-        help="minutes for everything, imports to final evaluation; the learning rate falls to 0 "
-        "before the end (default: none)",
+        help="minutes for everything, imports to final evaluation; the learning rate falls "
+        "towards 0 before the end (default: none)",
     )
     run.add_argument(
         "--max_batches",
@@ -303,7 +303,8 @@ def build_parser() -> Parser:
     scoring.add_argument(
         "--eval_views",
         type=number(whole, 1, 64),
-        help="views that vote in the final evaluation (default: 8; what fits in a --time_budget)",
+        help="views that vote in the final evaluation (default: 8, as far as they fit in a "
+        "--time_budget; 2 on CPU without one)",
     )
     scoring.add_argument(
         "--vote_batches",
@@ -1051,7 +1052,8 @@ FIXED_ARGUMENTS = (
 def run_config(run: Run) -> dict[str, Any]:
     """The settings that make two runs the same run."""
     fixed = {name: getattr(run.args, name) for name in FIXED_ARGUMENTS}
-    return {**fixed, "data_sha256": run.args.data_sha256}
+    planned = ":".join(map(str, run.args.schedule_batches or ()))
+    return {**fixed, "schedule_batches": planned, "data_sha256": run.args.data_sha256}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1569,10 +1571,11 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
         for name, counts in result["slices"].items():
             run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}")
         schedule = run.schedule
-        if plan.deadline is not None and schedule.stop_at is not None:
+        if plan.deadline is not None and schedule.stop_at is not None and run.device == "cpu":
+            end_at = min(progress.total, schedule.stop_at)
             run.log.say(
                 "The same again, bit for bit on this CPU: in place of --time_budget, "
-                f"--schedule_batches {schedule.decay_start}:{schedule.stop_at}:{progress.total} "
+                f"--schedule_batches {schedule.decay_start}:{schedule.stop_at}:{end_at} "
                 f"--eval_views {views} --vote_batches {result['batches_done']}"
             )
     run.log.say(f"Run: {run.log.folder}", important=True)

@@ -256,6 +256,13 @@ def markdown(raw: list[dict[str, Any]], minutes: float) -> str:
     return "\n".join([*lines, "", note, ""])
 
 
+def write_tables(out: Path, minutes: float, rows: list[dict[str, Any]]) -> None:
+    """The raw figures and the table, as far as they are there."""
+    name = f"learning_{minutes:g}min"
+    (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(markdown(rows, minutes), encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     """All runs that are not there yet, then the table."""
     args = build_parser().parse_args(argv)
@@ -267,22 +274,22 @@ def main(argv: list[str] | None = None) -> int:
     raw: dict[tuple[str, int], dict[str, Any]] = {}
     with ThreadPoolExecutor(args.parallel) as pool:
         jobs = {pool.submit(one_run, args, out, *member): member for member in plan}
-        for done, job in enumerate(as_completed(jobs), start=1):
-            figures = job.result()
-            row, seed = jobs[job]
-            if figures is None:
-                continue
-            raw[row, seed] = figures
-            rows = [raw[member] for member in plan if member in raw]
-            name = f"learning_{args.minutes:g}min"
-            (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            (out / f"{name}.md").write_text(markdown(rows, args.minutes), encoding="utf-8")
-            rest = (len(plan) - done) * args.minutes / args.parallel
-            print(
-                f"[{time.strftime('%H:%M')}] {done}/{len(plan)}: {row}, seed {seed}: "
-                f"{figures['exact_at_2']}/{figures['n']}; about {rest:.0f} minutes to go at most",
-                flush=True,
-            )
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                figures = job.result()
+                if figures is not None:
+                    raw[jobs[job]] = figures
+                    write_tables(out, args.minutes, [raw[m] for m in plan if m in raw])
+                    rest = (len(plan) - done) * args.minutes / args.parallel
+                    row, seed = jobs[job]
+                    print(
+                        f"[{time.strftime('%H:%M')}] {done}/{len(plan)}: {row}, seed {seed}: "
+                        f"{figures['exact_at_2']}/{figures['n']}; about {rest:.0f} minutes to go",
+                        flush=True,
+                    )
+        except BaseException:  # Ctrl+C above all: what has not begun is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if raw:
         print(markdown([raw[member] for member in plan if member in raw], args.minutes))
     return EXIT_UNEXPECTED if len(raw) < len(plan) else EXIT_DONE

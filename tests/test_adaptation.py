@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import FAST, lively_system, make_tasks, write_tasks
 
+import evaluation
 import predict
 import trainloop_complete_with_fixes as trainloop
 from adaptation import adapt
@@ -78,17 +79,31 @@ def test_the_same_batches_give_the_same_weights_whatever_the_tests_are(unseen):
 def test_leave_one_out_loss_falls(unseen):
     system = lively_system()
 
-    def loss():
-        stream = TrainingStream(unseen, 0, 64, augment=False)
+    def loss(index):
+        stream = TrainingStream(unseen, 0, 64, augment=False, task_table=index)
         batch, targets = stream.batch(0, 0)
         with torch.no_grad():
             answer = system.answer(system.read(batch))
         log_p = answer.size_logits.gather(-1, (targets.size - 1).unsqueeze(-1))
         return -float(log_p.mean())
 
-    before = loss()
-    adapt(system, unseen, {}, n_batches=25, lr=3e-3)
-    assert loss() < before
+    before = loss(dict.fromkeys((task.task_id for task in unseen), -1))
+    adapted = adapt(system, unseen, {}, n_batches=25, lr=3e-3)
+    assert loss(adapted.task_index) < before
+    tokens = system.solver2.task_tokens.weight
+    with torch.no_grad():  # the rows are used: others in their place answer differently
+        with_rows = loss(adapted.task_index)
+        tokens[list(adapted.task_index.values())] += 1.0
+    assert loss(adapted.task_index) != with_rows
+
+
+def test_what_stood_still_may_move_again(unseen):
+    system = lively_system()
+    able = [p.requires_grad for part in system.modules().values() for p in part.parameters()]
+    adapt(system, unseen, {}, n_batches=1, parts="tokens")
+    assert able == [
+        p.requires_grad for part in system.modules().values() for p in part.parameters()
+    ]
 
 
 def test_known_tasks_are_left_alone_and_an_end_is_needed(unseen):
@@ -108,11 +123,12 @@ def test_seconds_end_it_and_progress_is_told(unseen):
     adapted = adapt(lively_system(), unseen, {}, seconds=0.5, progress=shares.append)
     assert adapted.n_batches == len(shares) >= 1
     assert shares == sorted(shares)
-    assert max(shares) < 1
+    late = adapt(lively_system(), unseen, {}, seconds=1e-9)
+    assert late.n_batches == 1
 
 
 def test_predict_adapts_and_leaves_the_run_as_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_tasks(tmp_path / "training.json", make_tasks(("flip", "same", "recolour")))
     flags: list[Any] = ["--data", data, "--runs_dir", tmp_path / "runs", "--epochs", 1, *FAST]
@@ -120,10 +136,19 @@ def test_predict_adapts_and_leaves_the_run_as_it_is(
     new = write_tasks(tmp_path / "new.json", {"other": next(iter(make_tasks(("turn",)).values()))})
     files = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     texts = []
+    seen: list[dict[str, int]] = []
+    real = evaluation.predict_tasks
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.append(options["task_index"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(evaluation, "predict_tasks", spy)
     for name in ("a.json", "b.json"):
         call = [tmp_path / "runs", "--data", new, "--out", tmp_path / name, "--adapt_batches", 2]
         assert predict.main([*map(str, call), "--device", "cpu", "--views", "2"]) == 0
         texts.append((tmp_path / name).read_bytes())
     assert "Adapted: 2 batches of leave-one-out" in capsys.readouterr().out
     assert texts[0] == texts[1]
-    assert files == {p: p.read_bytes() for p in files}
+    assert all(index["other"] == 3 for index in seen)  # the row after the three of training
+    assert files == {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}

@@ -119,7 +119,7 @@ def test_small_tasks_get_all_their_views_before_large_ones_their_second(system, 
             order.extend(task_id for task_id, _, _ in batch.pair_ids)
             return system.predict(batch, generator)
 
-    predict_tasks(Spy(), hidden, views)
+    predict_tasks(Spy(), hidden, views, deadline=time.monotonic() + 600)
     n = len(keys_of(hidden))
     assert len(order) == 3 * n
     assert set(order[:n]) == {t.task_id for t in hidden}
@@ -134,6 +134,26 @@ def test_small_tasks_get_all_their_views_before_large_ones_their_second(system, 
     }
     later = [cells[task_id] for task_id in order[n:]]
     assert later == sorted(later)
+
+
+def test_max_batches_ends_the_voting_and_never_the_first_view(system, hidden):
+    def votes(max_batches):
+        done = []
+        found = predict_tasks(
+            system,
+            hidden,
+            evaluation_views(3),
+            batch_size=2,
+            max_batches=max_batches,
+            progress=done.append,
+        )
+        assert set(found) == keys_of(hidden)
+        return len(done)
+
+    first_view = votes(1)
+    assert first_view > 1
+    assert votes(first_view + 2) == first_view + 2
+    assert votes(1000) > first_view + 2
 
 
 def test_batch_size_changes_no_prediction(system, hidden):

@@ -704,6 +704,22 @@ def test_a_time_budget_ends_the_run_with_the_learning_rate_at_zero(train):
     assert factors == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
+def test_a_run_that_time_cut_short_is_repeated_and_resumed_to_the_same_batch(train):
+    whole = train("--schedule_batches", "6:10:8", "--save_every", 3)
+    assert whole.code == 0, whole.err
+    assert [row["lr_factor"] for row in whole.rows("batch")] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75]
+    (whole.folder / "results.json").unlink()
+    for file in (whole.folder / "checkpoints").glob("*.pt"):
+        if file.name > "checkpoint_00000.pt":  # back to the first save
+            file.unlink()
+    again = train("--resume", whole.folder)
+    assert again.code == 0, again.err
+    assert again.figures()[-1] == whole.figures()[-1]
+    other = train("--resume", whole.folder, "--schedule_batches", "8:20")
+    assert other.code == 3
+    assert "schedule_batches" in other.err
+
+
 def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(train):
     begun = time.monotonic()
     outcome = train("--time_budget", 0.3, "--seed", 3)
