@@ -722,9 +722,9 @@ def test_a_run_that_time_cut_short_is_repeated_and_resumed_to_the_same_batch(tra
 
 def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(train):
     begun = time.monotonic()
-    outcome = train("--time_budget", 0.3, "--seed", 3)
+    outcome = train("--time_budget", 0.5, "--seed", 3)
     assert outcome.code == 0, outcome.err
-    assert time.monotonic() - begun < 25
+    assert time.monotonic() - begun < 45
     results = json.loads((outcome.folder / "results.json").read_text())
     again = re.search(
         r"in place of --time_budget, (--schedule_batches \d+:\d+:\d+ --eval_views \d+ "
