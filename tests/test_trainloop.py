@@ -838,6 +838,18 @@ def test_a_row_of_metrics_has_every_figure_of_the_step(reference):
     assert all(any(row[f"efe_{p}"] > 0 for row in reference.rows("batch")) for p in parts)
 
 
+def test_early_stops_show_in_steps_saved_and_leave_training_alone(train):
+    always = train("--stop_confidence", 1, "--epochs", 1, runs="a")
+    never = train("--stop_confidence", 0, "--epochs", 1, runs="b")
+    for outcome, steps in ((always, 5), (never, 1)):
+        assert outcome.code == 0, outcome.err
+        (row,) = outcome.rows("epoch")
+        assert row["planning_steps"] == steps
+        results = json.loads((outcome.folder / "results.json").read_text(encoding="utf-8"))
+        assert results["planning_steps"] == steps
+    assert always.figures() == never.figures()
+
+
 def test_every_figure_of_metrics_is_explained_and_no_other(reference):
     text = (SCRIPT.parent / "docs" / "METRICS.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(\w+)`", text)) - {"kind", "start", "batch", "epoch", "null"}
