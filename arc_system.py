@@ -22,7 +22,6 @@ from policy_refined import PolicyInfo, RefinedPolicy, prediction_stats
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt, build_qwen_prompt, context_of_next_task
 from solver2 import Solver2
 
-
 # At prediction, planning ends for a query whose expected share of right cells reaches this
 # (measured on training demonstrations, see docs/LOG.md).
 STOP_CONFIDENCE = 0.95

@@ -64,7 +64,10 @@ class ModelError(Exception):
 
 
 class DemoBatch(Protocol):
-    """The only fields of a batch that the prompt reads; C pairs, Q queries, M context slots."""
+    """The only fields of a batch that the prompt reads; C pairs, Q queries, M context slots.
+
+    demo_* are in the batch's view; own_* are the pairs as the task has them, for reuse of readings.
+    """
 
     @property
     def demo_input(self) -> Tensor: ...  # [C, rows, cols] long, -1 outside
@@ -92,10 +95,6 @@ class DemoBatch(Protocol):
 
     @property
     def context(self) -> Tensor: ...  # [Q, M] long, -1 = empty slot
-
-
-class OwnBatch(DemoBatch, Protocol):
-    """And the pairs as the task has them, for readings that no view changes."""
 
     @property
     def own_input(self) -> Tensor: ...  # [C, rows, cols] long, -1 outside
@@ -540,8 +539,8 @@ class QwenHybridPrompt(nn.Module):
             names = ("demo_input", "demo_input_size", "demo_output", "demo_output_size")
         else:
             names = ("own_input", "own_input_size", "own_output", "own_output_size")
-        grids = [getattr(batch, name) for name in names]
-        return encode_pairs(*grids, max_tokens=self.max_tokens)
+        inputs, input_sizes, outputs, output_sizes = (getattr(batch, name) for name in names)
+        return encode_pairs(inputs, input_sizes, outputs, output_sizes, self.max_tokens)
 
     def _readings(self, batch: DemoBatch) -> Tensor:
         """Pooled hidden states of each pair, [C, n_qwen_tokens, D] float32, cached or fresh."""

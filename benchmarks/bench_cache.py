@@ -69,7 +69,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_once(args: argparse.Namespace, model: str, flags: list[str], runs: Path) -> dict[str, float]:
+def run_once(
+    args: argparse.Namespace, model: str, flags: list[str], runs: Path
+) -> dict[str, float]:
     """One training run; CPU seconds (of training and start-up), batches and mean loss."""
     command = [
         sys.executable, str(ROOT / "trainloop_complete_with_fixes.py"), "--device", "cpu",
