@@ -4,9 +4,10 @@
     python benchmarks/bench_learning.py --minutes 10 --seeds 0 1 --ablations
     python benchmarks/bench_learning.py --minutes 10 --device cuda --evaluate_arc2
     python benchmarks/bench_learning.py --minutes 10 --ablations --parallel 2 --threads 1
+    python benchmarks/bench_learning.py --batches 600 --ablations --threads 1    # on a busy machine
 
 Each row is the real training script in its own process. Stopped and started again, it goes on with
-the runs that are not finished. The table (learning_<minutes>min.md) and the raw figures (.json) lie
+the runs that are not finished. The table (learning_<budget>.md) and the raw figures (.json) lie
 in --out.
 """
 
@@ -35,8 +36,10 @@ from command_line import (  # noqa: E402 - the scripts are no package
 # Row -> flags of the training script. Each changes one thing.
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "full": (),
-    "null prompt": ("--prompt", "null"),
-    "shuffled prompt": ("--prompt", "shuffled"),
+    "demonstrations off": ("--demonstrations", "off"),
+    "demonstrations shuffled": ("--demonstrations", "shuffled"),
+    "prompt null": ("--prompt", "null"),
+    "prompt shuffled": ("--prompt", "shuffled"),
     "no Qwen": ("--prompt", "no_qwen"),
     "frozen Qwen": ("--qwen_train", "frozen"),
     "policy off": ("--policy", "off"),
@@ -63,6 +66,13 @@ def build_parser() -> Parser:
         type=number(float, 0.1),
         default=10.0,
         help="budget of each run, all included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batches",
+        type=number(int, 2),
+        metavar="N",
+        help="equal batches instead of equal minutes: the learning rate falls from N / 2 to N and two "
+        "views vote; figures then do not depend on what else the machine does (default: minutes)",
     )
     parser.add_argument(
         "--seeds",
@@ -105,10 +115,18 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_name(minutes: float, row: str, seed: int, more: str) -> str:
+def budget_of(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """What a run may use: a word for names and tables, and the flags of the training script."""
+    if args.batches is None:
+        return f"{args.minutes:g}min", ["--time_budget", f"{args.minutes:g}"]
+    schedule = f"{args.batches // 2}:{args.batches}"
+    return f"{args.batches}batches", ["--schedule_batches", schedule, "--eval_views", "2"]
+
+
+def run_name(budget: str, row: str, seed: int, more: str) -> str:
     """The folder of one run: everything that makes it another run is in it."""
     flags = "".join(c if c.isalnum() else "_" for c in more)
-    words = [f"{minutes:g}min", row.replace(" ", "_"), f"seed{seed}", *([flags] if flags else [])]
+    words = [budget, row.replace(" ", "_"), f"seed{seed}", *([flags] if flags else [])]
     return "-".join(words)
 
 
@@ -123,7 +141,7 @@ def train_once(args: argparse.Namespace, row: str, seed: int, folder: Path) -> P
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable, str(ROOT / "trainloop_complete_with_fixes.py"),
-        "--time_budget", f"{args.minutes:g}", "--seed", str(seed), "--device", args.device,
+        *budget_of(args)[1], "--seed", str(seed), "--device", args.device,
         "--runs_dir", str(folder), *ABLATIONS[row], *args.train_flags.split(),
     ]  # fmt: skip
     if args.threads:
@@ -134,7 +152,7 @@ def train_once(args: argparse.Namespace, row: str, seed: int, folder: Path) -> P
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                timeout=60 * (args.minutes + SLACK_MIN),
+                timeout=None if args.batches else 60 * (args.minutes + SLACK_MIN),
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
@@ -193,7 +211,7 @@ def figures_of(run: Path, row: str, seed: int) -> dict[str, Any]:
 
 def one_run(args: argparse.Namespace, out: Path, row: str, seed: int) -> dict[str, Any] | None:
     """Figures of one run, trained now if it is not there yet; None if it failed."""
-    folder = out / run_name(args.minutes, row, seed, args.train_flags)
+    folder = out / run_name(budget_of(args)[0], row, seed, args.train_flags)
     run = finished_run(folder) or train_once(args, row, seed, folder)
     if run is None:
         return None
@@ -218,7 +236,7 @@ def percent(rows: list[dict[str, Any]], key: str, name: str | None = None) -> st
     return spread(shares, ".1f") if shares else "-"
 
 
-def markdown(raw: list[dict[str, Any]], minutes: float) -> str:
+def markdown(raw: list[dict[str, Any]], budget: str) -> str:
     """The table: shares in percent, medians over seeds with lowest and highest."""
     n = max(row["n"] for row in raw)
     sizes = {name: max(row["slices"].get(name, {}).get("n", 0) for row in raw) for name in SLICES}
@@ -250,17 +268,17 @@ def markdown(raw: list[dict[str, Any]], minutes: float) -> str:
     commits = ", ".join(sorted({str(row["commit"])[:10] for row in raw}))
     seeds = ", ".join(map(str, sorted({row["seed"] for row in raw})))
     note = (
-        f"{minutes:g} minutes a run, all included; shares in percent of test pairs, slices in two "
+        f"{budget} a run, evaluation included; shares in percent of test pairs, slices in two "
         f"attempts; median over seeds {seeds} (lowest to highest). {devices}; commit {commits}."
     )
     return "\n".join([*lines, "", note, ""])
 
 
-def write_tables(out: Path, minutes: float, rows: list[dict[str, Any]]) -> None:
+def write_tables(out: Path, budget: str, rows: list[dict[str, Any]]) -> None:
     """The raw figures and the table, as far as they are there."""
-    name = f"learning_{minutes:g}min"
+    name = f"learning_{budget}"
     (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    (out / f"{name}.md").write_text(markdown(rows, minutes), encoding="utf-8")
+    (out / f"{name}.md").write_text(markdown(rows, budget), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,8 +297,8 @@ def main(argv: list[str] | None = None) -> int:
                 figures = job.result()
                 if figures is not None:
                     raw[jobs[job]] = figures
-                    write_tables(out, args.minutes, [raw[m] for m in plan if m in raw])
-                    rest = (len(plan) - done) * args.minutes / args.parallel
+                    write_tables(out, budget_of(args)[0], [raw[m] for m in plan if m in raw])
+                    rest = (len(plan) - done) * figures["minutes"] / args.parallel
                     row, seed = jobs[job]
                     print(
                         f"[{time.strftime('%H:%M')}] {done}/{len(plan)}: {row}, seed {seed}: "
@@ -291,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if raw:
-        print(markdown([raw[member] for member in plan if member in raw], args.minutes))
+        print(markdown([raw[member] for member in plan if member in raw], budget_of(args)[0]))
     return EXIT_UNEXPECTED if len(raw) < len(plan) else EXIT_DONE
 
 

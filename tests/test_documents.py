@@ -128,18 +128,18 @@ def test_table_of_the_benchmark() -> None:
         for row in ("full", "policy off")
         for seed in (0, 1, 5)
     ]
-    lines = bench.markdown(raw, 10).splitlines()
+    lines = bench.markdown(raw, "10min").splitlines()
     assert len({line.count("|") for line in lines[:4]}) == 1
     assert "| full | 3 | 0.5 (0.0 to 2.5) | 1.0 (0.0 to 5.0) | 90.0 (90.0 to 90.0) |" in lines[2]
     assert "small (50)" in lines[0]
     assert "2.0 (0.0 to 10.0)" in lines[2]
     assert "seeds 0, 1, 5" in lines[5]
-    assert bench.run_name(10, "no Qwen", 1, "--width 32") == "10min-no_Qwen-seed1-__width_32"
+    assert bench.run_name("10min", "no Qwen", 1, "--width 32") == "10min-no_Qwen-seed1-__width_32"
 
 
 def test_the_benchmark_skips_what_is_finished(tmp_path: Path, capsys: Any) -> None:
     bench = load_bench()
-    run = tmp_path / bench.run_name(10, "full", 0, "") / "arc_complete_1"
+    run = tmp_path / bench.run_name("10min", "full", 0, "") / "arc_complete_1"
     run.mkdir(parents=True)
     results = {"n": 4, "exact_at_1": 1, "exact_at_2": 2, "size_accuracy": 1.0}
     results |= {"cell_accuracy": 0.5, "slices": {}, "minutes": 9.9, "device": "CPU"}
