@@ -115,6 +115,7 @@ def run_name(minutes: float, row: str, seed: int, more: str) -> str:
 def finished_run(folder: Path) -> Path | None:
     """The run in a row's folder that has its results, if there is one."""
     found = sorted(folder.glob("arc_complete_*/results.json"))
+    found = [file for file in found if not file.parent.is_symlink()]  # arc_complete_latest
     return found[-1].parent if found else None
 
 
@@ -124,7 +125,7 @@ def train_once(args: argparse.Namespace, row: str, seed: int, folder: Path) -> P
     command = [
         sys.executable, str(ROOT / "trainloop_complete_with_fixes.py"),
         "--time_budget", f"{args.minutes:g}", "--seed", str(seed), "--device", args.device,
-        "--runs_dir", str(folder), *ABLATIONS[row], *args.train_flags.split(),
+        "--runs_dir", str(folder), "--data", "arcagi2", *ABLATIONS[row], *args.train_flags.split(),
     ]  # fmt: skip
     if args.threads:
         command += ["--threads", str(args.threads)]
