@@ -184,6 +184,7 @@ def test_training_json_of_the_working_folder_is_found_and_said(home: Path, tmp_p
     assert dataset_arc.default_data() == "arcagi2"  # and nothing beside the project
     done = python(f"python {TRAINER} --resume {home}/runs/arc_complete_latest --epochs 2", epochs=1)
     assert (done.code, "EXACT" in done.out) == (0, True), done.err  # the recorded file, from there
+    assert f"Run: {config.parent.resolve()}" in done.out  # the run itself, not the link to it
     with mock.patch.object(dataset_arc, "__file__", str(home / "dataset_arc.py")):
         assert dataset_arc.default_data() == file  # beside the script
 
