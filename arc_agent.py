@@ -30,6 +30,7 @@ from grid_features import (
 )
 
 N_STEPS = 5  # planning steps; fixed by the contract logits [5, H, W, 10]
+N_SURE = 4  # figures of an answer that its confidence is judged by, see `sureness`
 N_RELATIONS = 4  # outside, same as the identity source, background, another colour
 N_POINTERS = N_SOURCES + COLOURS  # what an output cell can point at
 RIDGE_FLOOR = 1e-2  # keeps the fit's matrix positive, also where a GPU multiplies in TF32
@@ -98,14 +99,15 @@ class AgentOutput:
     logits (steps, Q, H, W, 10) float32, log-probabilities per planning step;
     size_logits (Q, 2, 30) float32 over rows and cols 1..30; size (Q, 2) int64, the size the
     agent answers with (never larger than the query's canvas); confidence (steps, Q) float32
-    logits that the grid is right; state (Q, width) float32 pooled final state.
+    logits of the expected share of right cells; n_steps (Q,) int64, the planning steps really
+    taken: after an early stop the answer that stood is repeated.
     """
 
     logits: Tensor
     size_logits: Tensor
     size: Tensor
     confidence: Tensor
-    state: Tensor
+    n_steps: Tensor
 
     def grids(self, step: int = -1) -> Tensor:
         """Colours (Q, H, W) int64 of one planning step, -1 outside the predicted size."""
@@ -628,7 +630,7 @@ class ArcAgent(nn.Module):
         self.size_query = nn.Sequential(
             RmsNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.confidence = nn.Linear(width + 1, 1)
+        self.confidence = nn.Linear(width + N_SURE, 1)
         self.state_norm = RmsNorm(width)
         self.backward_model = BackwardModel(config.backward_width, width)
 
@@ -696,12 +698,18 @@ class ArcAgent(nn.Module):
         flat = sources.flatten(2).transpose(1, 2).long()
         return Sight(x, evidence, F.pad(flat == OUTSIDE, (0, COLOURS)), flat)
 
-    def plan(self, batch: Any, sight: Sight, prompt: Any) -> AgentOutput:
+    def plan(
+        self, batch: Any, sight: Sight, prompt: Any, *, stop: float | None = None
+    ) -> AgentOutput:
         """Predict every query of a batch in five steps.
 
         `prompt` has tokens (Q, L, width), mask (Q, L) bool and summary (Q, width). The size is
         decided first, from the prompt and the size rules; then each step looks at the prompt and at
         its own cells, points, and feeds its answer back.
+
+        `stop` in (0, 1], for prediction: a query whose confidence reaches it takes no further step,
+        its answer stands and is repeated in the steps that follow. Not differentiable through the
+        choice; training leaves it None and takes all steps.
         """
         n, _, rows, cols = batch.query_sources.shape
         summary = prompt.summary
@@ -717,23 +725,45 @@ class ArcAgent(nn.Module):
             prompt_keys.append(block.prompt.add_null(k, v, prompt.mask))
 
         x = sight.cells + self.film(summary).unsqueeze(1) + self.place(size, rows, cols)
-        all_logits, all_confidence = [], []
+        all_logits: list[Tensor] = []  # (Q, cells, 10) each
+        all_confidence: list[Tensor] = []  # (Q,) each
+        n_steps = torch.zeros_like(size[:, 0])
+        going = torch.arange(n, device=mask.device)  # the queries that still plan
+        sources, outside, evidence = sight.sources, sight.outside, sight.evidence
         for step in range(self.config.n_steps):
             x = x + self.step_token[step]
             for block, keys in zip(self._planning_blocks(), prompt_keys, strict=True):
                 x = block(x, mask, keys, table, rows, cols)
-            logits = self.pointer(x, sight.sources, sight.outside, sight.evidence)
+            logits = self.pointer(x, sources, outside, evidence)
             probability = logits.exp()
             x = x + self.answer(probability.to(x.dtype))
             pooled = _masked_mean(self.state_norm(x).float(), mask)
-            sure = _masked_mean(probability.amax(-1, keepdim=True), mask)
-            all_logits.append(logits.view(n, rows, cols, COLOURS))
-            all_confidence.append(
-                self.confidence(torch.cat([pooled, sure], dim=-1)).squeeze(-1).float()
-            )
-        return AgentOutput(
-            torch.stack(all_logits), size_logits, size, torch.stack(all_confidence), pooled
-        )
+            previous = all_logits[-1] if step else None
+            if previous is not None and len(going) < n:
+                previous = previous[going]
+            signs = torch.cat([pooled, sureness(logits, previous, mask)], dim=-1)
+            confidence = self.confidence(signs).squeeze(-1).float()
+            n_steps = n_steps.index_add(0, going, torch.ones_like(going))
+            if len(going) < n:  # who has stopped keeps what was said last
+                all_logits.append(all_logits[-1].index_copy(0, going, logits))
+                all_confidence.append(all_confidence[-1].index_copy(0, going, confidence))
+            else:
+                all_logits.append(logits)
+                all_confidence.append(confidence)
+            if stop is None or step + 1 == self.config.n_steps:
+                continue
+            on = (confidence.sigmoid() < stop).nonzero().squeeze(-1)
+            if not len(on):
+                break
+            if len(on) < len(going):
+                going, x, mask = going[on], x[on], mask[on]
+                sources, outside, evidence = sources[on], outside[on], evidence[on]
+                prompt_keys = [(k[on], v[on], seen[on]) for k, v, seen in prompt_keys]
+        left = self.config.n_steps - len(all_logits)
+        logits = torch.stack(all_logits + all_logits[-1:] * left)
+        confidence = torch.stack(all_confidence + all_confidence[-1:] * left)
+        logits = logits.view(self.config.n_steps, n, rows, cols, COLOURS)
+        return AgentOutput(logits, size_logits, size, confidence, n_steps)
 
     def backward_logits(self, batch: Any, output: AgentOutput, summary: Tensor) -> Tensor:
         """Logits (Q, rows, cols, 10) over the input's cells, judging by the final answer."""
@@ -808,6 +838,21 @@ def choose_size(size_logits: Tensor, canvas: Tensor) -> Tensor:
     """Most probable rows and cols (Q, 2) int64 that fit each query's canvas (Q, 2)."""
     side = torch.arange(1, MAX_SIDE + 1, device=size_logits.device)
     return size_logits.masked_fill(side > canvas.unsqueeze(-1), -1e9).argmax(-1) + 1
+
+
+def sureness(logits: Tensor, previous: Tensor | None, mask: Tensor) -> Tensor:
+    """What a step's answer says of itself, (Q, N_SURE) float32 without gradient: mean and smallest
+    largest-probability of its cells, their geometric mean, share of cells as in the step before.
+
+    logits, previous (Q, cells, 10) log-probabilities, previous None at the first step (share 0);
+    mask (Q, cells) bool, the cells of the answer.
+    """
+    with torch.no_grad():
+        best, colour = logits.max(-1)
+        same = torch.zeros_like(best) if previous is None else colour == previous.argmax(-1)
+        means = _masked_mean(torch.stack([best.exp(), best, same.to(best.dtype)], -1), mask)
+        least = best.masked_fill(~mask, 0.0).amin(-1).exp()
+        return torch.stack([means[:, 0], least, means[:, 1].exp(), means[:, 2]], dim=-1)
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:

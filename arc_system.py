@@ -23,6 +23,11 @@ from qwen_hybrid_prompt import Prompt, QwenHybridPrompt, build_qwen_prompt, cont
 from solver2 import Solver2
 
 
+# At prediction, planning ends for a query whose expected share of right cells reaches this
+# (measured on training demonstrations, see docs/LOG.md).
+STOP_CONFIDENCE = 0.95
+
+
 @dataclass(frozen=True)
 class SystemConfig:
     """Everything that decides which weights a run has; written to config.json, read by predict."""
@@ -36,12 +41,14 @@ class SystemConfig:
     qwen_model: str = "tiny"
     qwen_train: str = "auto"
     qwen_cache_interval: int = 1
+    demonstrations: str = "on"
     prompt: str = "full"
     policy: str = "on"
     memory: bool = True
     task_tokens: bool = True
     efe_extras: bool = True
     hard_cells: bool = True
+    stop_confidence: float = STOP_CONFIDENCE
     seed: int = 0
 
 
@@ -58,7 +65,8 @@ class Reading:
 
 @dataclass
 class System:
-    """The five modules. `policy` and `prompt` are the ablation switches of the configuration."""
+    """The five modules. `demonstrations`, `prompt` and `policy` are the ablation switches of the
+    configuration."""
 
     config: SystemConfig
     agent: ArcAgent
@@ -97,10 +105,13 @@ class System:
         sight = self.agent.look(batch, self.agent.read_demonstrations(batch))
         return Reading(batch, prompt, sight, summary, pairs)
 
-    def answer(self, reading: Reading, tokens: Tensor | None = None) -> AgentOutput:
-        """The agent's five planning steps; `tokens` replaces the prompt's (a refinement)."""
+    def answer(
+        self, reading: Reading, tokens: Tensor | None = None, *, stop: float | None = None
+    ) -> AgentOutput:
+        """The agent's planning steps; `tokens` replaces the prompt's (a refinement); `stop` is the
+        confidence at which a query's planning ends (prediction only; None: all steps)."""
         prompt = reading.prompt if tokens is None else Prompt(tokens, reading.prompt.mask)
-        return self.agent.plan(reading.batch, reading.sight, prompt)
+        return self.agent.plan(reading.batch, reading.sight, prompt, stop=stop)
 
     def refine(
         self,
@@ -128,20 +139,23 @@ class System:
 
     @torch.no_grad()
     def predict(self, batch: Batch, generator: torch.Generator) -> tuple[AgentOutput, Tensor]:
-        """The final answer of a batch and the backward model's logits; for evaluation."""
+        """The final answer of a batch and the backward model's logits; for evaluation. A query's
+        planning ends at the step whose confidence reaches `config.stop_confidence`."""
         reading = self.read(batch)
-        output = self.answer(reading)
+        stop = self.config.stop_confidence if self.config.stop_confidence < 1 else None
+        output = self.answer(reading, stop=stop)
         if self.config.policy != "off":
             tokens, _ = self.refine(reading, output, generator, deterministic=True)
-            output = self.answer(reading, tokens)
+            output = self.answer(reading, tokens, stop=stop)
         return output, self.backward(reading, output)
 
     def _ablate(self, batch: Batch) -> Batch:
-        """Null and shuffled prompts take the demonstrations away from Qwen, from the agent's view of
-        their cells and from the size rules. What is left of them is the bound of the canvas."""
-        if self.config.prompt == "null":
+        """`demonstrations` off or shuffled takes them away from Qwen, from the agent's view of their
+        cells and from the size rules. What is left of them is the bound of the canvas. (`prompt`
+        null or shuffled takes away the prompt tokens alone.)"""
+        if self.config.demonstrations == "off":
             context = torch.full_like(batch.context, -1)
-        elif self.config.prompt == "shuffled":
+        elif self.config.demonstrations == "shuffled":
             context = context_of_next_task(batch)
         else:
             return batch
@@ -164,7 +178,7 @@ def answer_stats(output: AgentOutput) -> Tensor:
 
 def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = False) -> System:
     """Build the modules; weights are a pure function of `config.seed`. Raises ModelError."""
-    qwen_mode = config.prompt if config.prompt in ("no_qwen", "null") else "full"
+    qwen_mode = "null" if config.demonstrations == "off" else config.prompt
     qwen = build_qwen_prompt(
         config.qwen_model,
         width=config.width,
@@ -190,7 +204,7 @@ def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = F
         )
         # A shuffled prompt is another task's: kept in memory under this one's name, it could come
         # back to its own task and bring a query its own pair.
-        use_memory = config.memory and config.prompt != "shuffled"
+        use_memory = config.memory and "shuffled" not in (config.prompt, config.demonstrations)
         solver2 = Solver2(config.n_tasks, config.width, use_memory=use_memory)
         generator = torch.Generator().manual_seed(config.seed)
         policy_rl = RefinedPolicy(config.width, generator=generator)

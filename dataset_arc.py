@@ -647,7 +647,8 @@ class Batch(_Movable):
 
     Sizes and canvases are (rows, cols). K = N_SOURCES, F = N_CELL_FEATURES, S = N_SIZE_CANDIDATES,
     M = longest context. Grids sit at the top left; outside them is -1 (long) or OUTSIDE (sources)
-    or CELL_FEATURE_BINS (cells). All colours and orientations are those of the query's view.
+    or CELL_FEATURE_BINS (cells). All colours and orientations are those of the query's view, but
+    for own_*.
     """
 
     task_index: torch.Tensor  # (Q,) long: row of the run's task table, -1 = unseen task
@@ -665,6 +666,10 @@ class Batch(_Movable):
     demo_input: torch.Tensor  # (C, Hi2, Wi2) long
     demo_input_size: torch.Tensor  # (C, 2) long
     demo_output_size: torch.Tensor  # (C, 2) long: the whole output's
+    own_input: torch.Tensor  # (C, Hi3, Wi3) long: in the task's own colours and orientation, whole
+    own_output: torch.Tensor  # (C, Ho3, Wo3) long
+    own_input_size: torch.Tensor  # (C, 2) long
+    own_output_size: torch.Tensor  # (C, 2) long
     demo_control: torch.Tensor  # (C, N_CONTROL) float32
     demo_task: torch.Tensor  # (C,) long: task number within the batch
     query_task: torch.Tensor  # (Q,) long
@@ -886,6 +891,7 @@ class Collator:
         import torch
 
         demos: list[tuple[Grid, Grid, _Compared, View, int]] = []
+        own: list[Pair] = []
         contexts: list[list[int]] = []
         inputs: list[Grid] = []
         query_of: list[tuple[Request, int]] = []
@@ -899,6 +905,7 @@ class Collator:
                 shown = np.ascontiguousarray(_turn(pair.input, dihedral))
                 wanted = np.ascontiguousarray(_turn(pair.output, dihedral))
                 row_of[d] = len(demos)
+                own.append(pair)
                 compared = self._compared(shown, wanted)
                 demos.append((shown, wanted, compared, request.view, number))
             for (kind, i), seen in zip(request.queries, request.contexts, strict=True):
@@ -965,6 +972,8 @@ class Collator:
         def long(values: Any) -> torch.Tensor:
             return torch.from_numpy(np.asarray(values, np.int64))
 
+        own_input, own_input_size = _padded([pair.input for pair in own])
+        own_output, own_output_size = _padded([p.output for p in own if p.output is not None])
         return Batch(
             task_index=long([r.task_index for r, _ in query_of]),
             view_id=long([r.view.dihedral for r, _ in query_of]),
@@ -981,6 +990,10 @@ class Collator:
             demo_input=long(demo_input),
             demo_input_size=long(demo_in),
             demo_output_size=long(demo_out),
+            own_input=own_input,
+            own_output=own_output,
+            own_input_size=own_input_size,
+            own_output_size=own_output_size,
             demo_control=torch.from_numpy(demo_control),
             demo_task=long([d[4] for d in demos]),
             query_task=long([number for _, number in query_of]),
@@ -1036,14 +1049,19 @@ def _table(view: View) -> Grid:
 
 
 def _targets(outputs: Sequence[Grid], canvas: torch.Tensor) -> Targets:
+    padded, size = _padded(outputs)
+    return Targets(padded, size, (size <= canvas.cpu()).all(1))
+
+
+def _padded(grids: Sequence[Grid]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grids at the top left of one canvas, (N, rows, cols) long with -1 outside, and sizes (N, 2)."""
     import torch
 
-    sizes: Ints = np.array([g.shape for g in outputs], np.int64)
-    padded = np.full((len(outputs), *sizes.max(0).tolist()), -1, np.int64)
-    for q, grid in enumerate(outputs):
-        padded[q, : grid.shape[0], : grid.shape[1]] = grid
-    size = torch.from_numpy(sizes)
-    return Targets(torch.from_numpy(padded), size, (size <= canvas.cpu()).all(1))
+    sizes: Ints = np.array([g.shape for g in grids], np.int64).reshape(-1, 2)
+    padded = np.full((len(grids), *sizes.max(0, initial=1).tolist()), -1, np.int64)
+    for i, grid in enumerate(grids):
+        padded[i, : grid.shape[0], : grid.shape[1]] = grid
+    return torch.from_numpy(padded), torch.from_numpy(sizes)
 
 
 # ---------------------------------------------------------------- training

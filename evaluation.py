@@ -41,9 +41,11 @@ class Candidate:
 
 @dataclass
 class Prediction:
-    """The candidates of one query, in the order they came up."""
+    """The candidates of one query, in the order they came up; views asked and planning steps taken."""
 
     candidates: dict[tuple[Any, ...], Candidate] = field(default_factory=dict)
+    views: int = 0
+    steps: int = 0  # of all views together
 
     def add(self, grid: Grid, weight: float, votes: int = 1) -> None:
         key = (*grid.shape, grid.tobytes())
@@ -118,7 +120,7 @@ def predict_tasks(
                     output.grids(step).cpu().numpy() for step in range(n_steps - 1, -1, -1)
                 )
                 sure, reversible = _vote_weights(on_device, output, backward)
-                sizes = output.size.tolist()
+                sizes, taken = output.size.tolist(), output.n_steps.tolist()
                 for row, (task_id, _, number_in_task) in enumerate(batch.pair_ids):
                     key = (task_id, number_in_task)
                     if only is not None and key not in only:
@@ -127,6 +129,8 @@ def predict_tasks(
                     grid = view.invert(grids[row, :rows, :cols].astype(np.uint8))
                     weight = 1.0 + SURE_WEIGHT * sure[row] + REVERSIBLE_WEIGHT * reversible[row]
                     prediction = found.setdefault(key, Prediction())
+                    prediction.views += 1
+                    prediction.steps += taken[row]
                     prediction.add(grid, weight)
                     for age, grids_then in enumerate(earlier, start=1):
                         then = view.invert(grids_then[row, :rows, :cols].astype(np.uint8))
@@ -211,7 +215,8 @@ def score(
     """Compare predictions with the known outputs of `tasks`' tests.
 
     Counts `n`, `exact_at_1`, `exact_at_2`; `size_accuracy` and `cell_accuracy` (of attempt 1; 0 for
-    a wrong size) as means; `tasks_solved` at two attempts; the same three counts per slice.
+    a wrong size) as means; `tasks_solved` at two attempts; `planning_steps` taken per query and
+    view, on average; the same three counts per slice.
     """
     rows = outcomes(predictions, tasks)
     by_task: dict[str, list[bool]] = {}
@@ -231,6 +236,8 @@ def score(
         **counts(rows),
         "size_accuracy": sum(row.size for row in rows.values()) / n,
         "cell_accuracy": sum(row.cells for row in rows.values()) / n,
+        "planning_steps": sum(predictions[key].steps for key in rows)
+        / max(1, sum(predictions[key].views for key in rows)),
         "tasks": len(by_task),
         "tasks_solved": sum(all(solved) for solved in by_task.values()),
         "slices": {name: counts(keys) for name, keys in (slices or {}).items()},

@@ -51,6 +51,7 @@ LENGTH_BUCKETS = (
     *(640, 768, 896, 1024, 1280, 1536, 1792, 2048),
 )
 PROBE_TIMEOUT_S = 4.0  # hard: DNS, connection, TLS and the answer together
+CACHE_PAIRS = 4096  # readings kept for reuse: all 3232 pairs; 100 MB with Qwen2.5-1.5B
 LARGEST_CPU_FULL = 50_000_000  # parameters a CPU is asked to train (guess)
 FULL_BYTES_PER_PARAMETER = 24  # fp32 weight, gradient, two Adam moments, half as much activations
 CHECKPOINTING_FROM = 500_000_000  # trained on a GPU from this size: activations recomputed (guess)
@@ -91,6 +92,22 @@ class DemoBatch(Protocol):
 
     @property
     def context(self) -> Tensor: ...  # [Q, M] long, -1 = empty slot
+
+
+class OwnBatch(DemoBatch, Protocol):
+    """And the pairs as the task has them, for readings that no view changes."""
+
+    @property
+    def own_input(self) -> Tensor: ...  # [C, rows, cols] long, -1 outside
+
+    @property
+    def own_output(self) -> Tensor: ...
+
+    @property
+    def own_input_size(self) -> Tensor: ...  # [C, 2] long
+
+    @property
+    def own_output_size(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -306,7 +323,7 @@ class AttentionPool(nn.Module):
 class ReadingCache:
     """Pooled readings by pair: read afresh at every ``interval``-th use, reused in between.
 
-    Keys are digests of token ids, hence of a pair in one view. Holds at most ``capacity`` entries,
+    Keys are digests of token ids, hence of a pair as its task has it. Holds at most ``capacity`` entries,
     the one refreshed longest ago goes first; what it decides depends on its content alone, and
     ``state`` holds all of it, so that a resumed run repeats it bit for bit.
     """
@@ -392,7 +409,7 @@ class QwenHybridPrompt(nn.Module):
         train_mode: str = "full",
         mode: str = "full",
         cache_interval: int = 1,
-        cache_pairs: int = 2048,
+        cache_pairs: int = CACHE_PAIRS,
         seed: int | torch.Generator = 0,
         name: str = "model",
         revision: str | None = None,
@@ -426,6 +443,7 @@ class QwenHybridPrompt(nn.Module):
         # A causal model never looks right, where the padding is: no mask, the fast kernel.
         self._needs_mask = not str(getattr(config, "model_type", "")).startswith("qwen")
         self.n_pairs = self.n_truncated = 0
+        self._n_fresh = 0  # pairs of the last batch that were really read
         self.cache = ReadingCache(cache_interval, cache_pairs)
         with _seeded(seed):
             if train_mode == "lora":
@@ -519,15 +537,21 @@ class QwenHybridPrompt(nn.Module):
                 qwen = self.project(pooled)
             return self.norm(torch.cat([qwen, control], 1) + self.type_tokens)
 
+    def _text(self, batch: DemoBatch) -> PairSymbols:
+        """The pairs as symbols: in the batch's view, or with a cache as the task itself has them.
+
+        Views are random: in its view a pair hardly ever comes up again, and a cache would never hit.
+        """
+        if self.cache.interval == 1:
+            names = ("demo_input", "demo_input_size", "demo_output", "demo_output_size")
+        else:
+            names = ("own_input", "own_input_size", "own_output", "own_output_size")
+        grids = [getattr(batch, name) for name in names]
+        return encode_pairs(*grids, max_tokens=self.max_tokens)
+
     def _readings(self, batch: DemoBatch) -> Tensor:
         """Pooled hidden states of each pair, [C, n_qwen_tokens, D] float32, cached or fresh."""
-        text = encode_pairs(
-            batch.demo_input,
-            batch.demo_input_size,
-            batch.demo_output,
-            batch.demo_output_size,
-            self.max_tokens,
-        )
+        text = self._text(batch)
         lengths = text.lengths.tolist()
         self.n_pairs += len(lengths)
         self.n_truncated += int(text.truncated.sum())
@@ -547,6 +571,7 @@ class QwenHybridPrompt(nn.Module):
             members = groups[bucket]
             pooled = self._run(text.symbols[members], text.lengths[members], bucket)
             fresh.update(zip(members, pooled.unbind(0), strict=True))
+        self._n_fresh = len(fresh)
         for pair, reading in fresh.items():
             readings[pair] = reading
             if keys:
@@ -573,14 +598,16 @@ class QwenHybridPrompt(nn.Module):
 
     def pair_texts(self, batch: DemoBatch) -> list[str]:
         """What the LM reads for each pair, as text (for people and tests)."""
-        text = encode_pairs(
-            batch.demo_input,
-            batch.demo_input_size,
-            batch.demo_output,
-            batch.demo_output_size,
-            self.max_tokens,
-        )
+        text = self._text(batch)
         return ["".join(self.table.texts[s] for s in row) for row in text.symbols.tolist()]
+
+    def without_gradient(self) -> str | None:
+        """Why the last training batch gave the language model no gradient; None if it should have."""
+        if self.mode in ("no_qwen", "null"):
+            return "not run"
+        if self.train_mode == "frozen":
+            return "frozen"
+        return None if self._n_fresh else "not run, readings reused"
 
     # -- weights -------------------------------------------------------------------------------
 
@@ -729,7 +756,7 @@ def build_qwen_prompt(
     gradient_checkpointing: bool | None = None,
     n_qwen_tokens: int = 4,
     cache_interval: int = 1,
-    cache_pairs: int = 2048,
+    cache_pairs: int = CACHE_PAIRS,
     mode: str = "full",
     revision: str | None = None,
 ) -> QwenHybridPrompt:
@@ -749,6 +776,8 @@ def build_qwen_prompt(
     else:
         folder, revision = locate_model(name, offline=offline, revision=revision)
         backbone, tokenizer = load_folder(folder, name)
+        if _is_bare(folder):
+            notes.append("RANDOM WEIGHTS: the folder holds nothing but config.json")
     n_parameters = sum(p.numel() for p in backbone.parameters())
     train_mode, note = resolve_train_mode(train, n_parameters, device)
     if note:
@@ -809,18 +838,24 @@ def build_tiny(seed: int | torch.Generator = 0) -> tuple[nn.Module, Any]:
 def load_folder(folder: Path, name: str) -> tuple[nn.Module, Any | None]:
     """Model (no LM head, in the dtype it was saved in) and tokenizer of a ``save_pretrained``.
 
-    The tokenizer is None where the folder has none. Raises ModelError if a file is missing or
-    unreadable, or if the weights do not fill the model (they would be random without a word).
+    The tokenizer is None where the folder has none. A folder that holds config.json and nothing
+    else gives random weights, for measuring speed and memory; `_is_bare` tells, for the banner.
+    Raises ModelError if a file is missing or unreadable, or if the weights do not fill the model
+    (they would be random without a word).
     """
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{name}: the folder holds no config.json, so it is no saved model: pass a folder that "
             "save_pretrained wrote, or --qwen_model tiny"
         )
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     tokenizer = None
     try:
+        if _is_bare(folder):
+            with _seeded(0):
+                config = AutoConfig.from_pretrained(folder, local_files_only=True)
+                return AutoModel.from_config(config), None
         with _seeded(0), _quiet_transformers():
             backbone, info = AutoModel.from_pretrained(
                 folder, local_files_only=True, dtype="auto", output_loading_info=True
@@ -841,6 +876,11 @@ def load_folder(folder: Path, name: str) -> tuple[nn.Module, Any | None]:
                 f"{keys[0]}: save it again with save_pretrained"
             )
     return backbone, tokenizer
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether a model folder holds config.json and nothing else."""
+    return [path.name for path in folder.iterdir()] == ["config.json"]
 
 
 def locate_model(

@@ -189,7 +189,8 @@ def build_parser() -> Parser:
         type=number(whole, 1),
         default=1,
         metavar="N",
-        help="run Qwen with gradient every Nth time a task view comes up (default: %(default)s)",
+        help="1: Qwen reads each pair in its random view; N > 1: as the task has it, with gradient "
+        "every Nth time the pair comes up, and its reading is reused in between (default: %(default)s)",
     )
     model.add_argument("--offline", action="store_true", help="never ask a model hub")
     model.add_argument(
@@ -328,14 +329,29 @@ def build_parser() -> Parser:
         help="test pairs of the validation after each epoch, a fixed subset (default: all; 100 on "
         "CPU with --time_budget or --schedule_batches)",
     )
+    scoring.add_argument(
+        "--stop_confidence",
+        type=number(real, 0, 1),
+        default=0.95,
+        metavar="P",
+        help="at prediction, planning ends where the expected share of right cells reaches P; 1 = "
+        "always all steps (default: %(default)s)",
+    )
 
     ablation = parser.add_argument_group("ablations (what each part earns)")
+    ablation.add_argument(
+        "--demonstrations",
+        choices=("on", "off", "shuffled"),
+        default="on",
+        help="off: nothing sees them, neither Qwen nor agent nor size rules; shuffled: another "
+        "task's (default: %(default)s)",
+    )
     ablation.add_argument(
         "--prompt",
         choices=("full", "no_qwen", "null", "shuffled"),
         default="full",
-        help="null: no prompt; no_qwen: without the language model; shuffled: another task's "
-        "prompt (default: %(default)s)",
+        help="the prompt's tokens alone, the agent still sees the demonstrations; null: none of "
+        "them; no_qwen: without the language model; shuffled: another task's (default: %(default)s)",
     )
     ablation.add_argument(
         "--policy",
@@ -564,7 +580,24 @@ class Schedule:
         self.decay_start, self.stop_at = state["decay_start"], state["stop_at"]
 
 
-SUMS = ("loss", "reward", "qwen_grad", "mask_ratio", "d_acc", "accuracy", "exact")
+# Names in metrics.jsonl, each explained in docs/METRICS.md.
+EFE_PARTS = ("risk", "amb", "step", "cons", "bi", "z", "prompt", "size")  # as the loss names them
+REWARD_FIGURES = ("d_acc", "d_size", "d_color", "d_rev")
+EFE_FIGURES = tuple(f"efe_{part}" for part in EFE_PARTS)
+POLICY_FIGURES = {  # the policy's own name for a figure -> ours
+    "approx_kl": "policy_kl",
+    "clip_fraction": "policy_clip_frac",
+    "explained_variance": "policy_explained_variance",
+    "entropy": "policy_entropy",
+    "action_std": "policy_std",
+    "value_loss": "policy_value_loss",
+    "grad_norm": "policy_grad",
+    "skipped": "policy_skipped",
+}
+SUMS = (
+    "loss", "reward", "qwen_grad", "mask_ratio", "accuracy", "exact", "efe", *REWARD_FIGURES,
+    *EFE_FIGURES,
+)  # fmt: skip
 
 
 @dataclass
@@ -590,6 +623,7 @@ class Progress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.__dataclass_fields__:
             setattr(self, name, state[name])
+        self.sums = dict.fromkeys(SUMS, 0.0) | self.sums  # an older version summed fewer
 
 
 @dataclass
@@ -732,6 +766,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
 
     from arc_agent import AgentOutput
     from arc_system import answer_stats
+    from curriculum import gradient_norm
     from grid_accuracy_loss import cell_accuracy, exact_match, resize_grids, resize_logits
     from loss_function import combined_loss
 
@@ -800,6 +835,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     )
 
     # 6. EFE loss, hard cells first, size part weighted by the curriculum; then the combination.
+    size_weight = run.curriculum.get_size_loss_weight(progress.epoch)
     efe = system.efe_loss(
         logits=logits,
         target=target,
@@ -807,7 +843,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         size_right=size_right,
         size_logits=after.size_logits,
         target_size=targets.size,
-        size_weight=run.curriculum.get_size_loss_weight(progress.epoch),
+        size_weight=size_weight,
         backward_logits=backward_after,
         inp=inp,
         pair_summary=reading.pair_summary,
@@ -821,14 +857,17 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     run.scaler.scale(loss / args.grad_accum).backward()
-    if not last:
-        qwen_grad = run.monitor.check_gradients(system.qwen, "Qwen")["norm"]
-        qwen_grad /= run.scaler.get_scale()
-    else:
+    unscale = 1.0
+    if last:
         run.scaler.unscale_(run.optimizer)
         params = [p for group in run.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
-        qwen_grad = run.monitor.check_gradients(system.qwen, "Qwen")["norm"]
+    else:
+        unscale = 1.0 / run.scaler.get_scale()
+    # Qwen's own parameters: 0 when it is frozen or was not run. Its projections are apart.
+    qwen_grad = unscale * run.monitor.check_gradients(system.qwen.backbone, "Qwen")["norm"]
+    heads_grad = unscale * gradient_norm(system.qwen.head_parameters(), run.device)
+    if last:
         healthy = bool(torch.isfinite(norm) & torch.isfinite(loss))
         if healthy or run.scaler.is_enabled():  # the scaler skips by itself and lowers its scale
             run.scaler.step(run.optimizer)
@@ -846,11 +885,12 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
             )
 
     # 8. The policy learns from the hard reward: after the main step, own graph, own optimizer.
+    health: dict[str, Any] = {}
     if info is not None:
         after_state = system.policy_rl.state(reading.prompt.summary, answer_stats(after))
-        system.policy_rl.update(info, reward, after_state)
+        health = system.policy_rl.update(info, reward, after_state)
 
-    # 9. Memory: tasks above the moving threshold are kept; the threshold follows the accuracy.
+    # 9. Memory: tasks above the threshold are kept; at the epoch's end it follows the accuracy.
     accuracy = cell_accuracy(shown, target, size_right)
     exact = exact_match(shown, target, size_right).float()
     counts = torch.bincount(batch.query_task, minlength=batch.n_tasks).clamp(min=1)
@@ -864,35 +904,34 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     if system.solver2.use_memory:
         system.solver2.store(summary / counts[:, None], owner, by_task, keep)
 
-    figures = torch.stack(
-        [
-            loss.detach().float(),
-            reward.mean(),
-            efe["mask_ratio"],
-            breakdown["d_acc"].mean(),
-            accuracy.mean(),
-            exact.mean(),
-            size_right.float().mean(),
-            keep.sum().float(),
-            info.change_frac.float() if info is not None else torch.zeros((), device=run.device),
-        ]
-    ).tolist()  # the one sync of a batch
-    names = (
-        "loss",
-        "reward",
-        "mask_ratio",
-        "d_acc",
-        "accuracy",
-        "exact",
-        "size",
-        "stored",
-        "change",
-    )
-    result = dict(zip(names, figures, strict=True))
-    run.threshold.update(result["accuracy"])
+    # 10. The figures of the batch, waited for once.
+    shown_figures = {
+        "loss": loss,
+        "reward": reward.mean(),
+        "mask_ratio": efe["mask_ratio"],
+        **{name: breakdown[name].mean() for name in REWARD_FIGURES},
+        "reward_zero_frac": (reward == 0).float().mean(),
+        "soft_reward": soft.mean(),
+        "efe": efe["total"],
+        **{f"efe_{part}": efe[part] for part in EFE_PARTS},
+        "accuracy": accuracy.mean(),
+        "exact": exact.mean(),
+        "size": size_right.float().mean(),
+        "stored": keep.sum(),
+        "change": info.change_frac if info is not None else torch.zeros(()),
+        "qwen_heads_grad": heads_grad,
+        **{ours: health[theirs] for theirs, ours in POLICY_FIGURES.items() if health},
+    }
+    values = [value.detach().float().to(run.device) for value in shown_figures.values()]
+    result = dict(zip(shown_figures, torch.stack(values).tolist(), strict=True))
     progress.memory_updates += int(result["stored"]) if system.solver2.use_memory else 0
-    pairs = len(targets.size)
-    return result | {"qwen_grad": qwen_grad, "lr_factor": factor, "pairs": pairs}
+    return result | {
+        "qwen_grad": qwen_grad,
+        "lr_factor": factor,
+        "size_weight": size_weight,
+        "threshold": run.threshold.get_threshold(),
+        "pairs": len(targets.size),
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1056,7 +1095,7 @@ FIXED_ARGUMENTS = (
     "seed", "cost_power", "batch_size", "grad_accum", "max_side", "max_context", "views", "qwen_model",
     "qwen_train", "qwen_cache_interval", "width", "blocks", "agent_lr", "qwen_lr",
     "task_lr_factor", "optimizer", "weight_decay", "warmup_batches", "schedule", "decay_frac",
-    "clip", "ema", "prompt", "policy", "no_memory", "no_task_tokens", "no_efe_extras",
+    "clip", "ema", "demonstrations", "prompt", "policy", "no_memory", "no_task_tokens", "no_efe_extras",
     "no_hard_cells", "no_reward", "planning_steps",
 )  # fmt: skip
 
@@ -1113,12 +1152,14 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
         qwen_model=args.qwen_model,
         qwen_train=args.qwen_train,
         qwen_cache_interval=args.qwen_cache_interval,
+        demonstrations=args.demonstrations,
         prompt=args.prompt,
         policy=args.policy,
         memory=not args.no_memory,
         task_tokens=not args.no_task_tokens,
         efe_extras=not args.no_efe_extras,
         hard_cells=not args.no_hard_cells,
+        stop_confidence=args.stop_confidence,
         seed=args.seed,
     )
     system = arc_system.build_system(config, device, offline=args.offline)
@@ -1339,8 +1380,13 @@ def log_batch(run: Run, figures: dict[str, float]) -> None:
         f"[Batch {run.progress.batch:4d}] Reward: {figures['reward']:+.4f} | "
         f"Loss: {figures['loss']:.4f} | Qwen_grad: {figures['qwen_grad']:.2e} | "
         f"Mask_ratio: {figures['mask_ratio']:.4f} | d_acc: {figures['d_acc']:+.4f} | "
-        f"Exact: {figures['exact']:.3f}"
+        f"Exact: {figures['exact']:.3f}" + qwen_note(run, figures["qwen_grad"])
     )
+
+
+def qwen_note(run: Run, gradient: float) -> str:
+    """Why the language model has no gradient, for the line that shows a 0; empty if it has one."""
+    return "" if gradient else f" | Qwen: {run.system.qwen.without_gradient() or 'no gradient!'}"
 
 
 def public(figures: dict[str, float]) -> dict[str, float]:
@@ -1362,12 +1408,17 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
     say(line)
     say(f"  Average Loss: {mean['loss']:.4f}")
     say(f"  Average RL Reward: {mean['reward']:+.4f}")
-    say(f"  Qwen Gradient Norm: {mean['qwen_grad']:.2e}")
+    say(f"  Qwen Gradient Norm: {mean['qwen_grad']:.2e}" + qwen_note(run, mean["qwen_grad"]))
     weight = run.curriculum.get_size_loss_weight(progress.epoch)
     say(f"  Size Warmup Weight: {weight:.3f}")
     say(f"  Memory Threshold: {run.threshold.get_threshold():.4f}")
     say(f"  Memory updates: {progress.memory_updates}")
     say(f"  Average Mask Ratio: {mean['mask_ratio']:.4f}")
+    say(f"  Average EFE Loss: {mean['efe']:.4f}")
+    parts = (f"{part} {mean[f'efe_{part}']:.4f}" for part in EFE_PARTS)
+    say("  Average EFE parts: " + ", ".join(parts))
+    deltas = (f"{name} {mean[name]:+.4f}" for name in REWARD_FIGURES)
+    say("  Average reward parts: " + ", ".join(deltas))
     say(line)
     row: dict[str, Any] = {
         "kind": "epoch",
@@ -1390,6 +1441,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
             "accuracy_delta": delta,
             "cell_accuracy": result["cell_accuracy"],
             "size_accuracy": result["size_accuracy"],
+            "planning_steps": result["planning_steps"],
         }
     say(f"[Epoch {progress.epoch}] Time: {run.clock.epoch_s:.2f}s", important=True)
     row |= {
@@ -1399,6 +1451,8 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
     }
     run.log.record(row)
     run.log.flush()
+    if progress.counted:  # one average an epoch: batches are too unlike to follow one by one
+        run.threshold.update(mean["accuracy"])
     progress.epoch += 1
     progress.batch = 0
     progress.memory_updates = 0

@@ -88,6 +88,66 @@ def test_planning_steps_follow_the_configuration(batch):
         assert system.answer(system.read(batch)).logits.shape[0] == 2
 
 
+def test_planning_ends_where_the_confidence_says_so(system, batch):
+    """Each query answers as it did at the step at which it was sure; the others plan on."""
+    with torch.no_grad():
+        reading = system.read(batch)
+        whole = system.answer(reading)
+        sure = whole.confidence.sigmoid()
+        for stop in [*sure[:-1].flatten().tolist(), 0.0]:
+            early = system.answer(reading, stop=stop)
+            reached = sure[:-1] >= stop
+            first = torch.where(reached.any(0), reached.long().argmax(0), N_STEPS - 1)
+            assert early.n_steps.tolist() == (first + 1).tolist()
+            for query, step in enumerate(first.tolist()):
+                for later in range(N_STEPS):
+                    at = min(later, step)
+                    torch.testing.assert_close(
+                        early.logits[later, query], whole.logits[at, query], atol=1e-4, rtol=0
+                    )
+                    torch.testing.assert_close(
+                        early.confidence[later, query], whole.confidence[at, query],
+                        atol=1e-4, rtol=0,
+                    )  # fmt: skip
+    assert whole.n_steps.tolist() == [N_STEPS] * batch.n_queries
+    assert len(set(first.tolist())) == 1  # at 0 nobody goes beyond the first step
+
+
+def test_steps_that_are_not_needed_are_not_computed(system, batch, monkeypatch):
+    seen = []
+    real = system.agent.blocks[0].forward
+
+    def count(x, *rest):
+        seen.append(len(x))
+        return real(x, *rest)
+
+    monkeypatch.setattr(system.agent.blocks[0], "forward", count)
+    with torch.no_grad():
+        reading = system.read(batch)
+        sure = system.answer(reading).confidence.sigmoid()
+        assert seen == [batch.n_queries] * N_STEPS
+        seen.clear()
+        system.answer(reading, stop=0.0)
+        assert seen == [batch.n_queries]
+        seen.clear()
+        stop = sure[0].sort().values[-1].item()
+        system.answer(reading, stop=stop)  # one is sure at once
+        assert seen[:2] == [batch.n_queries, batch.n_queries - 1]
+
+
+def test_an_early_stop_is_for_prediction_only(batch, monkeypatch):
+    system = lively_system(stop_confidence=0.0)
+    with torch.no_grad():
+        output, _ = system.predict(batch, torch.Generator())
+    assert output.n_steps.tolist() == [1] * batch.n_queries
+    with torch.no_grad():
+        assert system.answer(system.read(batch)).n_steps.tolist() == [N_STEPS] * batch.n_queries
+    always = lively_system(stop_confidence=1.0)
+    with torch.no_grad():
+        output, _ = always.predict(batch, torch.Generator())
+    assert output.n_steps.tolist() == [N_STEPS] * batch.n_queries
+
+
 def test_results_do_not_depend_on_the_other_queries_of_a_batch(system, task_set):
     """Padding is neutral: a task alone and beside larger ones gets the same answer."""
     together = next(dataset_arc.evaluation_batches(task_set.train, batch_size=6))

@@ -105,14 +105,36 @@ def test_stored_memory_reaches_the_answer_of_other_tasks(batch):
     assert not torch.equal(final_logits(system, batch), base)
 
 
-@pytest.mark.parametrize("prompt", ["null", "shuffled"])
-def test_null_and_shuffled_prompts_take_the_demonstrations_away(batch, prompt):
-    """What a query's own demonstrations show changes nothing any more."""
-    system = lively_system(prompt=prompt)
-    own = batch.query_task == 0
+def other_demonstrations(batch):
+    """The batch with other outputs in the demonstrations of its first task; which queries are its."""
     shown = (batch.demo_task == 0)[:, None, None]
     other = torch.where(shown & (batch.demo_output >= 0), 9 - batch.demo_output, batch.demo_output)
-    changed = dataclasses.replace(batch, demo_output=other)
+    return dataclasses.replace(batch, demo_output=other), batch.query_task == 0
+
+
+@pytest.mark.parametrize("prompt", ["null", "shuffled"])
+def test_null_and_shuffled_prompts_take_away_the_tokens_and_nothing_else(batch, prompt):
+    """The prompt says nothing of the query's demonstrations; the agent still sees them."""
+    system = lively_system(prompt=prompt)
+    changed, own = other_demonstrations(batch)
+    with torch.no_grad():
+        a, b = system.read(batch), system.read(changed)
+        full_a, full_b = (lively_system().read(x).prompt.tokens for x in (batch, changed))
+    assert torch.equal(a.prompt.tokens[own], b.prompt.tokens[own])
+    assert not torch.equal(full_a[own], full_b[own])
+    assert not torch.equal(a.sight.evidence[own], b.sight.evidence[own])
+    assert torch.equal(a.batch.size_support, batch.size_support)
+    assert torch.equal(a.batch.size_candidates, batch.size_candidates)
+    assert torch.equal(a.batch.context, batch.context)
+    a, b = final_logits(system, batch), final_logits(system, changed)
+    assert not torch.equal(a[:, own], b[:, own])
+
+
+@pytest.mark.parametrize("demonstrations", ["off", "shuffled"])
+def test_without_demonstrations_or_with_others_they_reach_nothing(batch, demonstrations):
+    """What a query's own demonstrations show changes nothing any more."""
+    system = lively_system(demonstrations=demonstrations)
+    changed, own = other_demonstrations(batch)
     a, b = final_logits(system, batch), final_logits(system, changed)
     assert torch.equal(a[:, own], b[:, own])
     full = lively_system()

@@ -48,11 +48,18 @@ def make_batch(
     for query in range(len(sizes)):
         others = [c for c in range(len(sizes)) if c != query and task[c] == task[query]]
         context[query, : len(others)] = torch.tensor(others, dtype=torch.long)
+    inputs, outputs = grids(0), grids(1)
+    input_size = torch.tensor([pair[0] for pair in sizes])
+    output_size = torch.tensor([pair[1] for pair in sizes])
     return SimpleNamespace(
-        demo_input=grids(0),
-        demo_output=grids(1),
-        demo_input_size=torch.tensor([pair[0] for pair in sizes]),
-        demo_output_size=torch.tensor([pair[1] for pair in sizes]),
+        demo_input=inputs,
+        demo_output=outputs,
+        demo_input_size=input_size,
+        demo_output_size=output_size,
+        own_input=inputs.clone(),
+        own_output=outputs.clone(),
+        own_input_size=input_size,
+        own_output_size=output_size,
         demo_control=torch.rand(len(sizes), N_CONTROL, generator=generator),
         demo_task=task,
         query_task=task.clone(),
@@ -474,8 +481,10 @@ def test_unusable_folders_and_names(saved_models: Path, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="neither 'auto', 'tiny', an existing folder nor"):
             build_qwen_prompt(name, **build)
     (tmp_path / "config.json").write_bytes((saved_models / "bare" / "config.json").read_bytes())
+    (tmp_path / "vocab.txt").write_text("its weights are lost\n")
     with pytest.raises(ModelError, match="cannot be loaded"):
         build_qwen_prompt(str(tmp_path), **build)
+    (tmp_path / "vocab.txt").unlink()
     from safetensors.torch import load_file, save_file
 
     weights = load_file(saved_models / "bare" / "model.safetensors")
@@ -483,6 +492,18 @@ def test_unusable_folders_and_names(saved_models: Path, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"not in its files, the first norm\.weight"):
         build_qwen_prompt(str(tmp_path), **build)
+
+
+def test_a_folder_with_a_config_alone_gives_random_weights_and_says_so(
+    saved_models: Path, tmp_path: Path
+) -> None:
+    """For measuring speed and memory of a model that cannot be downloaded."""
+    (tmp_path / "config.json").write_bytes((saved_models / "bare" / "config.json").read_bytes())
+    modules = [build_qwen_prompt(str(tmp_path), width=WIDTH, n_control=N_CONTROL) for _ in "ab"]
+    assert all("RANDOM WEIGHTS" in module.description() for module in modules)
+    pairs = zip(modules[0].parameters(), modules[1].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.isfinite(modules[0](small_batch()).tokens).all()
 
 
 WAYS_OUT = ("--qwen_model tiny", "--qwen_model /path/to/folder", "--offline")
@@ -619,18 +640,34 @@ def test_cache_reads_afresh_every_nth_time() -> None:
     assert torch.equal(module(batch).tokens, fresh)
 
 
-def test_cache_key_is_the_view_and_evaluation_reads_afresh() -> None:
+def test_cache_key_is_the_pair_itself_whatever_the_view_and_evaluation_reads_afresh() -> None:
     batch, module = small_batch(), tiny(cache_interval=9)
     module(batch)
-    relabelled = copy.deepcopy(batch)
-    relabelled.demo_output[0, 0, 0] = (relabelled.demo_output[0, 0, 0] + 1) % 10
-    module(relabelled)
-    assert (module.cache.hits, module.cache.misses) == (4, 6)
+    another_view = copy.deepcopy(batch)
+    another_view.demo_output = torch.where(batch.demo_output >= 0, 9 - batch.demo_output, -1)
+    module(another_view)
+    assert (module.cache.hits, module.cache.misses) == (5, 5)
+    another_pair = copy.deepcopy(batch)
+    another_pair.own_output[0, 0, 0] = (another_pair.own_output[0, 0, 0] + 1) % 10
+    module(another_pair)
+    assert (module.cache.hits, module.cache.misses) == (9, 6)
     with torch.no_grad():
         module.backbone.get_input_embeddings().weight.add_(1)  # type: ignore[operator]
     stale, now = module.train()(batch).tokens, module.eval()(batch).tokens
     assert not torch.equal(stale, now)
     assert len(module.cache) == 6
+
+
+def test_why_the_language_model_has_no_gradient() -> None:
+    batch, module = small_batch(), tiny(cache_interval=2)
+    module(batch)
+    assert module.without_gradient() is None
+    module(batch)
+    assert module.without_gradient() == "not run, readings reused"
+    for mode in ("null", "no_qwen"):
+        module.mode = mode
+        assert module.without_gradient() == "not run"
+    assert tiny(train="frozen").without_gradient() == "frozen"
 
 
 def test_cache_is_bounded() -> None:

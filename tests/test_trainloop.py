@@ -29,6 +29,9 @@ from hypothesis import strategies as st
 
 import dataset_arc
 import evaluation
+import human_rl_agent
+import loss_function
+import reward_shaping
 import trainloop_complete_with_fixes as trainloop
 
 SCRIPT = Path(trainloop.__file__)
@@ -46,11 +49,14 @@ EPOCH (?P<epoch>\d+) SUMMARY
 ={{70}}
   Average Loss: (?P<loss>{NUMBER})
   Average RL Reward: (?P<reward>[+-]{NUMBER})
-  Qwen Gradient Norm: (?P<grad>\d\.\d\de[+-]\d\d)
+  Qwen Gradient Norm: (?P<grad>\d\.\d\de[+-]\d\d)(?P<idle> \| Qwen: .+)?
   Size Warmup Weight: (?P<size>\d\.\d{{3}})
   Memory Threshold: (?P<threshold>\d\.\d{{4}})
   Memory updates: (?P<updates>\d+)
   Average Mask Ratio: (?P<mask>[01]\.\d{{4}})
+  Average EFE Loss: (?P<efe>{NUMBER})
+  Average EFE parts: (?P<parts>(?:\w+ {NUMBER}(?:, )?){{8}})
+  Average reward parts: (?P<deltas>(?:\w+ [+-]{NUMBER}(?:, )?){{4}})
 ={{70}}
 \[Epoch (?P=epoch)\] Val Accuracy: (?P<val>[01]\.\d{{4}}) \((?P<right>\d+)/(?P<n>\d+)\)
 \[Epoch (?P=epoch)\] Accuracy Delta: (?P<delta>[+-]\d\.\d{{4}})
@@ -169,6 +175,15 @@ def test_epoch_summaries_are_to_the_letter(reference):
         assert match["n"] == "6"
         assert float(match["val"]) == pytest.approx(int(match["right"]) / 6, abs=1e-4)
         assert float(match["delta"]) == pytest.approx(row["accuracy_delta"], abs=1e-4)
+        assert float(match["efe"]) == pytest.approx(row["efe"], abs=1e-4)
+        said = dict(part.split() for part in match["parts"].split(", "))
+        assert {k: float(v) for k, v in said.items()} == {
+            part: pytest.approx(row[f"efe_{part}"], abs=1e-4) for part in loss_function.PARTS
+        }
+        said = dict(part.split() for part in match["deltas"].split(", "))
+        assert {k: float(v) for k, v in said.items()} == {
+            name: pytest.approx(row[name], abs=1e-4) for name in reward_shaping.REWARD_WEIGHTS
+        }
 
 
 def test_accuracy_delta_is_validation_minus_the_untrained_model(reference):
@@ -760,6 +775,90 @@ def test_fix_1_qwen_is_trained_with_its_own_learning_rate(fresh_run):
             assert not torch.equal(before[name], after[name]), name
 
 
+def norm_of(parameters):
+    return math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None))
+
+
+def test_qwen_grad_is_the_norm_of_the_language_model_alone(fresh_run):
+    """Not of its projections, which learn also where the language model does not."""
+    run, batch, targets = fresh_run("--clip", 1e9)
+    _, figures = gradients(run, batch, targets)
+    assert figures["qwen_grad"] == pytest.approx(norm_of(run.system.qwen.backbone.parameters()))
+    assert figures["qwen_heads_grad"] == pytest.approx(norm_of(run.system.qwen.head_parameters()))
+    for flags in (("--qwen_train", "frozen"), ("--prompt", "no_qwen"), ("--prompt", "null")):
+        _, figures = gradients(*fresh_run(*flags))
+        assert figures["qwen_grad"] == 0.0, flags
+        assert figures["qwen_heads_grad"] > 0.0, flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--qwen_train", "frozen"), "frozen"),
+        (("--prompt", "no_qwen"), "not run"),
+        (("--qwen_cache_interval", 9), "not run, readings reused"),
+    ],
+    ids=lambda x: str(x),
+)
+def test_a_qwen_grad_of_zero_is_explained_in_its_line(train, flags, why):
+    outcome = train(*flags, "--epochs", 2, "--val_pairs", 1, "--eval_views", 1)
+    assert outcome.code == 0, outcome.err
+    lines = [line for line in outcome.out.splitlines() if line.startswith("[Batch")]
+    assert lines[1].endswith(f" | Qwen: {why}")
+    assert "Qwen_grad: 0.00e+00" in lines[1]
+    first_has_gradient = flags[0] == "--qwen_cache_interval"  # nothing to reuse yet
+    assert ("Qwen_grad: 0.00e+00" not in lines[0]) == first_has_gradient
+    summaries = list(SUMMARY.finditer(outcome.out))
+    assert [bool(m["idle"]) for m in summaries] == [not first_has_gradient, True]
+    assert all(row["qwen_heads_grad"] > 0 for row in outcome.rows("batch"))
+
+
+def test_a_row_of_metrics_has_every_figure_of_the_step(reference):
+    """Rewards, loss parts and the policy's health: what decides is not thrown away."""
+    assert trainloop.EFE_PARTS == loss_function.PARTS
+    assert set(trainloop.REWARD_FIGURES) == set(reward_shaping.REWARD_WEIGHTS)
+    assert set(trainloop.POLICY_FIGURES) <= set(human_rl_agent.HEALTH)
+    weights_of = reference.run.system.efe_loss
+    for row in reference.rows("batch"):
+        parts = {p: row[f"efe_{p}"] for p in trainloop.EFE_PARTS}
+        assert all(math.isfinite(value) for value in parts.values())
+        scale = {p: float(getattr(weights_of, f"lambda_{p}")) for p in parts}
+        scale["size"] *= row["size_weight"]
+        assert row["efe"] == pytest.approx(sum(scale[p] * parts[p] for p in parts), rel=1e-4)
+        mixture = 0.7 * row["efe"] - 0.3 * row["soft_reward"]
+        assert row["loss"] == pytest.approx(mixture, rel=1e-4, abs=1e-6)
+        deltas = reward_shaping.REWARD_WEIGHTS.items()
+        assert row["reward"] == pytest.approx(sum(w * row[n] for n, w in deltas), abs=1e-6)
+        assert 0.0 <= row["reward_zero_frac"] <= 1.0
+        for name in trainloop.POLICY_FIGURES.values():
+            assert math.isfinite(row[name]), name
+        assert row["policy_std"] > 0
+        assert row["policy_grad"] > 0
+    parts = [p for p in trainloop.EFE_PARTS if p != "size"]
+    assert all(any(row[f"efe_{p}"] > 0 for row in reference.rows("batch")) for p in parts)
+
+
+def test_early_stops_show_in_steps_saved_and_leave_training_alone(train):
+    always = train("--stop_confidence", 1, "--epochs", 1, runs="a")
+    never = train("--stop_confidence", 0, "--epochs", 1, runs="b")
+    for outcome, steps in ((always, 5), (never, 1)):
+        assert outcome.code == 0, outcome.err
+        (row,) = outcome.rows("epoch")
+        assert row["planning_steps"] == steps
+        results = json.loads((outcome.folder / "results.json").read_text(encoding="utf-8"))
+        assert results["planning_steps"] == steps
+    assert always.figures() == never.figures()
+
+
+def test_every_figure_of_metrics_is_explained_and_no_other(reference):
+    text = (SCRIPT.parent / "docs" / "METRICS.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", text)) - {"kind", "start", "batch", "epoch", "null"}
+    named -= {"train_step", "random", "off", "policy_", "untrained"}
+    written = {key for kind in ("batch", "epoch") for row in reference.rows(kind) for key in row}
+    assert written - named - {"kind", "epoch", "batch"} == set()
+    assert named - written == set()
+
+
 def test_fix_1_every_trained_weight_is_in_the_optimizer_once(fresh_run):
     run, *_ = fresh_run()
     held = [id(p) for g in run.optimizer.param_groups for p in g["params"]]
@@ -876,13 +975,19 @@ def test_fix_4_the_size_loss_reaches_the_size_head_by_that_weight(fresh_run):
 
 
 def test_fix_5_the_threshold_follows_the_accuracy_and_memory_is_updated(reference):
-    ema, stored = 0.2, 0
-    for row in reference.rows("batch"):
-        ema = 0.9 * ema + 0.1 * row["accuracy"]
-        stored += row["stored"]
+    """The running average moves once an epoch, by the epoch's mean; it starts at 0.2 x 1.1."""
+    ema, stored, shown = 0.2, 0, []
+    for epoch in (0, 1):
+        rows = [row for row in reference.rows("batch") if row["epoch"] == epoch]
+        assert [row["threshold"] for row in rows] == pytest.approx([1.1 * ema] * len(rows))
+        shown.append(f"{1.1 * ema:.4f}")
+        ema = 0.9 * ema + 0.1 * sum(row["accuracy"] for row in rows) / len(rows)
+        stored += sum(row["stored"] for row in rows)
     run = reference.run
+    assert shown[0] == "0.2200"
+    assert re.findall(r"Memory Threshold: (\S+)", reference.out) == shown
     assert run.threshold.get_threshold() == pytest.approx(1.1 * ema)
-    assert run.threshold.get_threshold() > 0.22  # accuracy rose, so it did
+    assert run.threshold.get_threshold() > 0.22  # accuracy was above it, so it rose
     assert run.system.solver2.n_updates == stored > 0
     said = [int(n) for n in re.findall(r"Memory updates: (\d+)", reference.out)]
     assert sum(said) == stored
@@ -1185,9 +1290,11 @@ def test_random_refinement_learns_nothing(train):
     [
         ("--prompt", "null"),
         ("--prompt", "no_qwen"),
+        ("--demonstrations", "off"),
+        ("--demonstrations", "shuffled", "--stop_confidence", 0.5),
         ("--prompt", "shuffled", "--no_memory", "--no_task_tokens"),
         ("--planning_steps", 1, "--optimizer", "adamw", "--ema", 0),
-        ("--qwen_cache_interval", 3, "--views", "off"),
+        ("--qwen_cache_interval", 3),
         ("--blocks", 2, "--amp", "bf16"),
     ],
     ids=lambda flags: " ".join(map(str, flags)),
