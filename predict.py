@@ -5,7 +5,7 @@
 
 A checkpoint is all it needs; it never writes to the run, not even when it adapts to new tasks first
 (`adaptation`). The predictor gets tasks without their test outputs, which only `--score` reads,
-afterwards. `from predict import load_model`.
+afterwards. In a program of your own: `from trained_model import load_model, load_modules`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import (
-    EXIT_ARGUMENTS,
     EXIT_DONE,
     EXIT_MEMORY,
     EXIT_MISSING,
@@ -31,9 +29,9 @@ from command_line import (
     pick_precision,
     settle_threads,
 )
+from trained_model import load_model
 
 if TYPE_CHECKING:
-    from arc_system import System
     from dataset_arc import Task, TaskSet
     from evaluation import Key, Prediction
 
@@ -156,162 +154,6 @@ def check_device_name(parser: Parser, device: str) -> None:
         return
     if not (device.startswith("cuda:") and device[5:].isdecimal()):
         parser.error(f"--device {device}: use auto, cpu, cuda or cuda:N")
-
-
-# ---------------------------------------------------------------------------------------------
-# A model from a file
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Model:
-    """A trained system with its averaged weights, and where it comes from."""
-
-    system: System
-    task_index: dict[str, int]  # row of the task table by task id, for tasks known from training
-    path: Path
-    n_batches: int  # that it was trained on
-    averaged: bool
-    notes: list[str]  # files that were passed over, and why
-
-    @property
-    def seed(self) -> int:
-        return self.system.config.seed
-
-
-def load_model(
-    spec: str | Path, *, checkpoint: str = "latest", device: str = "cpu", offline: bool = False
-) -> Model:
-    """The model of a run folder, of a folder's newest run, or of a .pt file; only reads.
-
-    checkpoint: latest, best or a number. Of the newest checkpoints a damaged one is passed over and
-    noted. Raises UserError, ModelError or PersistenceError, each one line: what, why, fix.
-    """
-    from model_persistence import CheckpointError, CorruptCheckpointError, verify_checkpoint_file
-
-    notes: list[str] = []
-    for path in model_files(Path(spec).expanduser(), checkpoint):
-        try:
-            payload = verify_checkpoint_file(path).payload
-        except CorruptCheckpointError as error:
-            notes.append(str(error))
-        except OSError as error:
-            notes.append(f"{path}: cannot be read ({error.strerror or error})")
-        else:
-            model = model_of(payload, path, device=device, offline=offline)
-            model.notes = [f"passed over {note}" for note in notes]
-            return model
-    fix = "Give another checkpoint with --checkpoint." if Path(spec).is_dir() else "Give another."
-    raise CheckpointError(f"{spec}: no usable model", "; ".join(notes), fix)
-
-
-def model_files(spec: Path, checkpoint: str) -> list[Path]:
-    """The files to try, in order. A file named by the user has no substitute."""
-    from model_persistence import ModelPersistence
-
-    if spec.is_file():
-        if checkpoint != "latest":
-            raise UserError(
-                f"--checkpoint {checkpoint}: {spec} is a file already; give its run folder instead",
-                EXIT_ARGUMENTS,
-            )
-        return [spec]
-    run = ModelPersistence(find_run(spec), drive_backup=False, lock=False)
-    have = sorted(run.checkpoints, reverse=True)
-    if checkpoint == "latest":
-        best = [run.best_path] if run.best_path.exists() else []
-        return [run.checkpoint_path(i) for i in have] + best
-    if checkpoint == "best":
-        if not run.best_path.exists():
-            raise UserError(
-                f"{run.output_dir}: no best_model.pt yet; it comes with the first epoch's "
-                "validation. Use --checkpoint latest.",
-                EXIT_MISSING,
-            )
-        return [run.best_path]
-    if int(checkpoint) not in have:
-        there = ", ".join(map(str, sorted(have))) or "none"
-        raise UserError(
-            f"{run.output_dir}: no checkpoint {checkpoint}. There are: {there}.", EXIT_MISSING
-        )
-    return [run.checkpoint_path(int(checkpoint))]
-
-
-def find_run(spec: Path) -> Path:
-    """A run folder as it is; the newest run of a folder of runs."""
-    from model_persistence import ModelPersistence, find_latest_run
-
-    if not spec.is_dir():
-        newest = find_latest_run("runs")
-        hint = f" The newest run here is {newest}." if newest else " Train one first."
-        raise UserError(f"{spec}: no such run folder or model file.{hint}", EXIT_MISSING)
-    run = ModelPersistence(spec, drive_backup=False, lock=False)
-    if run.checkpoints or run.best_path.exists():
-        return spec
-    newest = find_latest_run(spec)
-    if newest is None:
-        raise UserError(
-            f"{spec}: no checkpoint in it and no run below it. Give a run folder such as "
-            "runs/arc_complete_20260101_120000, or train longer: the first save comes at batch 50 "
-            "or at the first epoch's end.",
-            EXIT_MISSING,
-        )
-    return newest
-
-
-def model_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool) -> Model:
-    """Build the modules that a checkpoint describes, and put its averaged weights into them."""
-    from arc_system import SystemConfig, build_system
-    from model_persistence import apply_state
-
-    extra = payload.get("extra") or {}
-    needed = ("system", "task_ids", "progress", "average", "average_names")
-    missing = [key for key in needed if key not in extra]
-    if missing:
-        raise UserError(
-            f"{path}: it does not describe its model ('{missing[0]}' is missing), so another "
-            "version wrote it. Resume that run with this version and use its next checkpoint.",
-            EXIT_MISSING,
-        )
-    try:
-        config = SystemConfig(**extra["system"])
-    except TypeError as error:
-        raise UserError(
-            f"{path}: its model has settings that this version does not know ({error}). Use the "
-            "version that trained it.",
-            EXIT_MISSING,
-        ) from error
-    system = build_system(config, device, offline=offline)
-    apply_state(payload, system.modules(), str(path))
-    averaged = apply_average(system, extra, path)
-    system.train(False)
-    index = {task_id: row for row, task_id in enumerate(extra["task_ids"])}
-    return Model(system, index, path, extra["progress"]["total"], averaged, [])
-
-
-def apply_average(system: System, extra: dict[str, Any], path: Path) -> bool:
-    """Put the averaged weights in place by name; False where the run kept none (--ema 0)."""
-    import torch
-
-    values = extra["average"]["average"]
-    if not values:
-        return False
-    params = {
-        f"{module}.{name}": p
-        for module, part in system.modules().items()
-        for name, p in part.named_parameters()
-    }
-    for name, value in zip(extra["average_names"], values, strict=True):
-        if name not in params or params[name].shape != value.shape:
-            there = list(params[name].shape) if name in params else "nothing"
-            raise UserError(
-                f"{path}: averaged weights of '{name}' do not fit: expected {there}, found "
-                f"{list(value.shape)}. Use the version that trained it.",
-                EXIT_MISSING,
-            )
-        with torch.no_grad():
-            params[name].copy_(value)
-    return True
 
 
 # ---------------------------------------------------------------------------------------------

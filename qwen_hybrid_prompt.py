@@ -480,6 +480,12 @@ class QwenHybridPrompt(nn.Module):
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         self._mode = mode
 
+    @property
+    def transformer(self) -> nn.Module:
+        """The decoder itself, without LoRA's wrapping: ``qwen.transformer.layers[0]`` is a block."""
+        unwrapped = getattr(self.backbone, "get_base_model", lambda: self.backbone)
+        return unwrapped()  # type: ignore[operator]
+
     def train(self, mode: bool = True) -> QwenHybridPrompt:
         """As nn.Module's; a frozen backbone stays in evaluation."""
         super().train(mode)

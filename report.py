@@ -29,14 +29,15 @@ from command_line import (
     number,
     pick_device,
 )
-from predict import check_device_name, check_output_file, find_run, guarded, load_model, write
+from predict import check_device_name, check_output_file, guarded, write
+from trained_model import find_run, load_model
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from dataset_arc import Task
-    from predict import Model
+    from trained_model import Model
 
 # The colours 0..9 as the ARC web pages show them.
 PALETTE = (

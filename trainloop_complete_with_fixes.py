@@ -41,6 +41,16 @@ MAX_SKIPPED_IN_A_ROW = 25  # non-finite batches in a row before the run counts a
 DRIVE_WAIT_S = 60.0  # at a normal end, seconds the last copy to Drive may still take
 DRIVE_WAIT_STOPPED_S = 5.0  # ... and after a signal or an error
 FINAL_RESERVE_S = 6.0  # seconds kept for saving and leaving at the end of a time budget
+CURRICULA = ("DynamicMemoryThreshold", "GradientMonitor", "SizeWarmupCurriculum")
+
+
+def __getattr__(name: str) -> Any:
+    """The small schedules under this script's name, too; imported when asked for (PEP 562)."""
+    if name in CURRICULA:
+        import curriculum
+
+        return getattr(curriculum, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -119,9 +129,8 @@ def build_parser() -> Parser:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
-        default="arcagi2",
         help="arcagi2, arcagi1, a JSON file, a Kaggle challenges file or a folder (default: "
-        "%(default)s)",
+        "training.json of this folder or beside the script, where there is one; else arcagi2)",
     )
     data.add_argument(
         "--batch_size",
@@ -380,10 +389,13 @@ def explicit_arguments(argv: list[str] | None) -> set[str]:
 
 def run_to_resume(args: argparse.Namespace) -> Path | None:
     """The folder that --resume means: the named one, else the newest in --runs_dir, if any."""
-    from model_persistence import find_latest_run
+    from model_persistence import LATEST_LINK, find_latest_run
 
-    newest = args.resume in ("latest", "auto")
-    return find_latest_run(args.runs_dir) if newest else Path(args.resume)
+    if args.resume in ("latest", "auto"):
+        return find_latest_run(args.runs_dir)
+    folder = Path(args.resume)
+    # Through runs/arc_complete_latest the run itself: its name is that of its backup, too.
+    return folder.resolve() if folder.name == LATEST_LINK and folder.is_symlink() else folder
 
 
 def take_saved_arguments(args: argparse.Namespace, given: set[str]) -> None:
@@ -1475,13 +1487,14 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     """From parsed arguments to the exit code: data, run folder, modules, resume, loop, results."""
     import torch
 
-    from dataset_arc import load_tasks, slices_of
+    from dataset_arc import default_data, load_tasks, slices_of
     from model_persistence import (
         ModelPersistence,
         RunLock,
         StopSignals,
         atomic_write_json,
         configured_drive_backup,
+        point_latest_at,
         restore_run_from_drive,
     )
 
@@ -1492,11 +1505,17 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     torch.set_float32_matmul_precision("high")
 
     # Data, model, then a folder: nothing is written for a run that cannot start.
+    notes: list[str] = []
+    if args.data is None:
+        args.data = default_data()
+        if args.data.endswith("training.json"):
+            notes.append(
+                f"Data: training.json was found by itself, {args.data}; --data arcagi2 for ARC-AGI-2"
+            )
     tasks = load_tasks(args.data)
     args.data_sha256 = tasks.sha256
     runs_dir = Path(args.runs_dir)
     resuming = args.resume is not None
-    notes: list[str] = []
     folder: Path | None = None
     if resuming:
         folder = run_to_resume(args)
@@ -1544,6 +1563,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     assert folder is not None
 
     with RunLock(folder), StopSignals() as stop:
+        point_latest_at(folder)
         persistence = ModelPersistence(
             folder,
             max_checkpoints=args.max_checkpoints,

@@ -133,6 +133,7 @@ def run_name(budget: str, row: str, seed: int, more: str) -> str:
 def finished_run(folder: Path) -> Path | None:
     """The run in a row's folder that has its results, if there is one."""
     found = sorted(folder.glob("arc_complete_*/results.json"))
+    found = [file for file in found if not file.parent.is_symlink()]  # arc_complete_latest
     return found[-1].parent if found else None
 
 
@@ -141,7 +142,7 @@ def train_once(args: argparse.Namespace, row: str, seed: int, folder: Path) -> P
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable, str(ROOT / "trainloop_complete_with_fixes.py"),
-        *budget_of(args)[1], "--seed", str(seed), "--device", args.device,
+        *budget_of(args)[1], "--seed", str(seed), "--device", args.device, "--data", "arcagi2",
         "--runs_dir", str(folder), *ABLATIONS[row], *args.train_flags.split(),
     ]  # fmt: skip
     if args.threads:

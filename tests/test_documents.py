@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def load_bench() -> Any:
 
 PARSERS = {
     "trainloop_complete_with_fixes.py": trainloop.build_parser,
+    "fixed.py": trainloop.build_parser,
     "predict.py": predict.build_parser,
     "report.py": report.build_parser,
     "benchmarks/bench_learning.py": lambda: load_bench().build_parser(),
@@ -53,7 +56,18 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line.split(" && ")[0]) for line in found]
 
 
-@pytest.mark.parametrize("words", commands(README) + commands(code_of_notebook()), ids=" ".join)
+DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+LOGS = ("LOG.md",)  # speaks of the past: what it names may be gone
+
+
+def all_commands() -> list[list[str]]:
+    """Of README, notebook and documents; the fault scripts have no parser to ask."""
+    pages = [path.read_text(encoding="utf-8") for path in DOCUMENTS if path.name not in LOGS]
+    found = [words for page in pages for words in commands(page) if words[0] in PARSERS]
+    return commands(README) + commands(code_of_notebook()) + found
+
+
+@pytest.mark.parametrize("words", all_commands(), ids=" ".join)
 def test_commands_are_accepted(words: list[str]) -> None:
     script, *flags = words
     assert (ROOT / script).is_file()
@@ -157,3 +171,65 @@ def test_the_benchmark_skips_what_is_finished(tmp_path: Path, capsys: Any) -> No
     raw = json.loads((tmp_path / "learning_10min.json").read_text())
     assert raw[0]["pairs_per_s"] == pytest.approx(8.0)
     assert "50.0" in (tmp_path / "learning_10min.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------
+# docs/: every test, file and function that is named exists
+# ---------------------------------------------------------------------------------------------
+
+
+@cache
+def names_in(file: Path) -> frozenset[str]:
+    """`function`, `Class`, `Class.method` and `CONSTANT` defined at the top of a Python file."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{x.name}" for x in node.body if isinstance(x, ast.FunctionDef)}
+        if isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return frozenset(found)
+
+
+def missing_in(text: str) -> list[str]:
+    """What a document names that is not there: `file.py::name`, `docs/FILE.md`, `folder/file.py`."""
+    missing = []
+    for file, name in re.findall(r"`([\w/]+\.(?:py|md|ipynb))(?:::([\w.]+))?`", text):
+        path = ROOT / file
+        if not path.is_file() or (name and name not in names_in(path)):
+            missing.append(f"{file}::{name}" if name else file)
+    return missing
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if path.name not in (*LOGS, "PERSISTENCE.md")],
+    ids=lambda path: path.name,
+)  # fmt: skip
+def test_what_the_documents_name_exists(path: Path) -> None:
+    assert missing_in(path.read_text(encoding="utf-8")) == []
+
+
+def test_tests_named_in_the_page_on_saving_exist() -> None:
+    text = (ROOT / "docs" / "PERSISTENCE.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)(?:\[\w+\])?`", text))
+    assert named
+    assert named <= names_in(ROOT / "tests" / "test_model_persistence.py")
+
+
+def test_something_that_is_not_there_is_noticed() -> None:
+    text = "`tests/test_documents.py::no_such_test`, `no_such.py`, `curriculum.py::CURVE`, `predict.py`"
+    assert missing_in(text) == [
+        "tests/test_documents.py::no_such_test", "no_such.py", "curriculum.py::CURVE",
+    ]  # fmt: skip
+
+
+def test_the_table_of_fixes_has_all_34_rows_each_with_code_and_a_test() -> None:
+    text = (ROOT / "docs" / "FIXES.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [row[0] for row in rows] == [f"| {number}" for number in range(1, 35)]
+    assert all(len(row) == 4 and "`" in row[2] and "`tests/" in row[3] for row in rows)
+
+
+def test_the_readme_leads_to_every_document() -> None:
+    assert [path.name for path in DOCUMENTS if f"`docs/{path.name}`" not in README] == []

@@ -354,3 +354,31 @@ def test_weights_are_state_not_parameters() -> None:
     assert torch.equal(other(**values)["total"], loss(**values)["total"])
     with pytest.raises(ValueError, match="smoothing"):
         EFELoss(smoothing=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.int32, torch.uint8, torch.float32])
+def test_one_pair_by_position_is_a_batch_of_one_by_name(dtype: torch.dtype) -> None:
+    data = example()
+    pred, target = data["logits"][:, 0], data["target"][0]
+    loss = EFELoss()
+    expected = loss(logits=pred[:, None], target=target[None])
+    found = loss(pred, target.to(dtype))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    whole = loss(data["logits"], data["target"])  # batches by position, padding and all
+    assert torch.equal(whole["total"], loss(logits=data["logits"], target=data["target"])["total"])
+    found["total"].backward()
+    assert data["logits"].grad is not None
+
+
+def test_logits_of_another_size_are_resized_to_the_target() -> None:
+    logits, target = torch.randn(STEPS, 4, 4, 10), torch.randint(0, 10, (6, 3))
+    planes = logits.permute(0, 3, 1, 2)
+    by_hand = functional.interpolate(planes, (6, 3), mode="bilinear", align_corners=False)
+    expected = EFELoss()(by_hand.permute(0, 2, 3, 1), target)["total"]
+    assert EFELoss()(logits, target)["total"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_shapes_that_do_not_belong_together_are_named() -> None:
+    with pytest.raises(ValueError, match=r"logits \(5, 4, 4, 10\) and target \(2, 4, 4\)"):
+        EFELoss()(torch.zeros(5, 4, 4, 10), torch.zeros(2, 4, 4))

@@ -756,6 +756,28 @@ def test_another_model_is_refused_naming_file_and_key_and_nothing_changes(run_di
         manager(run_dir).load_latest(*toy.six)
 
 
+def test_another_optimizer_is_left_as_it_is_and_said_but_never_at_a_resume(run_dir: Path) -> None:
+    _, trained = filled(run_dir, 1)
+    toy = Toy(seed=1)
+    six = [*toy.six[:5], torch.optim.SGD(list(toy.agent.parameters()), lr=0.5, momentum=0.5)]
+    said: list[str] = []
+    metadata = manager(run_dir, on_message=said.append).load_checkpoint(0, *six)
+    assert metadata["optimizer"].startswith("left out: ")
+    assert ["weights loaded, the optimizer's state left out" in line for line in said] == [True]
+    assert mp.state_fingerprint(toy.agent) == mp.state_fingerprint(trained.agent)
+    assert six[5].param_groups[0]["lr"] == 0.5
+    groups = [{"params": group["params"]} for group in toy.optimizer.param_groups]
+    six[5] = torch.optim.Adagrad(groups, lr=0.5)  # the same groups, other quantities
+    metadata = manager(run_dir, on_message=said.append).load_checkpoint(0, *six)
+    assert "another kind of optimizer" in metadata["optimizer"]
+    assert six[5].param_groups[0]["lr"] == 0.5
+    six[5] = torch.optim.SGD(list(toy.agent.parameters()), lr=0.5)
+    with pytest.raises(MismatchError, match=r"optimizer\.param_groups"):
+        manager(run_dir).load_latest(*six)
+    assert manager(run_dir).load_checkpoint(0, *Toy().six)["optimizer"] == "loaded"
+    assert manager(run_dir).load_checkpoint(0, *six[:5], None)["optimizer"] == "not given"
+
+
 def test_a_newer_format_is_refused_and_kept(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(run_dir, 1)
     monkeypatch.setattr(mp, "FORMAT_VERSION", 0)

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, make_task, make_tasks, write_tasks
+from conftest import FAST, differing, make_task, make_tasks, write_tasks
 
 import evaluation
 import model_persistence
 import predict
+import trained_model
 import trainloop_complete_with_fixes as trainloop
 
 ROOT = Path(predict.__file__).parent
@@ -35,7 +36,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     flags = ["--data", str(data), "--runs_dir", str(runs), "--epochs", "2", "--quiet", *FAST]
     assert trainloop.main([*flags, "--save_every", "2", "--agent_lr", "0.01"]) == 0
-    return next(runs.glob("arc_complete_*"))
+    return next(runs.glob("arc_complete_2*"))
 
 
 def call(*argv: Any) -> int:
@@ -95,7 +96,7 @@ def test_same_answers_twice_and_whatever_the_outputs_are(
 
 
 def test_averaged_weights_are_the_ones_used(run: Path) -> None:
-    model = predict.load_model(run)
+    model = trained_model.load_model(run)
     payload = torch.load(model.path, weights_only=True)
     extra = payload["extra"]
     assert model.averaged
@@ -143,7 +144,7 @@ def test_kaggle_challenges_without_outputs(
     assert call(run, "--data", file, "--out", out, "--views", 1, "--score") == 0
     answers = json.loads(out.read_text())
     assert [len(answers[t]) for t in ("new_task", "two_tests")] == [2, 1]
-    assert tables == [predict.load_model(run).task_index]
+    assert tables == [trained_model.load_model(run).task_index]
     assert len(tables[0]) == 5
     printed = capsys.readouterr().out
     assert "1 tasks known from training, 1 unseen" in printed
@@ -193,7 +194,7 @@ def test_a_checkpoint_that_does_not_describe_its_model(run: Path, tmp_path: Path
         altered["extra"]["average_names"] = list(payload["extra"]["average_names"])
         change(altered["extra"])
         with pytest.raises(predict.UserError, match=message) as raised:
-            predict.model_of(altered, tmp_path / "m.pt", device="cpu", offline=True)
+            trained_model.model_of(altered, tmp_path / "m.pt", device="cpu", offline=True)
         assert raised.value.code == 3
 
 
@@ -282,3 +283,23 @@ def test_help_does_not_wait_for_torch(script: str) -> None:
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_six_objects_come_from_a_run_or_a_lone_file(run: Path, tmp_path: Path) -> None:
+    payload = torch.load(run / "best_model.pt", weights_only=True)
+    lone = tmp_path / "moved.pt"
+    shutil.copy(run / "best_model.pt", lone)
+    *modules, optimizer, metadata = trained_model.load_modules(lone)
+    for name, module in zip(model_persistence.MODULES, modules, strict=True):
+        saved = payload[name]
+        assert differing(model_persistence.module_state(module), saved) == [], name
+        assert not module.training
+    assert differing(optimizer.state_dict(), payload["optimizer"]) == []
+    names = [group["name"] for group in optimizer.param_groups]
+    assert names[:2] == ["agent_matrices", "agent"]
+    tokens = modules[2].task_tokens.weight  # groups hold the parameters that they held in training
+    assert optimizer.param_groups[names.index("task_tokens")]["params"][0] is tokens
+    assert metadata["epoch"] == payload["epoch"]
+    assert metadata["metrics"] == payload["metrics"]
+    newest = trained_model.load_modules(run.parent)[-1]
+    assert newest["path"] == str(max((run / "checkpoints").glob("*.pt")))

@@ -350,6 +350,25 @@ def test_lora_trains_adapters_only() -> None:
     tiny(train="lora").load_persistent_state_dict(state)
 
 
+# Under LoRA nothing before the first block is trained; the hook sees its outputs all the same.
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_hook_on_the_first_block_sees_the_gradient(train: str) -> None:
+    if train == "lora":
+        pytest.importorskip("peft")
+    batch, module = small_batch(), tiny(train=train)
+    seen: list[bool] = []
+    block: Any = module.transformer.layers[0]  # type: ignore[index]
+    assert type(block).__name__.endswith("DecoderLayer")
+    block.register_forward_hook(lambda m, x, y: seen.append(False))
+    block.register_full_backward_hook(lambda m, gin, gout: seen.append(True))
+    scalar(module, batch).backward()
+    assert seen[0] is False
+    assert seen[-1] is True
+    assert not any(key.startswith("transformer") for key in module.state_dict())
+
+
 # ---- which model ---------------------------------------------------------------------------
 
 

@@ -1,0 +1,224 @@
+"""What model a checkpoint holds: built again from the file alone, as it was trained or averaged.
+
+    from trained_model import load_model, load_modules
+    agent, qwen, solver2, efe_loss, policy_rl, optimizer, metadata = load_modules("runs")
+
+Reads files and never writes one; no training, no scores. `runs` means the newest run in it; a run
+folder, `best_model.pt` or a checkpoint file do as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command_line import EXIT_ARGUMENTS, EXIT_MISSING, UserError
+
+if TYPE_CHECKING:
+    from arc_system import System
+
+
+@dataclass
+class Model:
+    """A trained system with its averaged weights, and where it comes from."""
+
+    system: System
+    task_index: dict[str, int]  # row of the task table by task id, for tasks known from training
+    path: Path
+    n_batches: int  # that it was trained on
+    averaged: bool
+    notes: list[str]  # files that were passed over, and why
+
+    @property
+    def seed(self) -> int:
+        return self.system.config.seed
+
+
+def load_model(
+    spec: str | Path, *, checkpoint: str = "latest", device: str = "cpu", offline: bool = False
+) -> Model:
+    """The model of a run folder, of a folder's newest run, or of a .pt file; only reads.
+
+    checkpoint: latest, best or a number. Of the newest checkpoints a damaged one is passed over and
+    noted. Raises UserError, ModelError or PersistenceError, each one line: what, why, fix.
+    """
+    payload, path, notes = read_model(spec, checkpoint)
+    model = model_of(payload, path, device=device, offline=offline)
+    model.notes = notes
+    return model
+
+
+def load_modules(
+    spec: str | Path, *, checkpoint: str = "latest", device: str = "cpu", offline: bool = False
+) -> tuple[Any, Any, Any, Any, Any, Any, dict[str, Any]]:
+    """(agent, qwen, solver2, efe_loss, policy_rl, optimizer, metadata) of a run or a .pt file.
+
+    Built as the file describes them, with its weights as they were trained (`load_model` has the
+    averaged ones) and its optimizer's state, in evaluation mode. metadata: epoch, batch, metrics,
+    timestamp, path, extra, ... Arguments and errors as those of `load_model`.
+    """
+    from model_persistence import MODULES, apply_state
+
+    payload, path, notes = read_model(spec, checkpoint)
+    system = system_of(payload, path, device=device, offline=offline)
+    optimizer = optimizer_of(payload, system)
+    apply_state(payload, {"optimizer": optimizer}, str(path))
+    left_out = (*MODULES, "optimizer", "sealed")
+    metadata = {key: value for key, value in payload.items() if key not in left_out}
+    metadata |= {"path": str(path), "notes": notes}
+    modules = system.modules()
+    agent, qwen, solver2, efe_loss, policy_rl = (modules[name] for name in MODULES)
+    return agent, qwen, solver2, efe_loss, policy_rl, optimizer, metadata
+
+
+def read_model(spec: str | Path, checkpoint: str) -> tuple[dict[str, Any], Path, list[str]]:
+    """(payload, its file, what was passed over and why) of the first file that is good."""
+    from model_persistence import CheckpointError, CorruptCheckpointError, verify_checkpoint_file
+
+    notes: list[str] = []
+    for path in model_files(Path(spec).expanduser(), checkpoint):
+        try:
+            payload = verify_checkpoint_file(path).payload
+        except CorruptCheckpointError as error:
+            notes.append(f"passed over {error}")
+        except OSError as error:
+            notes.append(f"passed over {path}: cannot be read ({error.strerror or error})")
+        else:
+            return payload, path, notes
+    fix = "Give another checkpoint with --checkpoint." if Path(spec).is_dir() else "Give another."
+    why = "; ".join(note.removeprefix("passed over ") for note in notes)
+    raise CheckpointError(f"{spec}: no usable model", why, fix)
+
+
+def model_files(spec: Path, checkpoint: str) -> list[Path]:
+    """The files to try, in order. A file named by the user has no substitute."""
+    from model_persistence import ModelPersistence
+
+    if spec.is_file():
+        if checkpoint != "latest":
+            raise UserError(
+                f"--checkpoint {checkpoint}: {spec} is a file already; give its run folder instead",
+                EXIT_ARGUMENTS,
+            )
+        return [spec]
+    run = ModelPersistence(find_run(spec), drive_backup=False, lock=False)
+    have = sorted(run.checkpoints, reverse=True)
+    if checkpoint == "latest":
+        best = [run.best_path] if run.best_path.exists() else []
+        return [run.checkpoint_path(i) for i in have] + best
+    if checkpoint == "best":
+        if not run.best_path.exists():
+            raise UserError(
+                f"{run.output_dir}: no best_model.pt yet; it comes with the first epoch's "
+                "validation. Use --checkpoint latest.",
+                EXIT_MISSING,
+            )
+        return [run.best_path]
+    if int(checkpoint) not in have:
+        there = ", ".join(map(str, sorted(have))) or "none"
+        raise UserError(
+            f"{run.output_dir}: no checkpoint {checkpoint}. There are: {there}.", EXIT_MISSING
+        )
+    return [run.checkpoint_path(int(checkpoint))]
+
+
+def find_run(spec: Path) -> Path:
+    """A run folder as it is; the newest run of a folder of runs."""
+    from model_persistence import ModelPersistence, find_latest_run
+
+    if not spec.is_dir():
+        newest = find_latest_run("runs")
+        hint = f" The newest run here is {newest}." if newest else " Train one first."
+        raise UserError(f"{spec}: no such run folder or model file.{hint}", EXIT_MISSING)
+    run = ModelPersistence(spec, drive_backup=False, lock=False)
+    if run.checkpoints or run.best_path.exists():
+        return spec
+    newest = find_latest_run(spec)
+    if newest is None:
+        raise UserError(
+            f"{spec}: no checkpoint in it and no run below it. Give a run folder such as "
+            "runs/arc_complete_20260101_120000, or train longer: the first save comes at batch 50 "
+            "or at the first epoch's end.",
+            EXIT_MISSING,
+        )
+    return newest
+
+
+def model_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool) -> Model:
+    """The modules that a checkpoint describes, with its averaged weights."""
+    system = system_of(payload, path, device=device, offline=offline)
+    extra = payload["extra"]
+    averaged = apply_average(system, extra, path)
+    index = {task_id: row for row, task_id in enumerate(extra["task_ids"])}
+    return Model(system, index, path, extra["progress"]["total"], averaged, [])
+
+
+def system_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool) -> System:
+    """The modules that a checkpoint describes, with its weights, in evaluation mode."""
+    from arc_system import SystemConfig, build_system
+    from model_persistence import apply_state
+
+    extra = payload.get("extra") or {}
+    needed = ("system", "task_ids", "progress", "average", "average_names")
+    missing = [key for key in needed if key not in extra]
+    if missing:
+        raise UserError(
+            f"{path}: it does not describe its model ('{missing[0]}' is missing), so another "
+            "version wrote it. Resume that run with this version and use its next checkpoint.",
+            EXIT_MISSING,
+        )
+    try:
+        config = SystemConfig(**extra["system"])
+    except TypeError as error:
+        raise UserError(
+            f"{path}: its model has settings that this version does not know ({error}). Use the "
+            "version that trained it.",
+            EXIT_MISSING,
+        ) from error
+    system = build_system(config, device, offline=offline)
+    apply_state(payload, system.modules(), str(path))
+    return system.train(False)
+
+
+def optimizer_of(payload: dict[str, Any], system: System) -> Any:
+    """An optimizer over the system's parameters with the groups of the saved one, no state yet."""
+    from optimizers import MuonAdamW
+
+    params = named_parameters(system)
+    names = iter(payload["extra"]["average_names"])  # in the order of the optimizer's groups
+    groups = [
+        {**group, "params": [params[next(names)] for _ in group["params"]]}
+        for group in payload["optimizer"]["param_groups"]
+    ]
+    return MuonAdamW(groups)
+
+
+def named_parameters(system: System) -> dict[str, Any]:
+    """Every parameter by "module.parameter"."""
+    return {
+        f"{module}.{name}": p
+        for module, part in system.modules().items()
+        for name, p in part.named_parameters()
+    }
+
+
+def apply_average(system: System, extra: dict[str, Any], path: Path) -> bool:
+    """Put the averaged weights in place by name; False where the run kept none (--ema 0)."""
+    import torch
+
+    values = extra["average"]["average"]
+    if not values:
+        return False
+    params = named_parameters(system)
+    for name, value in zip(extra["average_names"], values, strict=True):
+        if name not in params or params[name].shape != value.shape:
+            there = list(params[name].shape) if name in params else "nothing"
+            raise UserError(
+                f"{path}: averaged weights of '{name}' do not fit: expected {there}, found "
+                f"{list(value.shape)}. Use the version that trained it.",
+                EXIT_MISSING,
+            )
+        with torch.no_grad():
+            params[name].copy_(value)
+    return True
