@@ -24,7 +24,7 @@ from solver2 import Solver2
 
 # At prediction, planning ends for a query whose expected share of right cells reaches this
 # (measured on training demonstrations, see docs/LOG.md).
-STOP_CONFIDENCE = 0.95
+STOP_CONFIDENCE = 0.8
 
 
 @dataclass(frozen=True)

@@ -332,7 +332,7 @@ def build_parser() -> Parser:
     scoring.add_argument(
         "--stop_confidence",
         type=number(real, 0, 1),
-        default=0.95,
+        default=0.8,
         metavar="P",
         help="at prediction, planning ends where the expected share of right cells reaches P; 1 = "
         "always all steps (default: %(default)s)",
