@@ -129,6 +129,7 @@ def _leave_one_out(
             tokens, info = system.refine(reading, before, rng)
             after = system.answer(reading, tokens)
         backward = system.backward(reading, after)
+        backward_true = system.backward_of(reading, targets.output, targets.size)
     canvas = (targets.output.shape[1], targets.output.shape[2])
     target = targets.output.masked_fill(~targets.fits[:, None, None], -1)
     size_right = (after.size == targets.size).all(-1)
@@ -140,6 +141,7 @@ def _leave_one_out(
         size_logits=after.size_logits,
         target_size=targets.size,
         backward_logits=backward,
+        backward_logits_true=backward_true,
         inp=batch.query_input,
     )
     shown = resize_grids(after.grids(), after.size, targets.size, canvas)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grid_features
-from grid_accuracy_loss import resize_logits
+from grid_accuracy_loss import resize_turned
 from grid_features import (
     CELL_FEATURE_BINS,
     COLOURS,
@@ -34,6 +34,9 @@ N_SURE = 4  # figures of an answer that its confidence is judged by, see `surene
 N_RELATIONS = 4  # outside, same as the identity source, background, another colour
 N_POINTERS = N_SOURCES + COLOURS  # what an output cell can point at
 RIDGE_FLOOR = 1e-2  # keeps the fit's matrix positive, also where a GPU multiplies in TF32
+N_SHOWN = 9  # what an answer shows at a cell of the input: eight orientations, and from the corner
+N_BACKWARD_POINTERS = N_SHOWN + COLOURS
+BACKWARD_FLOOR = 1e-5  # guess: the least probability of a colour that the backward model gives
 EVIDENCE_FLOOR = 1e-3  # guess: a pointer never seen right keeps log(1e-3) of evidence
 
 
@@ -52,7 +55,7 @@ class AgentConfig:
     n_steps: int = N_STEPS
     pointer_heads: int = 4
     pointer_width: int = 24
-    backward_width: int = 48
+    backward_width: int = 16
     rule_width: int = 128
     rule_steps: int = 3
     n_size_candidates: int = 0
@@ -570,17 +573,93 @@ class SizeHead(nn.Module):
 class BackwardModel(nn.Module):
     """From the answer back to the input: what was the input grid, judging by this output?
 
-    It sees the answer's colour probabilities and the prompt's summary, never the input's colours.
+    Each cell of the input points at what the answer shows there, in its eight orientations resized
+    to the input and cell by cell from the corner, or at a constant colour. Which pointer is right
+    is learned, and fitted in closed form to the demonstrations read from output to input (as
+    `RuleFit` does it forwards): that knows the inverse of this task's rule. It never sees the
+    colours of the query's input, nor its target; training gives it the target as an answer.
     """
 
-    def __init__(self, width: int, prompt_width: int) -> None:
+    def __init__(self, width: int, prompt_width: int, max_cells: int = 256) -> None:
         super().__init__()
+        self.max_cells = max_cells
         self.embed = nn.Linear(COLOURS, width)
         self.place = Place(width)
+        self.near = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.overall = nn.Linear(width, width)
+        self.near_norm = RmsNorm(width)
+        self.mix = nn.Linear(width, width)
         self.film = nn.Linear(prompt_width, width)
-        self.look = CrossAttention(width, max(1, width // 24))
-        self.mlp = Mlp(width, 2.0)
-        self.out = nn.Linear(width, COLOURS)
+        self.norm = RmsNorm(width)
+        self.to_pointer = nn.Linear(width, N_BACKWARD_POINTERS)
+        nn.init.zeros_(self.to_pointer.weight)
+        nn.init.zeros_(self.to_pointer.bias)
+        with torch.no_grad():
+            self.to_pointer.bias[0] = 2.0  # a copy, until told otherwise
+        self.log_ridge = nn.Parameter(torch.tensor(-4.0))
+        self.gain = nn.Parameter(torch.full((N_BACKWARD_POINTERS,), 4.0))
+        self.step_size = nn.Parameter(torch.ones(1))
+
+    def see(
+        self, colours: Tensor, size: Tensor, input_size: Tensor, canvas: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What an answer shows at each cell of its input, and what the rule is fitted on.
+
+        colours (N, H, W, 10) probabilities of the answer, size (N, 2) of it, input_size (N, 2),
+        canvas of the inputs -> cells (N, cells, width), shown (N, cells, N_SHOWN, 10) float32 and
+        features (N, cells, R) float32, the last one 1.
+        """
+        n = len(colours)
+        answer = size_mask(size, *colours.shape[1:3]).unsqueeze(-1)
+        real = size_mask(input_size, *canvas)
+        turned = resize_turned(colours, size, input_size, canvas)
+        corner = _on_canvas(colours.float() * answer, canvas) * real.unsqueeze(-1)
+        shown = torch.cat([turned, corner.unsqueeze(1)], dim=1).flatten(2, 3).transpose(1, 2)
+        x = self.embed(shown[:, :, 0]) + self.place(input_size, *canvas)
+        x = x * real.flatten(1).unsqueeze(-1)
+        grid = x.view(n, *canvas, -1).permute(0, 3, 1, 2)
+        near = self.near(grid).permute(0, 2, 3, 1).flatten(1, 2)
+        share = (colours.float() * answer).sum((1, 2)) / answer.sum((1, 2)).clamp(min=1)
+        near = near + self.overall(self.embed((share + 1e-6).sqrt())).unsqueeze(1)
+        x = x + self.mix(F.silu(self.near_norm(near)))
+        alike = (shown[:, :, 1:] * shown[:, :, :1]).sum(-1)
+        features = torch.cat([F.silu(self.norm(x).float()), shown[:, :, 0], alike], dim=-1)
+        return x, shown, F.pad(features, (0, 1), value=1.0)
+
+    def fit(self, batch: Any) -> Tensor:
+        """The rule from output to input (Q, R, N_BACKWARD_POINTERS) float32 of each query's
+        demonstrations; 0 for a query without any."""
+        output, canvas = batch.demo_output, tuple(batch.demo_input.shape[1:])
+        size = batch.demo_output_size
+        cut = torch.tensor(output.shape[1:], device=size.device)
+        _, shown, features = self.see(
+            F.one_hot(output.clamp(min=0), COLOURS).float(),
+            torch.minimum(size, cut),
+            batch.demo_input_size,
+            canvas,
+        )
+        colour = batch.demo_input.flatten(1)
+        index = colour.clamp(min=0)[..., None, None].expand(-1, -1, N_SHOWN, 1)
+        constant = F.one_hot(colour.clamp(min=0), COLOURS).float()
+        right = torch.cat([shown.gather(-1, index).squeeze(-1), constant], dim=-1)
+        mask = colour >= 0
+        demos = DemonstrationCells(features, features, features, mask, right, *canvas)
+        where, seen = context_cells(demos, batch.context, self.max_cells)
+        features, right = _take(features, where), _take(right, where)
+        with torch.autocast(features.device.type, enabled=False):
+            weight = seen.float() / seen.sum(1, keepdim=True).clamp(min=1)
+            weighted = (features * weight.unsqueeze(-1)).transpose(1, 2)
+            ridge = self.log_ridge.exp().clamp(min=RIDGE_FLOOR)
+            eye = torch.eye(features.shape[-1], device=features.device)
+            factor, failed = torch.linalg.cholesky_ex(weighted @ features + ridge * eye)
+            rule = torch.cholesky_solve(weighted @ right, factor) * self.gain
+            wrong = right.clamp(min=1e-6).log()
+            for step_size in self.step_size:
+                belief = features @ rule + self.to_pointer.bias
+                error = (belief + wrong).softmax(-1) - belief.softmax(-1)
+                rule = rule + step_size * torch.cholesky_solve(weighted @ error, factor)
+        fitted = seen.any(-1) & (failed == 0)
+        return torch.where(fitted.view(-1, 1, 1), rule, 0.0)
 
     def forward(
         self,
@@ -589,22 +668,18 @@ class BackwardModel(nn.Module):
         input_size: Tensor,
         canvas: tuple[int, int],
         summary: Tensor,
+        rule: Tensor,
     ) -> Tensor:
         """colours (Q, H, W, 10) probabilities of the answer, size (Q, 2) of it, input_size (Q, 2),
-        canvas of the inputs -> logits (Q, rows, cols, 10) over the input's cells, float32."""
-        n, rows, cols, _ = colours.shape
-        inside = size_mask(size, rows, cols)
-        answer = self.embed(colours) + self.place(size, rows, cols).view(n, rows, cols, -1)
-        there = resize_logits(colours, size, input_size, canvas)
-        x = (self.embed(there).flatten(1, 2) + self.place(input_size, *canvas)) + self.film(
-            summary
-        ).unsqueeze(1)
-        dim = rotary_dim(self.look.head_dim)
-        k, v = self.look.keys(answer.flatten(1, 2), rotary_table(rows, cols, dim, colours.device))
-        k, v, mask = self.look.add_null(k, v, inside.flatten(1))
-        x = self.look(x, k, v, mask, rotary_table(*canvas, dim, colours.device))
-        x = self.mlp(x, size_mask(input_size, *canvas).flatten(1), *canvas)
-        return self.out(x).float().view(n, *canvas, COLOURS) + 4.0 * there.float()
+        canvas of the inputs, rule from `fit` -> log-probabilities (Q, rows, cols, 10) float32 over
+        the input's cells."""
+        x, shown, features = self.see(colours, size, input_size, canvas)
+        learned = self.to_pointer(self.norm(x + self.film(summary).unsqueeze(1)))
+        with torch.autocast(features.device.type, enabled=False):
+            weight = (learned.float() + features @ rule).softmax(-1)
+            told = torch.matmul(weight[..., None, :N_SHOWN], shown).squeeze(-2)
+            told = told + weight[..., N_SHOWN:]
+        return told.clamp_min(BACKWARD_FLOOR).log().view(len(x), *canvas, COLOURS)
 
 
 class ArcAgent(nn.Module):
@@ -632,7 +707,7 @@ class ArcAgent(nn.Module):
         )
         self.confidence = nn.Linear(width + N_SURE, 1)
         self.state_norm = RmsNorm(width)
-        self.backward_model = BackwardModel(config.backward_width, width)
+        self.backward_model = BackwardModel(config.backward_width, width, config.max_context_cells)
 
     def _encode(self, x: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
         table = self._table(rows, cols, x.device)
@@ -765,15 +840,28 @@ class ArcAgent(nn.Module):
         logits = logits.view(self.config.n_steps, n, rows, cols, COLOURS)
         return AgentOutput(logits, size_logits, size, confidence, n_steps)
 
-    def backward_logits(self, batch: Any, output: AgentOutput, summary: Tensor) -> Tensor:
-        """Logits (Q, rows, cols, 10) over the input's cells, judging by the final answer."""
-        return self.backward_model(
-            output.logits[-1].exp(),
-            output.size,
-            batch.query_input_size,
-            tuple(batch.query_input.shape[1:]),
-            summary,
-        )
+    def backward_logits(
+        self,
+        batch: Any,
+        colours: Tensor,
+        size: Tensor,
+        summary: Tensor,
+        rule: Tensor,
+        *,
+        learn: bool,
+    ) -> Tensor:
+        """Log-probabilities (Q, rows, cols, 10) over the input's cells, judging by an answer:
+        probabilities (Q, H, W, 10) of its colours, and its size (Q, 2).
+
+        learn=False: gradient to `colours` alone; the backward model's weights learn nothing.
+        """
+        canvas = tuple(batch.query_input.shape[1:])
+        given = (colours, size, batch.query_input_size, canvas, summary, rule)
+        if learn:
+            return self.backward_model(*given)
+        fixed = {name: p.detach() for name, p in self.backward_model.named_parameters()}
+        given = (*given[:4], summary.detach(), rule.detach())
+        return torch.func.functional_call(self.backward_model, fixed, given)
 
     def forward(
         self, input_grid: Any, prompt: Any = None, demos: DemonstrationCells | None = None
@@ -853,6 +941,11 @@ def sureness(logits: Tensor, previous: Tensor | None, mask: Tensor) -> Tensor:
         means = _masked_mean(torch.stack([best.exp(), best, same.to(best.dtype)], -1), mask)
         least = best.masked_fill(~mask, 0.0).amin(-1).exp()
         return torch.stack([means[:, 0], least, means[:, 1].exp(), means[:, 2]], dim=-1)
+
+
+def _on_canvas(x: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """x (N, rows, cols, dim) cut or padded with 0 to (N, *canvas, dim)."""
+    return F.pad(x, (0, 0, 0, canvas[1] - x.shape[2], 0, canvas[0] - x.shape[1]))
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:

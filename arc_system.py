@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from arc_agent import AgentConfig, AgentOutput, ArcAgent, Sight, size_mask
 from dataset_arc import N_INPUT_CANDIDATES, N_SIZE_CANDIDATES, Batch
-from grid_features import N_CONTROL
+from grid_features import COLOURS, N_CONTROL
 from loss_function import EFELoss
 from policy_refined import PolicyInfo, RefinedPolicy, prediction_stats
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt, build_qwen_prompt, context_of_next_task
@@ -60,6 +61,7 @@ class Reading:
     sight: Sight
     summary: Tensor  # (Q, width) of the demonstrations' own prompt, before memory and task tokens
     pair_summary: Tensor | None  # (C, width) each demonstration's tokens, pooled
+    inverse: Tensor  # (Q, R, pointers) rule from output to input, fitted to the demonstrations
 
 
 @dataclass
@@ -102,7 +104,8 @@ class System:
         prompt = prompt.extended(tokens.to(prompt.tokens.dtype), mask)
         pairs = prompt_of_pairs.mean(1) if prompt_of_pairs is not None else None
         sight = self.agent.look(batch, self.agent.read_demonstrations(batch))
-        return Reading(batch, prompt, sight, summary, pairs)
+        inverse = self.agent.backward_model.fit(batch)
+        return Reading(batch, prompt, sight, summary, pairs, inverse)
 
     def answer(
         self, reading: Reading, tokens: Tensor | None = None, *, stop: float | None = None
@@ -133,20 +136,36 @@ class System:
         )
 
     def backward(self, reading: Reading, output: AgentOutput) -> Tensor:
-        """The backward model's logits (Q, rows, cols, 10) over the inputs, given an answer."""
-        return self.agent.backward_logits(reading.batch, output, reading.prompt.summary)
+        """The backward model's log-probabilities (Q, rows, cols, 10) over the inputs, given the
+        agent's answer as it is, in probabilities. Gradient reaches the answer alone: the backward
+        model never learns to excuse a wrong one."""
+        colours = output.logits[-1].exp()
+        return self._backward(reading, colours, output.size, learn=False)
+
+    def backward_of(self, reading: Reading, grids: Tensor, size: Tensor) -> Tensor:
+        """The same of grids (Q, H, W) with the given sizes (Q, 2). The backward model learns here:
+        in training the grids are the true outputs, at prediction the answers handed in."""
+        colours = one_hot(grids.clamp(min=0), COLOURS).float()
+        return self._backward(reading, colours, size, learn=True)
+
+    def _backward(self, reading: Reading, colours: Tensor, size: Tensor, *, learn: bool) -> Tensor:
+        summary = reading.prompt.summary
+        return self.agent.backward_logits(
+            reading.batch, colours, size, summary, reading.inverse, learn=learn
+        )
 
     @torch.no_grad()
     def predict(self, batch: Batch, generator: torch.Generator) -> tuple[AgentOutput, Tensor]:
-        """The final answer of a batch and the backward model's logits; for evaluation. A query's
-        planning ends at the step whose confidence reaches `config.stop_confidence`."""
+        """The final answer of a batch, and what the backward model says of the inputs given the
+        grids of that answer (log-probabilities); for evaluation. A query's planning ends at the
+        step whose confidence reaches `config.stop_confidence`."""
         reading = self.read(batch)
         stop = self.config.stop_confidence if self.config.stop_confidence < 1 else None
         output = self.answer(reading, stop=stop)
         if self.config.policy != "off":
             tokens, _ = self.refine(reading, output, generator, deterministic=True)
             output = self.answer(reading, tokens, stop=stop)
-        return output, self.backward(reading, output)
+        return output, self.backward_of(reading, output.grids(), output.size)
 
     def _ablate(self, batch: Batch) -> Batch:
         """`demonstrations` off or shuffled takes them away from Qwen, from the agent's view of their

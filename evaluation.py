@@ -16,9 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import one_hot
 
 from arc_system import System
 from dataset_arc import Batch, Collator, Task, View, evaluation_batches
+from grid_accuracy_loss import COLOURS, copied_share, pick_colour, weighted_cell_mean
+from reward_shaping import beyond_copying
 
 Grid = NDArray[np.uint8]
 Key = tuple[str, int]  # task id, number of the test input
@@ -166,15 +169,16 @@ def _cells(task: Task) -> int:
 
 
 def _vote_weights(batch: Batch, output: Any, backward: torch.Tensor) -> tuple[list, list]:
-    """Per query: probability of the answer's cells (geometric mean), and the share of the input
-    that the backward model tells from the answer."""
+    """Per query: probability of the answer's cells, and reversibility: probability of the input's
+    cells by the backward model (both geometric means), beyond what the answer simply shows."""
     inside = output.grids() >= 0
     best = output.logits[-1].amax(-1)
     sure = ((best * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)).exp()
-    real = batch.query_input >= 0
-    same = (backward.argmax(-1) == batch.query_input) & real
-    reversible = same.sum((1, 2)) / real.sum((1, 2)).clamp(min=1)
-    return sure.tolist(), reversible.float().tolist()
+    inp = batch.query_input
+    told = weighted_cell_mean(pick_colour(backward, inp), inp).exp()
+    answer = one_hot(output.grids().clamp(min=0), COLOURS)
+    copied = copied_share(answer, output.size, inp, batch.query_input_size)
+    return sure.tolist(), beyond_copying(told, copied).tolist()
 
 
 class Outcome(NamedTuple):

@@ -172,6 +172,51 @@ def resize_logits(
         return resized.masked_fill(~_inside(to_size, canvas)[..., None], 0.0)
 
 
+def resize_turned(
+    logits: Tensor, from_size: Tensor, to_size: Tensor, canvas: tuple[int, int]
+) -> Tensor:
+    """Each grid in its eight orientations, each resized as `resize_logits` does it.
+
+    `logits` (batch, rows, cols, colours) -> float32 (batch, 8, *canvas, colours), 0 outside
+    `to_size`; first as it is, flipped left to right, top to bottom, both; then the same of its
+    transpose. The flips are rows of the interpolation in reverse, so all are four matrix products.
+    """
+    n_rows, n_cols = canvas
+    turned = []
+    with torch.autocast(device_type=logits.device.type, enabled=False):
+        plain = logits.float()
+        plain = plain.masked_fill(~_inside(from_size, logits.shape[1:3])[..., None], 0.0)
+        for source, size in ((plain, from_size), (plain.transpose(1, 2), from_size.flip(1))):
+            down = _bilinear_matrix(size[:, 0], to_size[:, 0], n_rows, source.shape[1])
+            across = _bilinear_matrix(size[:, 1], to_size[:, 1], n_cols, source.shape[2])
+            down = torch.cat([down, _backwards(down, to_size[:, 0])], dim=1)
+            across = torch.cat([across, _backwards(across, to_size[:, 1])], dim=1)
+            mixed = torch.matmul(down, source.flatten(2)).unflatten(-1, source.shape[2:])
+            mixed = torch.matmul(across[:, None], mixed)
+            mixed = mixed.unflatten(1, (2, n_rows)).unflatten(3, (2, n_cols))
+            turned.append(mixed.transpose(2, 3).flatten(1, 2))
+        inside = _inside(to_size, canvas)[:, None, ..., None]
+        return torch.cat(turned, dim=1).masked_fill(~inside, 0.0)
+
+
+def copied_share(colours: Tensor, size: Tensor, inp: Tensor, inp_size: Tensor) -> Tensor:
+    """How much of the input an answer shows as it is, float32 (batch,): mean probability that it
+    gives the input's colours once resized to the input (bilinear).
+
+    `colours` (batch, rows, cols, colours) probabilities, `size` (batch, 2) of the answer, `inp`
+    (batch, input rows, input cols).
+    """
+    there = resize_logits(colours, size, inp_size, (inp.shape[1], inp.shape[2]))
+    return weighted_cell_mean(pick_colour(there, inp), inp)
+
+
+def _backwards(matrix: Tensor, n_to: Tensor) -> Tensor:
+    """The first `n_to` (batch,) rows of an interpolation (batch, out, in) in reverse order."""
+    row = torch.arange(matrix.shape[1], device=n_to.device)
+    index = (n_to[:, None] - 1 - row).clamp(min=0)
+    return matrix.gather(1, index[..., None].expand_as(matrix))
+
+
 def _cells(target: Tensor) -> Tensor:
     """Number of cells per grid, float32 (batch,), at least 1 so that it can divide."""
     return valid_cells(target).sum(dim=(1, 2)).clamp(min=1).float()

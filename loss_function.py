@@ -108,6 +108,7 @@ class EFELoss(nn.Module):
         target_size: Tensor | None = None,
         size_weight: float | Tensor = 1.0,
         backward_logits: Tensor | None = None,
+        backward_logits_true: Tensor | None = None,
         inp: Tensor | None = None,
         pair_summary: Tensor | None = None,
         task_ids: Tensor | None = None,
@@ -126,7 +127,7 @@ class EFELoss(nn.Module):
         size_logits (batch, 2, sides), entry k = side k + 1; target_size (batch, 2).
         size_weight: the curriculum's factor on the size part.
         backward_logits (batch, input rows, input cols, colours): the live backward model's reading
-        of the predicted output.
+        of the predicted output; backward_logits_true: its reading of the true output.
         inp (batch, input rows, input cols): the input that reading should give.
         pair_summary (pairs, width) and task_ids (pairs,): pooled prompts of demonstration pairs.
 
@@ -161,8 +162,12 @@ class EFELoss(nn.Module):
                     pairs["z"] = confidence_divergence(
                         confidence, observed_share(logits, target, size_right)
                     )
-                if backward_logits is not None and inp is not None:
-                    pairs["bi"] = backward_divergence(backward_logits, inp, self.smoothing)
+                if inp is not None:
+                    for reading in (backward_logits, backward_logits_true):
+                        if reading is not None:
+                            pairs["bi"] = pairs["bi"] + backward_divergence(
+                                reading, inp, self.smoothing
+                            )
 
             parts = {name: value.mean() for name, value in pairs.items()}
             if self.extras and pair_summary is not None and task_ids is not None:
@@ -261,8 +266,9 @@ def backward_divergence(backward_logits: Tensor, inp: Tensor, smoothing: float) 
 
     Reason: an answer from which the input can be told again has kept the information of the task.
     Q_fwd(o_0) is the smoothed one-hot input, Q_bwd the backward model's distribution; mean over the
-    input's cells, (batch,), in [0, log 2]. Gradient reaches the backward model and, through the
-    predicted output it reads, the agent.
+    input's cells, (batch,), in [0, log 2]. `bi` is this of the predicted output, whose gradient is
+    meant for the agent, plus this of the true output, from which the backward model learns: trained
+    on predictions, it learns what wrong answers kept of the input.
     """
     log_q = functional.log_softmax(backward_logits.float(), dim=-1)
     one_hot = functional.one_hot(inp.clamp(min=0).long(), COLOURS).float()

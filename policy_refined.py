@@ -195,6 +195,8 @@ class RefinedPolicy(nn.Module):
         target_size: Tensor | None = None,
         reconstruction_before: Tensor | None = None,
         reconstruction_after: Tensor | None = None,
+        copied_before: Tensor | None = None,
+        copied_after: Tensor | None = None,
     ) -> tuple[Tensor, Scores]:
         """Hard reward (batch,) = 1.0 d_acc + 0.5 d_size + 0.5 d_color + 0.5 d_rev, and the four
         differences.
@@ -207,7 +209,8 @@ class RefinedPolicy(nn.Module):
         own. They are never the resized ones, so `d_size` is live also when the caller resized
         already.
         reconstruction_* (batch, input rows, input cols): the backward model's reading of each
-        prediction, on the input's canvas; without them d_rev is 0.
+        prediction, on the input's canvas; without them d_rev is 0. copied_* (batch,): the share of
+        the input that each prediction shows as it is; with them d_rev pays what is told beyond it.
         """
         if target.dim() == 2:
             grids = [_batch_of_one(g) for g in (before, after, target, inp)]
@@ -221,14 +224,16 @@ class RefinedPolicy(nn.Module):
                 target_size=_optional_batch(target_size),
                 reconstruction_before=_optional_batch(reconstruction_before),
                 reconstruction_after=_optional_batch(reconstruction_after),
+                copied_before=_optional_batch(copied_before),
+                copied_after=_optional_batch(copied_after),
             )
             return reward[0], {name: value[0] for name, value in breakdown.items()}
         target_size = grid_sizes(target) if target_size is None else target_size
         canvas = (target.shape[1], target.shape[2])
         scores = []
-        for grids_in, size, reconstruction in (
-            (before, size_before, reconstruction_before),
-            (after, size_after, reconstruction_after),
+        for grids_in, size, reconstruction, copied in (
+            (before, size_before, reconstruction_before, copied_before),
+            (after, size_after, reconstruction_after, copied_after),
         ):
             own_size = grid_sizes(grids_in)
             scores.append(
@@ -239,6 +244,7 @@ class RefinedPolicy(nn.Module):
                     target_size=target_size,
                     reconstruction=reconstruction,
                     inp=inp,
+                    copied=copied,
                 )
             )
         return shaped_reward(scores[0], scores[1])
@@ -255,6 +261,8 @@ class RefinedPolicy(nn.Module):
         backward_logits_before: Tensor | None = None,
         backward_logits_after: Tensor | None = None,
         inp: Tensor | None = None,
+        copied_before: Tensor | None = None,
+        copied_after: Tensor | None = None,
     ) -> tuple[Tensor, Scores]:
         """The same reward in expectation, (batch,), with gradient through everything "after".
 
@@ -270,6 +278,7 @@ class RefinedPolicy(nn.Module):
             target_size=target_size,
             backward_logits=backward_logits_after,
             inp=inp,
+            copied=copied_after,
         )
         before: Mapping[str, Tensor] = {name: torch.zeros_like(s) for name, s in after.items()}
         if logits_before is not None:
@@ -281,6 +290,7 @@ class RefinedPolicy(nn.Module):
                     target_size=target_size,
                     backward_logits=backward_logits_before,
                     inp=inp,
+                    copied=copied_before,
                 )
         return shaped_reward(before, after)
 

@@ -47,11 +47,23 @@ def colour_agreement(prediction: Tensor, target: Tensor) -> Tensor:
     return torch.minimum(_histogram(prediction), _histogram(target)).sum(dim=-1)
 
 
-def reversibility(reconstruction: Tensor, inp: Tensor) -> Tensor:
+def reversibility(reconstruction: Tensor, inp: Tensor, copied: Tensor | None = None) -> Tensor:
     """Share of input cells that the backward model gets back from the predicted output. Both
     (batch, rows, cols).
+
+    With `copied` (batch,), the share that the output shows as it is, `beyond_copying` of the two.
     """
-    return cell_accuracy(reconstruction, inp)
+    told = cell_accuracy(reconstruction, inp)
+    return told if copied is None else beyond_copying(told, copied)
+
+
+def beyond_copying(told: Tensor, copied: Tensor) -> Tensor:
+    """(1 + told - copied) / 2 in [0, 1]: above one half where more of the input can be told from
+    the answer than the answer simply shows.
+
+    Without this an answer that leaves the input as it is counts as the most reversible one.
+    """
+    return 0.5 * (1.0 + told - copied)
 
 
 def soft_accuracy(logits: Tensor, target: Tensor) -> Tensor:
@@ -78,11 +90,14 @@ def soft_colour_agreement(logits: Tensor, target: Tensor) -> Tensor:
     return torch.minimum(expected, _histogram(target)).sum(dim=-1)
 
 
-def soft_reversibility(backward_logits: Tensor, inp: Tensor) -> Tensor:
-    """Mean probability that the backward model gives the input's colours. (batch, rows, cols,
-    colours).
+def soft_reversibility(
+    backward_logits: Tensor, inp: Tensor, copied: Tensor | None = None
+) -> Tensor:
+    """Mean probability that the backward model gives the input's colours, `backward_logits` (batch,
+    rows, cols, colours); with `copied` as in `reversibility`.
     """
-    return soft_accuracy(backward_logits, inp)
+    told = soft_accuracy(backward_logits, inp)
+    return told if copied is None else beyond_copying(told, copied)
 
 
 def hard_scores(
@@ -93,6 +108,7 @@ def hard_scores(
     target_size: Tensor,
     reconstruction: Tensor | None = None,
     inp: Tensor | None = None,
+    copied: Tensor | None = None,
 ) -> Scores:
     """The four scores of one prediction (see the single functions), keyed as in `REWARD_WEIGHTS`.
 
@@ -102,7 +118,7 @@ def hard_scores(
     acc = accuracy(prediction, target)
     rev = torch.zeros_like(acc)
     if reconstruction is not None and inp is not None:
-        rev = reversibility(reconstruction, inp)
+        rev = reversibility(reconstruction, inp, copied)
     return {
         "d_acc": acc,
         "d_size": size_score(size, target_size),
@@ -119,6 +135,7 @@ def soft_scores(
     target_size: Tensor | None = None,
     backward_logits: Tensor | None = None,
     inp: Tensor | None = None,
+    copied: Tensor | None = None,
 ) -> Scores:
     """The four differentiable scores, in float32 under autocast too; what is not given scores 0."""
     with torch.autocast(device_type=logits.device.type, enabled=False):
@@ -127,7 +144,7 @@ def soft_scores(
         if size_logits is not None and target_size is not None:
             size = soft_size_score(size_logits, target_size)
         if backward_logits is not None and inp is not None:
-            rev = soft_reversibility(backward_logits, inp)
+            rev = soft_reversibility(backward_logits, inp, copied)
         return {
             "d_acc": acc,
             "d_size": size,

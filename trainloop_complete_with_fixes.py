@@ -767,7 +767,13 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     from arc_agent import AgentOutput
     from arc_system import answer_stats
     from curriculum import gradient_norm
-    from grid_accuracy_loss import cell_accuracy, exact_match, resize_grids, resize_logits
+    from grid_accuracy_loss import (
+        cell_accuracy,
+        copied_share,
+        exact_match,
+        resize_grids,
+        resize_logits,
+    )
     from loss_function import combined_loss
 
     args, system, progress = run.args, run.system, run.progress
@@ -799,6 +805,8 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         backward_after = system.backward(reading, after)
         if backward_before is None:
             backward_before = backward_after.detach()
+        # Only the true output teaches the backward model; the agent's own answer never does.
+        backward_true = system.backward_of(reading, targets.output, targets.size)
 
     # 4. Resize what differs from the target's size: nearest for colours, bilinear for logits.
     grids_before, grids_after = before.grids(), after.grids()
@@ -811,6 +819,8 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     # 5. Reward of the change: hard for the policy, soft (with gradient) for the combined loss.
     #    Sizes are the model's own, before step 4; d_rev comes from the real backward model.
     inp = batch.query_input
+    copied_before = copied_share(before.logits[-1].exp(), before.size, inp, batch.query_input_size)
+    copied_after = copied_share(after.logits[-1].exp(), after.size, inp, batch.query_input_size)
     reward, breakdown = system.policy_rl.compute_reward(
         grids_before,
         grids_after,
@@ -821,6 +831,8 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         target_size=targets.size,
         reconstruction_before=backward_before.argmax(-1),
         reconstruction_after=backward_after.argmax(-1),
+        copied_before=copied_before.detach(),
+        copied_after=copied_after.detach(),
     )
     soft, _ = system.policy_rl.soft_reward(
         logits_before,
@@ -832,6 +844,8 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         backward_logits_before=backward_before,
         backward_logits_after=backward_after,
         inp=inp,
+        copied_before=copied_before,
+        copied_after=copied_after,
     )
 
     # 6. EFE loss, hard cells first, size part weighted by the curriculum; then the combination.
@@ -845,6 +859,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         target_size=targets.size,
         size_weight=size_weight,
         backward_logits=backward_after,
+        backward_logits_true=backward_true,
         inp=inp,
         pair_summary=reading.pair_summary,
         task_ids=batch.demo_task,

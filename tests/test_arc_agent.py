@@ -198,7 +198,7 @@ def test_every_weight_is_reached_by_gradient(batch):
     system = lively_system().train()
     reading = system.read(batch)
     answer = system.answer(reading)
-    back = system.backward(reading, answer)
+    back = system.backward_of(reading, answer.grids(), answer.size)
     total = answer.logits.square().mean() + answer.confidence.square().mean()
     (total + answer.size_logits.square().mean() + back.square().mean()).backward()
     dead = [
