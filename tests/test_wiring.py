@@ -706,11 +706,13 @@ def test_the_headline_is_scored_with_the_last_weights_and_their_average(train, m
 def test_the_headline_is_of_all_test_pairs_and_validation_of_the_subset(train):
     """Breaks: the headline on the validation subset; validation of whole tasks, not of the pairs."""
     data = write_tasks(train.folder / "two.json", make_tasks(("flip", "same", "swap"), n_tests=2))
-    outcome = train("--epochs", 1, "--val_pairs", 3, "--eval_views", 1, data=data)
+    flags = ("--eval_views", 3, "--vote_batches", 1)
+    outcome = train("--epochs", 1, "--val_pairs", 3, *flags, data=data)
     assert outcome.code == 0, outcome.err
     results = json.loads((outcome.folder / "results.json").read_text())
     assert results["n"] == 6
-    assert results["views"] == 1
+    assert results["views"] == 3
+    assert results["batches_done"] == 1  # the first view is always whole
     assert re.search(r"Val Accuracy: \d\.\d{4} \(\d/3\)", outcome.out)
 
 
