@@ -238,10 +238,16 @@ def test_half_of_the_tasks_go_without_their_tokens_as_a_whole(ready):
 
 def test_the_hard_reward_gets_both_answers_and_their_own_sizes(ready):
     """Breaks: d_size taken after the resize, or of one answer twice; grids of one answer twice."""
-    step = ready()
+
+    def prepare(run, targets):
+        other = torch.where(targets.output >= 0, (targets.output + 1) % 10, -1)[:, :-1]
+        say(run, showing(other, targets.size - torch.tensor([1, 0])), exactly(targets))
+
+    step = ready(prepare=prepare)
     step.take()
     first, second = (call.result for call in step.calls["answer"])
     given = step.one("compute_reward").given
+    assert given["before"].shape != given["after"].shape
     assert torch.equal(given["before"], first.grids())
     assert torch.equal(given["after"], second.grids())
     assert torch.equal(given["size_before"], first.size)
@@ -615,6 +621,25 @@ def test_the_batch_lines_and_summaries_say_the_figures_of_the_metrics(reference)
             mean = sum(row[name] for row in of_epoch) / len(of_epoch)
             assert summary[name] == pytest.approx(mean, rel=1e-6, abs=1e-9), name
             assert float(values[epoch]) == pytest.approx(mean, rel=6e-3, abs=6e-5), name
+
+
+def test_every_figure_of_the_batch_line_is_its_own(ready):
+    """Breaks: one figure in the place of another (of an untrained model many are 0)."""
+    step = ready()
+    figures = step.take() | {
+        "reward": 0.1234, "loss": 2.3456, "qwen_grad": 3.45e-4, "mask_ratio": 0.4567,
+        "d_acc": -0.5678, "exact": 0.679,
+    }  # fmt: skip
+    said: list[str] = []
+    step.run.log.say = lambda text, **_: said.append(text)
+    step.run.progress.batch = 50
+    trainloop.log_batch(step.run, figures)
+    assert LINE.findall(said[0]) == [
+        ("50", "+0.1234", "2.3456", "3.45e-04", "0.4567", "-0.5678", "0.679")
+    ]
+    kept = trainloop.public(figures)
+    assert {name: figures[name] for name in kept} == pytest.approx(kept, abs=1e-6)
+    assert {"loss", "reward", "qwen_grad", "mask_ratio", "d_acc"} <= set(kept)
 
 
 class Terminal(io.StringIO):

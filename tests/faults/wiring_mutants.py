@@ -610,7 +610,7 @@ OTHERS = [
         T,
         "Reward: {figures['reward']:",
         "Reward: {figures['d_acc']:",
-        "wiring: batch_lines_and_summaries",
+        "wiring: figure_of_the_batch_line",
     ),
     Mutant(
         "20 summaries of sums",
