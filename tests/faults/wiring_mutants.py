@@ -271,6 +271,20 @@ OTHERS = [
     Mutant("1 --no_efe_extras ignored", T, "not args.no_efe_extras", "True", FLAG),
     Mutant("1 --no_hard_cells ignored", T, "not args.no_hard_cells", "True", FLAG),
     Mutant("1 --no_task_tokens ignored", T, "not args.no_task_tokens", "True", FLAG),
+    Mutant(
+        "1 --demonstrations ignored",
+        T,
+        "demonstrations=args.demonstrations",
+        'demonstrations="on"',
+        FLAG,
+    ),
+    Mutant(
+        "1 --stop_confidence ignored",
+        T,
+        "stop_confidence=args.stop_confidence",
+        "stop_confidence=0.95",
+        FLAG,
+    ),
     Mutant("1 --views off ignored", T, 'augment=args.views == "on"', "augment=True", FLAG),
     Mutant(
         "1 --no_reward ignored",
@@ -352,6 +366,27 @@ OTHERS = [
         "trainloop: fix_1",
     ),
     Mutant(
+        "4 gradient norm of the projections in it",
+        T,
+        'check_gradients(system.qwen.backbone, "Qwen")',
+        'check_gradients(system.qwen, "Qwen")',
+        "wiring: logged_gradient_norm",
+    ),
+    Mutant(
+        "4 gradient norm still scaled",
+        T,
+        "unscale = 1.0 / run.scaler.get_scale()",
+        "unscale = 1.0",
+        "wiring: between_two_steps",
+    ),
+    Mutant(
+        "5 a pair is known in one view only",
+        QWEN,
+        "if self.cache.interval == 1:",
+        "if True:",
+        "wiring: cache_holds",
+    ),
+    Mutant(
         "5 cache never asked",
         QWEN,
         "self.training and self.cache",
@@ -380,6 +415,13 @@ OTHERS = [
         "generator, deterministic=True)",
         "generator)",
         "wiring: hang_on_the_generator",
+    ),
+    Mutant(
+        "6 training stops early",
+        T,
+        "after = system.answer(reading, tokens)",
+        "after = system.answer(reading, tokens, stop=0.0)",
+        "wiring: takes_every_planning_step",
     ),
     Mutant(
         "7 noise the same in every batch",
@@ -504,8 +546,8 @@ OTHERS = [
     Mutant(
         "14 size weight 1 for ever",
         T,
-        "size_weight=run.curriculum.get_size_loss_weight(progress.epoch)",
-        "size_weight=1.0",
+        "size_weight=size_weight,\n        backward",
+        "size_weight=1.0,\n        backward",
         "wiring: second_answer_said",
     ),
     Mutant(
@@ -538,6 +580,20 @@ OTHERS = [
         "wiring: above_the_threshold",
     ),
     Mutant(
+        "16 threshold fed with the exact share",
+        T,
+        'run.threshold.update(mean["accuracy"])',
+        'run.threshold.update(mean["exact"])',
+        "wiring: mean_accuracy_of_the_epoch",
+    ),
+    Mutant(
+        "16 threshold never moves",
+        T,
+        'run.threshold.update(mean["accuracy"])',
+        "pass",
+        "wiring: mean_accuracy_of_the_epoch",
+    ),
+    Mutant(
         "16 threshold without its margin",
         CURRICULUM,
         "self.ema_accuracy * self.margin",
@@ -561,7 +617,7 @@ OTHERS = [
     Mutant(
         "17 a shuffled prompt is kept",
         SYSTEM,
-        'config.memory and config.prompt != "shuffled"',
+        'config.memory and "shuffled" not in (config.prompt, config.demonstrations)',
         "config.memory",
         "wiring: shuffled_prompt",
     ),
