@@ -296,8 +296,8 @@ def test_a_better_reading_backwards_pays_by_d_rev(ready, order):
         real = run.system.backward
         told = []
 
-        def backward(reading, output):
-            logits = real(reading, output)
+        def backward(reading, output, **options):
+            logits = real(reading, output, **options)
             told.append(output)
             second = output is not told[0]
             right = second == (order > 0)
@@ -453,14 +453,14 @@ def test_the_loss_gets_what_the_second_answer_said(ready):
 
 
 TRAINED_BY = {
-    "risk": "agent.pointer.to_pointer.weight",
-    "amb": "agent.pointer.to_pointer.weight",
-    "step": "agent.confidence.weight",
-    "cons": "agent.pointer.to_pointer.weight",
-    "bi": "agent.backward_model.out.weight",
-    "z": "agent.confidence.weight",
-    "prompt": "qwen.project.1.weight",
-    "size": "agent.size_head.support",
+    "risk": "agent.pointer.",
+    "amb": "agent.pointer.",
+    "step": "agent.confidence.",
+    "cons": "agent.pointer.",
+    "bi": "agent.backward_model.",
+    "z": "agent.confidence.",
+    "prompt": "qwen.project.",
+    "size": "agent.size_head.",
 }
 
 
@@ -478,10 +478,11 @@ def test_each_part_of_the_loss_has_a_weight_and_trains_by_itself(ready, part):
             module.zero_grad()
         step.take()
         found = step.gradients()
-        assert (found[TRAINED_BY[part]].abs().sum() > 0) == bool(weight)
-    other = {"agent.confidence.weight", "agent.size_head.support"} - {TRAINED_BY[part]}
-    if part not in ("risk", "amb", "bi"):  # cells' colours reach the confidence of later steps
-        assert all(found[name].abs().sum() == 0 for name in other)
+        pulled = {n for n in found if n.startswith(TRAINED_BY[part]) and found[n].abs().sum() > 0}
+        assert bool(pulled) == bool(weight)
+    if part in ("step", "z", "prompt", "size"):  # the others pull on cells, which all is read off
+        apart = {"agent.confidence.", "agent.size_head."} - {TRAINED_BY[part]}
+        assert all(found[n].abs().sum() == 0 for n in found if n.startswith(tuple(apart)))
 
 
 def test_the_divergence_backwards_trains_the_agent_through_its_answer(ready):
@@ -491,7 +492,8 @@ def test_the_divergence_backwards_trains_the_agent_through_its_answer(ready):
     for name in PARTS:
         getattr(step.run.system.efe_loss, f"lambda_{name}").fill_(float(name == "bi"))
     step.take()
-    assert step.gradients()["agent.pointer.to_pointer.weight"].abs().sum() > 0
+    found = step.gradients()
+    assert any(g.abs().sum() > 0 for n, g in found.items() if n.startswith("agent.pointer."))
 
 
 # ---------------------------------------------------------------- precision, gradients, steps
@@ -633,7 +635,7 @@ def test_the_batch_lines_and_summaries_say_the_figures_of_the_metrics(reference)
     for epoch, line in enumerate(lines):
         row = rows[epoch, int(line[0])]
         for name, said in zip(names, line[1:], strict=True):
-            close = {"rel": 6e-3} if name == "qwen_grad" else {"abs": 6e-4}
+            close: Any = {"rel": 6e-3} if name == "qwen_grad" else {"abs": 6e-4}
             assert float(said) == pytest.approx(row[name], **close), name
     assert lines[0][1:] != lines[1][1:]
     said = {
@@ -1120,7 +1122,8 @@ def test_memory_takes_only_the_tasks_above_the_threshold(ready):
 def test_a_shuffled_prompt_is_never_kept(option):
     """Breaks: another task's prompt stored under this one's name, back to its own task later."""
     assert lively_system().solver2.use_memory
-    assert not lively_system(**{option: "shuffled"}).solver2.use_memory
+    options: dict[str, Any] = {option: "shuffled"}
+    assert not lively_system(**options).solver2.use_memory
 
 
 def test_the_threshold_takes_in_the_mean_accuracy_of_the_epoch(reference):

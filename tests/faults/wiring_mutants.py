@@ -285,6 +285,12 @@ OTHERS = [
         "stop_confidence=0.95",
         FLAG,
     ),
+    Mutant("1 --blocks ignored", T, "blocks=args.blocks", "blocks=1", FLAG),
+    Mutant("1 --width ignored", T, "width=args.width", "width=32", FLAG),
+    Mutant("1 --policy ignored", T, "policy=args.policy", 'policy="on"', FLAG),
+    Mutant("1 --prompt ignored", T, "prompt=args.prompt", 'prompt="full"', FLAG),
+    Mutant("1 --qwen_train ignored", T, "qwen_train=args.qwen_train", 'qwen_train="full"', FLAG),
+    Mutant("1 --amp ignored", T, "pick_precision(args.amp, ", 'pick_precision("off", ', FLAG),
     Mutant("1 --views off ignored", T, 'augment=args.views == "on"', "augment=True", FLAG),
     Mutant(
         "1 --no_reward ignored",
@@ -521,6 +527,13 @@ OTHERS = [
         "backward_logits=backward_after",
         "backward_logits=backward_before",
         "wiring: second_answer_said or divergence_backwards",
+    ),
+    Mutant(
+        "12 reading back of a detached answer",
+        AGENT,
+        "            output.logits[-1].exp(),",
+        "            output.logits[-1].exp().detach(),",
+        "wiring: divergence_backwards",
     ),
     Mutant(
         "12 confidence blind to a wrong size",
@@ -764,6 +777,13 @@ OTHERS = [
         "trainloop: out_of_memory",
     ),
     # 34 seeds, honesty
+    Mutant(
+        "34 views ignore the epoch",
+        DATA,
+        "(_VIEW, self.seed, epoch,",
+        "(_VIEW, self.seed, 0,",
+        "wiring: another_seed_shows",
+    ),
     Mutant(
         "34 evaluation views ignore the seed",
         T,
