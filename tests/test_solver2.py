@@ -96,10 +96,23 @@ def test_retrieval_takes_the_most_alike_of_other_tasks(memory):
     for slot, place in enumerate((0, 1)):
         expected = memory.gate * likeness[place] * memory.value(unit(place))[0]
         torch.testing.assert_close(found[0, slot], expected)
-    _, own = memory.retrieve(unit(0), long(0))  # its own entry is never given back
-    assert own.tolist() == [[True, True]]
-    best = memory.retrieve(unit(0) + 0.1 * unit(1), long(0))[0][0, 0]
-    assert not torch.allclose(best, memory.gate * memory.value(unit(0))[0])
+
+
+def test_a_task_s_own_entry_is_never_given_back(memory):
+    """However alike: the next best comes first, and its weight is its own likeness."""
+    store(memory, [0, 1, 2], [0, 1, 2])
+    query = unit(0) + 0.5 * unit(1) + 0.2 * unit(2)
+    likeness = torch.nn.functional.normalize(query, dim=-1)[0]
+    for task, places in ((0, (1, 2)), (1, (0, 2)), (2, (0, 1)), (3, (0, 1))):
+        found, mask = memory.retrieve(query, long(task))
+        assert mask.tolist() == [[True, True]]
+        expected = [memory.gate * likeness[p] * memory.value(unit(p))[0] for p in places]
+        torch.testing.assert_close(found[0], torch.stack(expected))
+    alone = Solver2(5, WIDTH, capacity=4)
+    store(alone, [0], [0])
+    found, mask = alone.retrieve(query, long(0))
+    assert mask.tolist() == [[False, False]]
+    assert torch.count_nonzero(found) == 0
 
 
 def test_unseen_tasks_may_retrieve_every_entry(memory):

@@ -1,0 +1,933 @@
+"""Break the wiring of the training step in a copy, one way at a time, and show which test notices.
+
+Of 130 natural breakages that were put in by hand, 26 passed all tests; `SURVIVORS` are those (and
+their siblings), `OTHERS` more over the same parts. A breakage that no test catches is a promise
+that nothing keeps.
+    python tests/faults/wiring_mutants.py                # all, and the table
+    python tests/faults/wiring_mutants.py reward         # those whose name contains `reward`
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+REPO = Path(__file__).resolve().parents[2]
+LIMIT_S = 240.0  # of one mutant; one that hangs the tests is noticed by them
+
+T = "trainloop_complete_with_fixes.py"
+SYSTEM, AGENT, QWEN = "arc_system.py", "arc_agent.py", "qwen_hybrid_prompt.py"
+LOSS, DATA, MEMORY = "loss_function.py", "dataset_arc.py", "solver2.py"
+CURRICULUM, POLICY, REWARD = "curriculum.py", "human_rl_agent.py", "reward_shaping.py"
+COMMAND, CELLS, EVALUATION = "command_line.py", "grid_accuracy_loss.py", "evaluation.py"
+FLAG = "wiring: reaches_what_it_names"
+
+
+class Mutant(NamedTuple):
+    """A breakage: the file, the text that occurs in it once, what replaces it, who should notice.
+
+    test: `module: expression`, the tests of tests/test_MODULE.py that pytest's -k EXPRESSION picks.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+EFE_PARTS = ("risk", "amb", "step", "bi", "z", "prompt")
+BEST_WEIGHTS = """    train(run, plan, persistence)
+    modules = [*run.system.modules().values(), run.optimizer]
+    persistence.load_best_model(*modules, device=run.device)
+"""
+BEST_AVERAGE = """    train(run, plan, persistence)
+    best = persistence.load_best_model(*[None] * 6, device=run.device)
+    run.average.load_state_dict(best["extra"]["average"])
+"""
+
+SURVIVORS = [
+    Mutant(
+        "7 second answer ignores the refined tokens",
+        T,
+        "system.answer(reading, tokens)",
+        "system.answer(reading)",
+        "wiring: second_answer_reads",
+    ),
+    Mutant(
+        "9 d_size after the resize",
+        T,
+        "size_before=before.size,\n        size_after=after.size,",
+        "size_before=targets.size,\n        size_after=targets.size,",
+        "wiring: hard_reward_gets or pays_by_d_size",
+    ),
+    Mutant(
+        "9 no reconstruction for the reward",
+        T,
+        "reconstruction_before=backward_before.argmax(-1),\n"
+        "        reconstruction_after=backward_after.argmax(-1),\n",
+        "",
+        "wiring: pays_by_d_rev",
+    ),
+    *(
+        Mutant(
+            f"12 default weight of {part} is 0",
+            LOSS,
+            f"lambda_{part}: float = ",
+            f"lambda_{part}: float = 0 * ",
+            f"wiring: trains_by_itself and {part}",
+        )
+        for part in EFE_PARTS
+    ),
+    *(
+        Mutant(
+            f"12 {part} not in the total",
+            LOSS,
+            "lambdas[name] * parts[name] for name in PARTS]",
+            f"lambdas[name] * parts[name] for name in PARTS if name != '{part}']",
+            f"wiring: trains_by_itself and {part}",
+        )
+        for part in EFE_PARTS
+    ),
+    Mutant(
+        "15 logits cut in place of resized",
+        T,
+        "resize_logits(after.logits, after.size, targets.size",
+        "resize_logits(after.logits, targets.size, targets.size",
+        "wiring: another_size_are_resized",
+    ),
+    Mutant(
+        "15 training accuracy ignores a wrong size",
+        T,
+        "cell_accuracy(shown, target, size_right)",
+        "cell_accuracy(shown, target)",
+        "wiring: zero_at_a_wrong_size",
+    ),
+    Mutant(
+        "18 autocast never on",
+        T,
+        "enabled=self.dtype is not None)",
+        "enabled=False)",
+        "wiring: mixed_precision",
+    ),
+    Mutant(
+        "29 accumulated gradients not averaged",
+        T,
+        "loss / args.grad_accum",
+        "loss",
+        "wiring: accumulation_averages",
+    ),
+    Mutant(
+        "21 headline with the best weights",
+        T,
+        "    train(run, plan, persistence)\n",
+        BEST_WEIGHTS,
+        "wiring: headline_is_scored",
+    ),
+    Mutant(
+        "21 headline with the best average",
+        T,
+        "    train(run, plan, persistence)\n",
+        BEST_AVERAGE,
+        "wiring: headline_is_scored",
+    ),
+    Mutant(
+        "34 views ignore the seed",
+        DATA,
+        "(_VIEW, self.seed,",
+        "(_VIEW, 0,",
+        "wiring: another_seed_shows",
+    ),
+    Mutant(
+        "4 a constant in the batch line's gradient norm",
+        T,
+        "Qwen_grad: {figures['qwen_grad']:.2e}",
+        "Qwen_grad: {2.34e-4:.2e}",
+        "wiring: batch_lines_and_summaries",
+    ),
+    Mutant(
+        "4 a constant as the gradient norm",
+        T,
+        '"qwen_grad": qwen_grad',
+        '"qwen_grad": 2.34e-4',
+        "wiring: logged_gradient_norm",
+    ),
+    Mutant(
+        "5 --qwen_cache_interval not passed on by the trainer",
+        T,
+        "qwen_cache_interval=args.qwen_cache_interval,",
+        "qwen_cache_interval=1,",
+        "wiring: cache",
+    ),
+    Mutant(
+        "5 --qwen_cache_interval not passed on by the system",
+        SYSTEM,
+        "cache_interval=config.qwen_cache_interval,",
+        "cache_interval=1,",
+        "wiring: cache",
+    ),
+    Mutant(
+        "6 planning block at step 0 only",
+        AGENT,
+        "x = block(x, mask, keys, table, rows, cols)",
+        "x = block(x, mask, keys, table, rows, cols) if step == 0 else x",
+        "wiring: goes_through_the_blocks",
+    ),
+    Mutant(
+        "29 gradient checkpointing does nothing",
+        QWEN,
+        "    if gradient_checkpointing:\n",
+        "    if False:\n",
+        "wiring: recomputed",
+    ),
+    Mutant(
+        "33 --device auto says cuda without one",
+        COMMAND,
+        'return "cuda" if there else "cpu"',
+        'return "cuda"',
+        "wiring: auto_is_the_device",
+    ),
+    Mutant(
+        "22 --max_checkpoints is 50 by default",
+        T,
+        '"--max_checkpoints",\n        type=number(whole, 1),\n        default=5,',
+        '"--max_checkpoints",\n        type=number(whole, 1),\n        default=50,',
+        "wiring: five_checkpoints",
+    ),
+    Mutant(
+        "20 bar never shown",
+        T,
+        "return args.quiet or not sys.stderr.isatty()",
+        "return True",
+        "wiring: terminal",
+    ),
+    Mutant(
+        "20 bar from 0 on a resume",
+        T,
+        "initial=min(progress.batch, n_batches),",
+        "",
+        "wiring: terminal",
+    ),
+    Mutant(
+        "17 own entry given back",
+        MEMORY,
+        "(self.owners[None] != task_index[:, None]) |",
+        "(self.owners[None] >= -1) |",
+        "solver2: own_entry",
+    ),
+    Mutant(
+        "17 summaries under another task's name",
+        T,
+        "owner[batch.query_task] = batch.task_index",
+        "owner[batch.query_task] = batch.task_index.flip(0)",
+        "wiring: own_summary",
+    ),
+    Mutant(
+        "17 summaries with the task tokens inside",
+        T,
+        "batch.query_task, reading.summary.detach()",
+        "batch.query_task, reading.prompt.summary.detach()",
+        "wiring: own_summary",
+    ),
+]
+
+OTHERS = [
+    # 1 command line
+    Mutant(
+        "1 --task_lr_factor ignored",
+        T,
+        "args.agent_lr * args.task_lr_factor,",
+        "args.agent_lr,",
+        FLAG,
+    ),
+    Mutant(
+        "1 --weight_decay ignored", T, "weight_decay=args.weight_decay", "weight_decay=0.0", FLAG
+    ),
+    Mutant("1 --max_context ignored", T, "max_context=args.max_context", "max_context=4", FLAG),
+    Mutant(
+        "1 --ema ignored",
+        T,
+        "WeightAverage(params, args.ema)",
+        "WeightAverage(params, 0.998)",
+        FLAG,
+    ),
+    Mutant(
+        "1 --planning_steps ignored",
+        T,
+        "planning_steps=args.planning_steps",
+        "planning_steps=5",
+        FLAG,
+    ),
+    Mutant("1 --optimizer ignored", T, 'hidden and args.optimizer == "muon"', "hidden", FLAG),
+    Mutant("1 --no_efe_extras ignored", T, "not args.no_efe_extras", "True", FLAG),
+    Mutant("1 --no_hard_cells ignored", T, "not args.no_hard_cells", "True", FLAG),
+    Mutant("1 --no_task_tokens ignored", T, "not args.no_task_tokens", "True", FLAG),
+    Mutant(
+        "1 --demonstrations ignored",
+        T,
+        "demonstrations=args.demonstrations",
+        'demonstrations="on"',
+        FLAG,
+    ),
+    Mutant(
+        "1 --stop_confidence ignored",
+        T,
+        "stop_confidence=args.stop_confidence",
+        "stop_confidence=0.95",
+        FLAG,
+    ),
+    Mutant("1 --blocks ignored", T, "blocks=args.blocks", "blocks=1", FLAG),
+    Mutant("1 --width ignored", T, "width=args.width", "width=32", FLAG),
+    Mutant("1 --policy ignored", T, "policy=args.policy", 'policy="on"', FLAG),
+    Mutant("1 --prompt ignored", T, "prompt=args.prompt", 'prompt="full"', FLAG),
+    Mutant("1 --qwen_train ignored", T, "qwen_train=args.qwen_train", 'qwen_train="full"', FLAG),
+    Mutant("1 --amp ignored", T, "pick_precision(args.amp, ", 'pick_precision("off", ', FLAG),
+    Mutant("1 --views off ignored", T, 'augment=args.views == "on"', "augment=True", FLAG),
+    Mutant(
+        "1 --no_reward ignored",
+        T,
+        "torch.zeros_like(soft) if args.no_reward else soft",
+        "soft",
+        "wiring: trains_by_itself and size",
+    ),
+    Mutant(
+        "1 --cost_power ignored",
+        T,
+        "frequency(task, args.cost_power)",
+        "frequency(task, 0.0)",
+        "wiring: cost_power",
+    ),
+    Mutant("1 --eval_views ignored", T, "args.eval_views or (", "(", "wiring: headline_is_of_all"),
+    Mutant(
+        "1 --vote_batches ignored",
+        T,
+        "max_batches=args.vote_batches",
+        "max_batches=None",
+        "wiring: headline_is_of_all",
+    ),
+    Mutant(
+        "1 --val_pairs ignored",
+        T,
+        "limit = args.val_pairs",
+        "limit = None",
+        "wiring: headline_is_of_all",
+    ),
+    Mutant(
+        "1 learning rates without warmup and decay",
+        T,
+        'group["base_lr"] * factor',
+        'group["base_lr"]',
+        "wiring: learning_rate",
+    ),
+    # 3 prompt, 4 Qwen, 5 cache
+    Mutant(
+        "3 one task's tokens for all",
+        SYSTEM,
+        "solver2.tokens(batch.task_index,",
+        "solver2.tokens(batch.task_index * 0,",
+        "wiring: own_tokens_and_views",
+    ),
+    Mutant(
+        "3 one view's token for all",
+        SYSTEM,
+        "batch.view_id, keep_task",
+        "batch.view_id * 0, keep_task",
+        "wiring: own_tokens_and_views",
+    ),
+    Mutant(
+        "3 task tokens never dropped",
+        T,
+        "(chance < 0.5)",
+        "(chance < 2.0)",
+        "wiring: half_of_the_tasks",
+    ),
+    Mutant(
+        "3 task tokens dropped by a constant draw",
+        T,
+        'generator_for("cpu", *place, 1)',
+        'generator_for("cpu", 1)',
+        "wiring: half_of_the_tasks",
+    ),
+    Mutant(
+        "4 Qwen at the agent's learning rate",
+        T,
+        '"params": system.qwen.lm_parameters(), "lr": qwen_lr',
+        '"params": system.qwen.lm_parameters(), "lr": args.agent_lr',
+        "trainloop: fix_1",
+    ),
+    Mutant(
+        "4 the projections' gradient held back",
+        QWEN,
+        "qwen = self.project(pooled)",
+        "qwen = self.project(pooled).detach()",
+        "trainloop: fix_1",
+    ),
+    Mutant(
+        "4 gradient norm of the projections in it",
+        T,
+        'check_gradients(system.qwen.backbone, "Qwen")',
+        'check_gradients(system.qwen, "Qwen")',
+        "wiring: logged_gradient_norm",
+    ),
+    Mutant(
+        "4 gradient norm still scaled",
+        T,
+        "unscale = 1.0 / run.scaler.get_scale()",
+        "unscale = 1.0",
+        "wiring: between_two_steps",
+    ),
+    Mutant(
+        "5 a pair is known in one view only",
+        QWEN,
+        "if self.cache.interval == 1:",
+        "if True:",
+        "wiring: cache_holds",
+    ),
+    Mutant(
+        "5 cache never asked",
+        QWEN,
+        "self.training and self.cache",
+        "False and self.cache",
+        "wiring: cache",
+    ),
+    # 6 agent
+    Mutant(
+        "6 one step token for all steps",
+        AGENT,
+        "self.step_token[step]",
+        "self.step_token[0]",
+        "wiring: token_of_its_own",
+    ),
+    Mutant(
+        "6 answer so far not fed back",
+        AGENT,
+        "x = x + self.answer(probability.to(x.dtype))",
+        "pass",
+        "arc_agent: fed_back",
+    ),
+    # 7 refine, 8 policy
+    Mutant(
+        "7 evaluation samples the refinement",
+        SYSTEM,
+        "generator, deterministic=True)",
+        "generator)",
+        "wiring: hang_on_the_generator",
+    ),
+    Mutant(
+        "6 training stops early",
+        T,
+        "after = system.answer(reading, tokens)",
+        "after = system.answer(reading, tokens, stop=0.0)",
+        "wiring: takes_every_planning_step",
+    ),
+    Mutant(
+        "7 noise the same in every batch",
+        T,
+        "generator_for(run.device, *place, 2)",
+        "generator_for(run.device, 2)",
+        "wiring: noise_follows",
+    ),
+    Mutant(
+        "8 policy blind to the first answer",
+        SYSTEM,
+        "            answer_stats(before),",
+        "            0 * answer_stats(before),",
+        "wiring: policy_sees",
+    ),
+    Mutant(
+        "8 next state is of the first answer",
+        T,
+        "reading.prompt.summary, answer_stats(after)",
+        "reading.prompt.summary, answer_stats(before)",
+        "wiring: policy_sees",
+    ),
+    Mutant(
+        "8 policy paid the other way round",
+        T,
+        "update(info, reward, ",
+        "update(info, -reward, ",
+        "trainloop: fix_6",
+    ),
+    Mutant(
+        "8 policy paid once, not five times",
+        POLICY,
+        "REWARD_SCALE = 5.0",
+        "REWARD_SCALE = 1.0",
+        "human_rl_agent: scaled_by_five",
+    ),
+    # 9 reward, 10 mixture
+    Mutant(
+        "9 reward of one answer twice",
+        T,
+        "before.grids(), after.grids()",
+        "after.grids(), after.grids()",
+        "wiring: hard_reward_gets",
+    ),
+    Mutant(
+        "9 backward reading of the second answer twice",
+        T,
+        "system.backward(reading, before)",
+        "system.backward(reading, after)",
+        "wiring: pays_by_d_rev",
+    ),
+    Mutant(
+        "9 soft reward the other way round",
+        T,
+        "        logits_before,\n        logits[-1],",
+        "        logits[-1],\n        logits_before,",
+        "wiring: soft_reward_gets",
+    ),
+    Mutant(
+        "9 soft reward without a change of size",
+        T,
+        "size_logits_before=before.size_logits",
+        "size_logits_before=after.size_logits",
+        "wiring: soft_reward_gets",
+    ),
+    Mutant(
+        "9 soft reward without a change of the reading back",
+        T,
+        "backward_logits_before=backward_before",
+        "backward_logits_before=backward_after.detach()",
+        "wiring: soft_reward_gets or pays_by_d_rev",
+    ),
+    Mutant(
+        "9 size weighs nothing", REWARD, '"d_size": 0.5', '"d_size": 0.0', "wiring: pays_by_d_size"
+    ),
+    Mutant(
+        "10 half and half", LOSS, "EFE_SHARE = 0.7", "EFE_SHARE = 0.5", "trainloop: stated_mixture"
+    ),
+    Mutant(
+        "10 reward with the wrong sign",
+        LOSS,
+        "(-soft_reward.mean())",
+        "soft_reward.mean()",
+        "trainloop: stated_mixture",
+    ),
+    # 12 - 15 loss
+    Mutant(
+        "12 confidence of the first answer",
+        T,
+        "confidence=after.confidence",
+        "confidence=before.confidence",
+        "wiring: second_answer_said",
+    ),
+    Mutant(
+        "12 reading back of the first answer",
+        T,
+        "backward_logits=backward_after",
+        "backward_logits=backward_before",
+        "wiring: second_answer_said or divergence_backwards",
+    ),
+    Mutant(
+        "12 reading back of a detached answer",
+        AGENT,
+        "            output.logits[-1].exp(),",
+        "            output.logits[-1].exp().detach(),",
+        "wiring: divergence_backwards",
+    ),
+    Mutant(
+        "12 confidence blind to a wrong size",
+        T,
+        "        size_right=size_right,\n",
+        "",
+        "wiring: second_answer_said",
+    ),
+    Mutant(
+        "12 all pairs of the batch are one task's",
+        T,
+        "task_ids=batch.demo_task",
+        "task_ids=0 * batch.demo_task",
+        "wiring: second_answer_said",
+    ),
+    Mutant(
+        "13 wrong cells weigh as right ones",
+        CELLS,
+        "torch.where(wrong, hard,",
+        "torch.where(wrong, torch.ones_like(hard),",
+        "trainloop: fix_3",
+    ),
+    Mutant(
+        "14 size weight 1 for ever",
+        T,
+        "size_weight=size_weight,\n        backward",
+        "size_weight=1.0,\n        backward",
+        "wiring: second_answer_said",
+    ),
+    Mutant(
+        "15 cells of a target that does not fit are trained",
+        T,
+        ".masked_fill(~targets.fits[:, None, None], -1)",
+        "",
+        "wiring: does_not_fit",
+    ),
+    Mutant(
+        "15 exactness ignores a wrong size",
+        T,
+        "exact_match(shown, target, size_right)",
+        "exact_match(shown, target)",
+        "wiring: zero_at_a_wrong_size",
+    ),
+    Mutant(
+        "15 exactness is the share of cells",
+        T,
+        "exact_match(shown, target, size_right)",
+        "cell_accuracy(shown, target, size_right)",
+        "wiring: exact_is_the_share",
+    ),
+    # 16, 17 threshold and memory
+    Mutant(
+        "16 the bad solutions are stored",
+        T,
+        "by_task > run.threshold",
+        "by_task < run.threshold",
+        "wiring: above_the_threshold",
+    ),
+    Mutant(
+        "16 threshold fed with the exact share",
+        T,
+        'run.threshold.update(mean["accuracy"])',
+        'run.threshold.update(mean["exact"])',
+        "wiring: mean_accuracy_of_the_epoch",
+    ),
+    Mutant(
+        "16 threshold never moves",
+        T,
+        'run.threshold.update(mean["accuracy"])',
+        "pass",
+        "wiring: mean_accuracy_of_the_epoch",
+    ),
+    Mutant(
+        "16 threshold without its margin",
+        CURRICULUM,
+        "self.ema_accuracy * self.margin",
+        "self.ema_accuracy",
+        "curriculum: ten_percent",
+    ),
+    Mutant(
+        "17 accuracy of a task summed, not averaged",
+        T,
+        "index_add(0, batch.query_task, accuracy) / counts",
+        "index_add(0, batch.query_task, accuracy)",
+        "wiring: above_the_threshold",
+    ),
+    Mutant(
+        "17 summaries summed, not averaged",
+        T,
+        "summary / counts[:, None]",
+        "summary",
+        "wiring: own_summary",
+    ),
+    Mutant(
+        "17 a shuffled prompt is kept",
+        SYSTEM,
+        'config.memory and "shuffled" not in (config.prompt, config.demonstrations)',
+        "config.memory",
+        "wiring: shuffled_prompt",
+    ),
+    # 18, 19 precision and steps
+    Mutant(
+        "18 evaluation without mixed precision",
+        T,
+        "dtype=run.dtype,",
+        "dtype=None,",
+        "wiring: mixed_precision",
+    ),
+    Mutant(
+        "18 an infinite loss is healthy",
+        T,
+        "torch.isfinite(norm) & torch.isfinite(loss)",
+        "torch.isfinite(norm)",
+        "wiring: not_finite",
+    ),
+    Mutant(
+        "18 an infinite gradient is healthy",
+        T,
+        "torch.isfinite(norm) & torch.isfinite(loss)",
+        "torch.isfinite(loss)",
+        "wiring: not_finite",
+    ),
+    Mutant(
+        "18 the average takes skipped batches in",
+        T,
+        "        if healthy:\n            run.average.update()",
+        "        run.average.update()\n        if healthy:",
+        "wiring: not_finite",
+    ),
+    Mutant(
+        "18 no clipping", T, "(params, args.clip)", "(params, 1e9)", "trainloop: clipping_bounds"
+    ),
+    Mutant(
+        "18 fp16 without scaling",
+        COMMAND,
+        "(torch.float16, True)",
+        "(torch.float16, False)",
+        FLAG,
+    ),
+    # 20, 21 lines and validation
+    Mutant(
+        "20 d_acc in the place of the reward",
+        T,
+        "Reward: {figures['reward']:",
+        "Reward: {figures['d_acc']:",
+        "wiring: figure_of_the_batch_line",
+    ),
+    Mutant(
+        "20 summaries of sums",
+        T,
+        "value / max(1, progress.counted)",
+        "value",
+        "wiring: batch_lines_and_summaries",
+    ),
+    Mutant(
+        "20 memory updates counted over all epochs",
+        T,
+        "progress.memory_updates = 0",
+        "pass",
+        "trainloop: fix_5_the_threshold",
+    ),
+    Mutant(
+        "21 raw weights validated",
+        T,
+        "with run.average.applied():",
+        "if True:",
+        "trainloop: averaged_weights",
+    ),
+    Mutant(
+        "21 validation of whole tasks", T, "only=keys", "only=None", "wiring: headline_is_of_all"
+    ),
+    Mutant(
+        "21 evaluation without task tokens",
+        T,
+        "task_index=task_table(tasks),",
+        "task_index=None,",
+        "wiring: evaluation_knows",
+    ),
+    Mutant(
+        "21 headline of the validation subset",
+        T,
+        "validation if args.max_batches else validation_keys(tasks, None, args.seed)",
+        "validation",
+        "wiring: headline_is_of_all",
+    ),
+    # 22 - 29 saving, resuming, leaving
+    Mutant(
+        "22 --save_every not passed on",
+        T,
+        "save_every_n_batches=args.save_every",
+        "save_every_n_batches=50",
+        "wiring: five_checkpoints",
+    ),
+    Mutant(
+        "22 --max_checkpoints not passed on",
+        T,
+        "max_checkpoints=args.max_checkpoints",
+        "max_checkpoints=5",
+        "trainloop: old_checkpoints_go",
+    ),
+    Mutant(
+        "23 --best_metric ignored",
+        T,
+        "row.get(args.best_metric)",
+        'row.get("accuracy_delta")',
+        "wiring: best_by_the_metric",
+    ),
+    Mutant(
+        "24 checkpoints without metrics",
+        T,
+        "metrics=public(figures)",
+        "metrics={}",
+        "wiring: figures_of_its_batch",
+    ),
+    Mutant(
+        "25 metrics not rewound",
+        T,
+        "    run.log.rewind(progress.epoch, progress.batch)\n",
+        "",
+        "wiring: lost_its_last_batches",
+    ),
+    Mutant(
+        "25 the cache's content not restored",
+        T,
+        '    run.system.qwen.load_cache_state(extra["qwen_cache"])\n',
+        "",
+        "trainloop: names_that_save",
+    ),
+    Mutant(
+        "27 --drive_backup ignored",
+        T,
+        "drive_backup=args.drive_backup,",
+        "drive_backup=None,",
+        "trainloop: comes_back_from_drive",
+    ),
+    Mutant(
+        "29 out of memory is unexpected",
+        T,
+        "code = EXIT_MEMORY",
+        "code = EXIT_UNEXPECTED",
+        "trainloop: out_of_memory",
+    ),
+    # 34 seeds, honesty
+    Mutant(
+        "34 views ignore the epoch",
+        DATA,
+        "(_VIEW, self.seed, epoch,",
+        "(_VIEW, self.seed, 0,",
+        "wiring: another_seed_shows",
+    ),
+    Mutant(
+        "34 evaluation views ignore the seed",
+        T,
+        "evaluation_views(n_views, run.args.seed)",
+        "evaluation_views(n_views)",
+        "wiring: evaluation_knows",
+    ),
+    Mutant(
+        "34 noise and task dropping ignore the seed",
+        T,
+        "place = (args.seed, ",
+        "place = (0, ",
+        "wiring: noise_follows",
+    ),
+    Mutant(
+        "34 noise and task dropping ignore the epoch",
+        T,
+        "place = (args.seed, progress.epoch, ",
+        "place = (args.seed, 0, ",
+        "wiring: noise_follows",
+    ),
+    Mutant(
+        "34 order of the batches ignores the seed",
+        T,
+        "            seed=args.seed,\n            batch_size",
+        "            seed=0,\n            batch_size",
+        FLAG,
+    ),
+    Mutant(
+        "honesty: tasks with outputs are predicted",
+        EVALUATION,
+        "if any(pair.output is not None for",
+        "if False and any(pair.output is not None for",
+        "evaluation: in_sight_are_refused",
+    ),
+]
+
+MUTANTS = SURVIVORS + OTHERS
+
+
+def run_tests(folder: Path, test: str) -> None:
+    """In a forked process: pytest's own exit code; what it prints goes to `folder`/out."""
+    import pytest
+
+    os.chdir(folder)
+    sys.path[:] = [str(folder), *(p for p in sys.path if Path(p or ".").resolve() != REPO)]
+    module, expression = test.split(": ", 1)
+    with Path("out").open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-k", expression]
+        code = 99
+        try:
+            code = int(pytest.main([f"tests/test_{module}.py", *options]))
+        except BaseException:
+            traceback.print_exc(file=out)
+            raise
+        finally:
+            sys.stdout.flush()
+            out.flush()
+            os._exit(code)
+
+
+def outcome_of(test: str, file: str = "", text: str = "") -> tuple[int | None, str]:
+    """(pytest's exit code or None at the time limit, what it said) in a copy; `text` is put in
+    `file`."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as name:
+        folder = Path(name)
+        for source in (*REPO.glob("*.py"), REPO / "pyproject.toml"):
+            shutil.copy(source, folder)
+        shutil.copytree(REPO / "tests", folder / "tests", ignore=shutil.ignore_patterns("__*"))
+        if file:
+            (folder / file).write_text(text, encoding="utf-8")
+        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, test))
+        process.start()
+        process.join(LIMIT_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return None, ""
+        return process.exitcode, (folder / "out").read_text(encoding="utf-8", errors="replace")
+
+
+def try_out(mutant: Mutant) -> str:
+    """By what it was caught, or "". Raises SystemExit where the table does not fit."""
+    source = (REPO / mutant.file).read_text(encoding="utf-8")
+    if source.count(mutant.old) != 1:
+        raise SystemExit(
+            f"{mutant.name}: the text is found {source.count(mutant.old)} times in {mutant.file}; "
+            "adapt the table"
+        )
+    code, said = outcome_of(mutant.test, mutant.file, source.replace(mutant.old, mutant.new))
+    failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", said, re.MULTILINE)
+    if code == 0:
+        return ""
+    if code is None:
+        return "the time limit"
+    if code != 1 or not failed:  # no test at all, or none that could be read
+        raise SystemExit(f"{mutant.name}: exit code {code}\n{said[-3000:]}")
+    return failed[0]
+
+
+def check_the_whole(chosen: list[Mutant]) -> None:
+    """Without a breakage the same tests pass."""
+    by_module: dict[str, set[str]] = {}
+    for mutant in chosen:
+        module, expression = mutant.test.split(": ", 1)
+        by_module.setdefault(module, set()).add(f"({expression})")
+    for module, expressions in by_module.items():
+        code, said = outcome_of(f"{module}: {' or '.join(sorted(expressions))}")
+        if code != 0:
+            raise SystemExit(f"{module}: its tests fail without a breakage\n{said[-3000:]}")
+
+
+def main() -> None:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", HF_HUB_OFFLINE="1")
+    # Plugins of installed packages complain about being imported already.
+    os.environ.update(TOKENIZERS_PARALLELISM="false", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    sys.dont_write_bytecode = True
+    import tokenizers  # noqa: F401 - once for all: the forks have it then
+    import torch  # noqa: F401
+    import tqdm  # noqa: F401
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model  # noqa: F401
+
+    missed, chosen, begun = [], [m for m in MUTANTS if wanted in m.name], time.monotonic()
+    check_the_whole(chosen)
+    print("| breakage | caught by | seconds |\n|---|---|---|", flush=True)
+    for mutant in chosen:
+        since = time.monotonic()
+        by = try_out(mutant)
+        if not by:
+            missed.append(mutant.name)
+        took_s = time.monotonic() - since
+        print(f"| {mutant.name} | {by or 'NOTHING'} | {took_s:.0f} |", flush=True)
+    figures = {
+        "mutants": len(chosen),
+        "caught": len(chosen) - len(missed),
+        "problems": missed,
+        "seconds": round(time.monotonic() - begun),
+    }
+    print(json.dumps({**figures, "ok": not missed}))
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()

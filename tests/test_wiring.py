@@ -1,0 +1,1136 @@
+"""What the training step hands from part to part, and what the trainer makes of its flags.
+
+Every test names the breakage it is there for (`Breaks:`); `tests/faults/wiring_mutants.py` puts each
+one in and looks. Most of them watch the arguments of the real calls of one `train_step`, or change
+what a part says and look at what comes out elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import io
+import json
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import Script, differing, lively_system, make_tasks, write_tasks
+from torch.nn import functional
+
+import dataset_arc
+import evaluation
+import trainloop_complete_with_fixes as trainloop
+from arc_system import answer_stats
+from grid_features import N_CONTROL
+from loss_function import PARTS
+from qwen_hybrid_prompt import build_qwen_prompt
+
+
+class Call(NamedTuple):
+    """One call of a watched function."""
+
+    given: dict[str, Any]  # arguments by name, as they were given
+    result: Any
+
+
+@dataclass
+class Step:
+    """A run set up without training, one of its batches, and what is called in its steps."""
+
+    run: Any
+    batch: Any
+    targets: Any
+    calls: dict[str, list[Call]]
+
+    def take(self, **options: Any) -> dict[str, float]:
+        """One `train_step`; its figures."""
+        return trainloop.train_step(self.run, self.batch, self.targets, **options)
+
+    def one(self, name: str) -> Call:
+        """The only call of that name so far."""
+        (call,) = self.calls[name]
+        return call
+
+    def keep_gradients(self) -> None:
+        """Weights and gradients stay as the backward pass leaves them."""
+        self.run.optimizer.zero_grad = lambda set_to_none=True: None
+        self.run.optimizer.step = lambda: None
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients by module and name, 0 where there is none."""
+        return {
+            f"{module}.{name}": torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for module, part in self.run.system.modules().items()
+            for name, p in part.named_parameters()
+        }
+
+
+def watch(owner: Any, name: str, calls: dict[str, list[Call]]) -> None:
+    """Note every call of owner.name, which goes through."""
+    real = getattr(owner, name)
+    signature = inspect.signature(real)
+
+    def call(*args: Any, **options: Any) -> Any:
+        given = dict(signature.bind(*args, **options).arguments)
+        given |= given.pop("given", {})  # a watched function that was replaced before
+        result = real(*args, **options)
+        calls.setdefault(name, []).append(Call(given, result))
+        return result
+
+    setattr(owner, name, call)
+
+
+def stir(system: Any, seed: int = 0) -> None:
+    """Move every weight off its (often zero) start, so that nothing hides there."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in system.modules().values():
+            for p in module.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+
+Prepare = Callable[[Any, Any], None]
+
+
+@pytest.fixture
+def ready(train: Script) -> Callable[..., Step]:
+    """`ready(*flags)`: a stirred run and a batch of two whole tasks; calls are watched.
+
+    `prepare(run, targets)` may replace parts before the watching starts.
+    """
+
+    def make(*flags: Any, prepare: Prepare | None = None) -> Step:
+        outcome = train("--dry_run", *flags)
+        assert outcome.code == 0, outcome.err
+        run = outcome.run
+        stir(run.system)
+        for position in range(run.stream.n_batches(0)):
+            batch, targets = run.stream.batch(0, position)
+            if batch.n_tasks == 2 and targets.fits.all():
+                break
+        else:
+            raise AssertionError("no batch of two whole tasks")
+        if prepare is not None:
+            prepare(run, targets)
+        calls: dict[str, list[Call]] = {}
+        system = run.system
+        for owner, names in (
+            (system, ("read", "answer", "refine", "backward")),
+            (system.policy_rl, ("compute_reward", "soft_reward", "update")),
+            (system.efe_loss, ("forward",)),
+            (system.solver2, ("store", "tokens")),
+        ):
+            for name in names:
+                watch(owner, name, calls)
+        return Step(run, batch, targets, calls)
+
+    return make
+
+
+def say(run: Any, *changes: Callable[[Any], Any]) -> None:
+    """The agent's answers of a step, in turn, as `changes` make them."""
+    real = run.system.answer
+    turn = iter(changes)
+
+    def answer(reading: Any, tokens: Any = None, **given: Any) -> Any:
+        return next(turn)(real(reading, tokens, **given))
+
+    run.system.answer = answer
+
+
+def showing(grids: torch.Tensor, size: torch.Tensor) -> Callable[[Any], Any]:
+    """An answer with these cells (Q, rows, cols) and sizes (Q, 2)."""
+    sure = functional.one_hot(grids.clamp(min=0), 10).float().mul(8.0).log_softmax(-1)
+
+    def change(output: Any) -> Any:
+        logits = sure.expand(len(output.logits), *sure.shape) + 0.0 * output.logits.sum()
+        return dataclasses.replace(output, logits=logits, size=size)
+
+    return change
+
+
+def twice_as_large(targets: Any) -> Callable[[Any], Any]:
+    """Every target drawn with cells of 2 x 2: resized to the target it is the target."""
+    return showing(targets.output.repeat_interleave(2, 1).repeat_interleave(2, 2), 2 * targets.size)
+
+
+def exactly(targets: Any) -> Callable[[Any], Any]:
+    return showing(targets.output, targets.size)
+
+
+# ---------------------------------------------------------------- refinement and second answer
+
+
+def test_the_second_answer_reads_the_refined_tokens(ready):
+    """Breaks: the second answer is given the old tokens (reward 0 for ever)."""
+    step = ready()
+    step.take()
+    first, second = step.calls["answer"]
+    refined, info = step.one("refine").result
+    plain = step.one("read").result.prompt.tokens
+    assert first.given.get("tokens") is None
+    assert torch.equal(second.given["tokens"], refined)
+    assert not torch.equal(refined, plain)
+    assert not torch.equal(first.result.logits, second.result.logits)
+    assert info.step is not None
+
+
+def test_training_takes_every_planning_step(ready):
+    """Breaks: the early stop of prediction in training."""
+    step = ready("--stop_confidence", 0)
+    step.take()
+    for call in step.calls["answer"]:
+        assert call.result.n_steps.tolist() == [5] * step.batch.n_queries
+    assert len(step.one("forward").given["logits"]) == 5
+
+
+def test_the_policy_sees_the_first_answer_and_then_the_second(ready):
+    """Breaks: the policy's state is of another answer, or the next state is the state."""
+    step = ready()
+    rl = step.run.system.policy_rl.rl
+    watch(rl, "act", step.calls)
+    step.take()
+    first, second = step.calls["answer"]
+    prompt = step.one("read").result.prompt
+    state = step.run.system.policy_rl.state
+    seen = state(prompt.summary, answer_stats(first.result))
+    assert torch.equal(step.one("act").given["state"], seen)
+    update = step.one("update").given
+    assert torch.equal(
+        update["next_state"], state(prompt.summary, answer_stats(second.result)).detach()
+    )
+    assert not torch.equal(update["next_state"], seen)
+    assert torch.equal(update["reward"], step.one("compute_reward").result[0])
+
+
+def test_the_policy_s_noise_follows_seed_epoch_and_batch(ready):
+    """Breaks: refinement or task dropping drawn from a constant, or without the seed."""
+    step = ready("--no_memory", "--planning_steps", 1)
+    step.keep_gradients()
+    step.run.system.policy_rl.update = lambda *_: {}  # the same policy every time
+    actions, kept = [], []
+    for seed, epoch, batch in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
+        step.run.args.seed = seed
+        step.run.progress.epoch, step.run.progress.batch = epoch, batch
+        step.take()
+        actions.append(step.calls["refine"][-1].result[1].action)
+        kept.append(step.calls["read"][-1].given["keep_task"].tolist())
+    assert torch.equal(actions[0], actions[-1])
+    for i in range(4):
+        for j in range(i):
+            assert not torch.allclose(actions[i], actions[j], atol=0.1)
+    assert kept[0] == kept[-1]
+
+
+def test_half_of_the_tasks_go_without_their_tokens_as_a_whole(ready):
+    """Breaks: task tokens always or never dropped, per query, or by a constant draw."""
+    step = ready("--policy", "off", "--planning_steps", 1)
+    step.keep_gradients()
+    draws = []
+    for batch in range(8):
+        step.run.progress.batch = batch
+        step.take()
+        keep = step.calls["read"][-1].given["keep_task"]
+        by_task = [keep[step.batch.query_task == task].unique() for task in (0, 1)]
+        assert all(len(values) == 1 for values in by_task)
+        draws += [bool(values[0]) for values in by_task]
+        assert torch.equal(step.calls["tokens"][-1].given["keep_task"], keep)
+    assert 4 <= sum(draws) <= 12
+    assert len({tuple(draws[i : i + 2]) for i in range(0, 16, 2)}) > 2
+
+
+# ---------------------------------------------------------------- the reward's four parts
+
+
+def test_the_hard_reward_gets_both_answers_and_their_own_sizes(ready):
+    """Breaks: d_size taken after the resize, or of one answer twice; grids of one answer twice."""
+
+    def prepare(run, targets):
+        other = torch.where(targets.output >= 0, (targets.output + 1) % 10, -1)[:, :-1]
+        say(run, showing(other, targets.size - torch.tensor([1, 0])), exactly(targets))
+
+    step = ready(prepare=prepare)
+    step.take()
+    first, second = (call.result for call in step.calls["answer"])
+    given = step.one("compute_reward").given
+    assert given["before"].shape != given["after"].shape
+    assert torch.equal(given["before"], first.grids())
+    assert torch.equal(given["after"], second.grids())
+    assert torch.equal(given["size_before"], first.size)
+    assert torch.equal(given["size_after"], second.size)
+    assert torch.equal(given["target_size"], step.targets.size)
+    assert torch.equal(given["inp"], step.batch.query_input)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["wrong, then right", "right, then wrong"])
+def test_a_change_of_size_alone_pays_by_d_size(ready, order):
+    """Breaks: d_size taken after the resize (0 for ever)."""
+
+    def prepare(run, targets):
+        say(run, *(twice_as_large(targets), exactly(targets))[::order])
+
+    step = ready(prepare=prepare)
+    step.take()
+    reward, breakdown = step.one("compute_reward").result
+    n = len(step.targets.size)
+    torch.testing.assert_close(breakdown["d_size"], torch.full((n,), 0.5 * order))
+    assert breakdown["d_acc"].tolist() == [0.0] * n  # after the resize both are the target
+    torch.testing.assert_close(
+        reward, 0.5 * (breakdown["d_size"] + breakdown["d_color"] + breakdown["d_rev"])
+    )
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["wrong, then right", "right, then wrong"])
+def test_a_better_reading_backwards_pays_by_d_rev(ready, order):
+    """Breaks: no reconstruction handed to the reward, hard or soft (d_rev 0 for ever)."""
+
+    def prepare(run, targets):
+        real = run.system.backward
+        told = []
+
+        def backward(reading, output, **options):
+            logits = real(reading, output, **options)
+            told.append(output)
+            second = output is not told[0]
+            right = second == (order > 0)
+            shown = reading.batch.query_input.clamp(min=0)
+            shown = shown if right else (shown + 1) % 10
+            return 0.0 * logits + 20.0 * functional.one_hot(shown, 10).float()
+
+        run.system.backward = backward
+
+    step = ready(prepare=prepare)
+    figures = step.take()
+    n = len(step.targets.size)
+    hard, soft = (step.one(name).result[1]["d_rev"] for name in ("compute_reward", "soft_reward"))
+    assert hard.tolist() == [float(order)] * n
+    torch.testing.assert_close(soft.detach(), hard, atol=1e-4, rtol=0)
+    assert figures["reward"] * order > 0.2
+    assert torch.equal(step.one("update").given["reward"], step.one("compute_reward").result[0])
+
+
+def test_the_soft_reward_gets_both_answers_on_the_target_s_canvas(ready):
+    """Breaks: before and after exchanged or the same, sizes or backward readings left out."""
+    step = ready()
+    step.take()
+    first, second = (call.result for call in step.calls["answer"])
+    given, (soft, parts) = step.one("soft_reward")
+    assert torch.equal(given["size_logits_before"], first.size_logits)
+    assert given["size_logits_after"] is second.size_logits
+    assert torch.equal(given["target_size"], step.targets.size)
+    for name in ("logits_before", "backward_logits_before"):
+        assert not given[name].requires_grad
+    for name in ("logits_after", "size_logits_after", "backward_logits_after"):
+        assert given[name].requires_grad
+    read_back = {id(call.given["output"]): call.result for call in step.calls["backward"]}
+    assert torch.equal(given["backward_logits_before"], read_back[id(first)])
+    assert given["backward_logits_after"] is read_back[id(second)]
+    for name, answer in (("logits_before", first), ("logits_after", second)):
+        for row, wanted in enumerate(by_interpolation(answer, step.targets)):
+            rows, cols = step.targets.size[row].tolist()
+            torch.testing.assert_close(given[name][row, :rows, :cols], wanted[-1])
+    for name, part in parts.items():
+        assert part.abs().sum() > 0, name
+    assert soft.requires_grad
+
+
+def by_interpolation(answer: Any, targets: Any) -> list[torch.Tensor]:
+    """Each query's logits (steps, rows, cols, 10) at its target's size, by torch's own resizing."""
+    found = []
+    for row, (size, wanted) in enumerate(
+        zip(answer.size.tolist(), targets.size.tolist(), strict=True)
+    ):
+        own = answer.logits[:, row, : size[0], : size[1]].movedim(-1, 1)
+        mode: dict[str, Any] = {"mode": "bilinear", "align_corners": False}
+        found.append(functional.interpolate(own, size=wanted, **mode).movedim(1, -1))
+    return found
+
+
+# ---------------------------------------------------------------- resizing, accuracy
+
+
+@pytest.mark.parametrize("wrong", [(1, 2), (2, -1), (-1, -1)])
+def test_logits_of_another_size_are_resized_for_the_loss(ready, wrong):
+    """Breaks: logits cut to the target's canvas instead of resized."""
+
+    def other_size(targets):
+        def change(output):
+            canvas = torch.tensor(output.logits.shape[2:4])
+            size = torch.minimum((targets.size + torch.tensor(wrong)).clamp(min=1), canvas)
+            return dataclasses.replace(output, size=size)
+
+        return change
+
+    step = ready(prepare=lambda run, targets: say(run, *[other_size(targets)] * 2))
+    step.take()
+    second = step.calls["answer"][1].result
+    assert (second.size != step.targets.size).any(-1).sum() > 3
+    given = step.one("forward").given["logits"]
+    for row, wanted in enumerate(by_interpolation(second, step.targets)):
+        rows, cols = step.targets.size[row].tolist()
+        torch.testing.assert_close(given[:, row, :rows, :cols], wanted)
+
+
+def test_accuracy_is_zero_at_a_wrong_size_however_right_the_cells(ready):
+    """Breaks: training accuracy or exactness that ignores a wrong size."""
+    for change, expected in ((twice_as_large, 0.0), (exactly, 1.0)):
+        step = ready(prepare=lambda run, t, change=change: say(run, change(t), change(t)))
+        step.run.threshold.get_threshold = lambda: 0.5
+        figures = step.take()
+        assert figures["mask_ratio"] < 0.05  # the resized cells are right
+        assert figures["accuracy"] == figures["exact"] == figures["size"] == expected
+        assert figures["stored"] == step.run.system.solver2.n_updates == 2 * expected
+        right = step.one("forward").given["size_right"]
+        assert right.tolist() == [bool(expected)] * len(right)
+
+
+def test_exact_is_the_share_of_grids_without_a_wrong_cell(ready):
+    """Breaks: the exact figure is the cell accuracy, or sizes alone."""
+
+    def prepare(run, targets):
+        grids = targets.output.clone()
+        grids[0, 0, 0] = (grids[0, 0, 0] + 1) % 10
+        say(run, *[showing(grids, targets.size)] * 2)
+
+    step = ready(prepare=prepare)
+    figures = step.take()
+    n = len(step.targets.size)
+    assert figures["exact"] == pytest.approx((n - 1) / n)
+    cells = step.targets.size[0].prod().item()
+    assert figures["accuracy"] == pytest.approx(1 - 1 / cells / n)
+    assert figures["mask_ratio"] == pytest.approx(1 / cells / n)
+    assert figures["size"] == 1.0
+
+
+def test_a_target_that_does_not_fit_trains_its_size_and_not_its_cells(ready):
+    """Breaks: cells of a target that the canvas cannot hold are trained."""
+    step = ready()
+    step.targets = dataclasses.replace(step.targets, fits=step.targets.fits.clone())
+    step.targets.fits[0] = False
+    step.take()
+    given = step.one("forward").given
+    assert (given["target"][0] == -1).all()
+    assert torch.equal(given["target"][1:], step.targets.output[1:])
+    assert torch.equal(given["target_size"], step.targets.size)
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def test_the_loss_gets_what_the_second_answer_said(ready):
+    """Breaks: confidence, sizes, inputs or pairs of something else handed to the loss."""
+    step = ready()
+    step.run.progress.epoch = 1
+    step.take()
+    first, second = (call.result for call in step.calls["answer"])
+    reading = step.one("read").result
+    given, parts = step.one("forward")
+    assert given["confidence"] is second.confidence
+    assert given["size_logits"] is second.size_logits
+    assert torch.equal(given["target_size"], step.targets.size)
+    assert torch.equal(given["size_right"], (second.size == step.targets.size).all(-1))
+    assert torch.equal(given["inp"], step.batch.query_input)
+    assert given["pair_summary"] is reading.pair_summary
+    assert torch.equal(given["task_ids"], step.batch.demo_task)
+    assert given["size_weight"] == pytest.approx(5 / 6)
+    backward = {id(call.given["output"]): call.result for call in step.calls["backward"]}
+    assert given["backward_logits"] is backward[id(second)]
+    assert given["logits"].requires_grad
+    assert not torch.equal(first.confidence, second.confidence)
+    weights = step.run.system.efe_loss
+    stated = {name: float(getattr(weights, f"lambda_{name}")) for name in PARTS}
+    stated["size"] *= 5 / 6
+    total = sum(stated[name] * float(parts[name].detach()) for name in PARTS)
+    assert float(parts["total"].detach()) == pytest.approx(total, rel=1e-5)
+
+
+TRAINED_BY = {
+    "risk": "agent.pointer.",
+    "amb": "agent.pointer.",
+    "step": "agent.confidence.",
+    "cons": "agent.pointer.",
+    "bi": "agent.backward_model.",
+    "z": "agent.confidence.",
+    "prompt": "qwen.project.",
+    "size": "agent.size_head.",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_of_the_loss_has_a_weight_and_trains_by_itself(ready, part):
+    """Breaks: that part's weight is 0 by default, or it does not enter the total."""
+    step = ready("--no_reward", "--clip", 1e9)
+    loss = step.run.system.efe_loss
+    assert float(getattr(loss, f"lambda_{part}")) > 0
+    step.keep_gradients()
+    for weight in (0.0, 1.0):
+        for name in PARTS:
+            getattr(loss, f"lambda_{name}").fill_(weight if name == part else 0.0)
+        for module in step.run.system.modules().values():
+            module.zero_grad()
+        step.take()
+        found = step.gradients()
+        pulled = {n for n in found if n.startswith(TRAINED_BY[part]) and found[n].abs().sum() > 0}
+        assert bool(pulled) == bool(weight)
+    if part in ("step", "z", "prompt", "size"):  # the others pull on cells, which all is read off
+        apart = {"agent.confidence.", "agent.size_head."} - {TRAINED_BY[part]}
+        assert all(found[n].abs().sum() == 0 for n in found if n.startswith(tuple(apart)))
+
+
+def test_the_divergence_backwards_trains_the_agent_through_its_answer(ready):
+    """Breaks: bi of a detached answer."""
+    step = ready("--no_reward", "--clip", 1e9)
+    step.keep_gradients()
+    for name in PARTS:
+        getattr(step.run.system.efe_loss, f"lambda_{name}").fill_(float(name == "bi"))
+    step.take()
+    found = step.gradients()
+    assert any(g.abs().sum() > 0 for n, g in found.items() if n.startswith("agent.pointer."))
+
+
+# ---------------------------------------------------------------- precision, gradients, steps
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("off", None), ("bf16", torch.bfloat16)])
+def test_mixed_precision_is_on_where_it_was_asked_for(ready, task_set, amp, dtype):
+    """Breaks: autocast never on (or always), in training or in evaluation."""
+    seen: list[Any] = []
+
+    def prepare(run, _):
+        for name in ("read", "answer", "refine", "backward"):
+            real = getattr(run.system, name)
+
+            def call(*args, real=real, **options):
+                seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+                return real(*args, **options)
+
+            setattr(run.system, name, call)
+
+    step = ready("--amp", amp, prepare=prepare)
+    step.take()
+    assert len(seen) >= 6
+    assert set(seen) == {dtype or False}
+    seen.clear()
+    keys = trainloop.validation_keys(task_set, None, 0)
+    trainloop.evaluate(step.run, task_set, keys, 1)
+    assert len(seen) >= 4
+    assert set(seen) == {dtype or False}
+
+
+def test_gradient_accumulation_averages(ready):
+    """Breaks: `loss / grad_accum` without the division, or by another number."""
+    found = {}
+    for n in (1, 3):
+        step = ready("--grad_accum", n, "--policy", "off", "--no_memory", "--clip", 1e9)
+        step.keep_gradients()
+        for number in range(n):
+            step.take(last=number == n - 1)
+        found[n] = step.gradients()
+    assert any(g.abs().sum() > 0 for g in found[1].values())
+    for name, gradient in found[1].items():
+        assert (found[3][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, name
+
+
+def test_every_learning_rate_follows_the_schedule(ready):
+    """Breaks: the factor of warmup and decay is logged and not applied."""
+    step = ready("--warmup_batches", 4, "--qwen_lr", 0.004)
+    rates = []
+    step.run.optimizer.step = lambda: rates.append(
+        {g["name"]: g["lr"] / g["base_lr"] for g in step.run.optimizer.param_groups}
+    )
+    for total in (0, 1, 3, 9):
+        step.run.progress.total = total
+        figures = step.take()
+        assert set(rates[-1].values()) == {figures["lr_factor"]} == {min(1.0, (total + 1) / 4)}
+    assert {"agent", "qwen", "qwen_heads", "task_tokens", "solver2"} <= set(rates[0])
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_moves_no_weight_and_no_average(ready, where):
+    """Breaks: only the loss, or only the gradient, is looked at; the average takes the batch in."""
+
+    def prepare(run, _):
+        real = run.system.efe_loss.forward
+
+        def forward(**given):
+            parts = real(**given)
+            if where == "loss":
+                return {**parts, "total": parts["total"] + float("inf")}
+            parts["total"].register_hook(lambda g: g * float("nan"))
+            return parts
+
+        run.system.efe_loss.forward = forward
+
+    step = ready("--no_reward", prepare=prepare)
+    main = [p for g in step.run.optimizer.param_groups for p in g["params"]]
+    before = [p.detach().clone() for p in main]
+    averages = [a.clone() for a in step.run.average.average]
+    step.take()
+    assert step.run.progress.skipped == step.run.progress.skipped_in_a_row == 1
+    assert differing(before, [p.detach() for p in main]) == []
+    assert step.run.average.n_updates == 0
+    assert differing(averages, step.run.average.average) == []
+
+
+def test_the_logged_gradient_norm_is_the_language_model_s(ready):
+    """Breaks: a constant, or another module's norm, in its place."""
+    step = ready("--clip", 1e9)
+    step.keep_gradients()
+    norms = []
+    for weight in (0.01, 50.0):  # the second a stronger pull on the prompt
+        for module in step.run.system.modules().values():
+            module.zero_grad()
+        step.run.system.efe_loss.lambda_prompt.fill_(weight)
+        figures = step.take()
+        found = step.gradients()
+        for name, backbone in (("qwen_grad", True), ("qwen_heads_grad", False)):
+            own = [
+                g.norm()
+                for n, g in found.items()
+                if n.startswith("qwen.") and n.startswith("qwen.backbone.") == backbone
+            ]
+            assert figures[name] == pytest.approx(float(torch.stack(own).norm()), rel=1e-4)
+        norms.append(figures["qwen_grad"])
+    assert norms[1] > 1.5 * norms[0] > 0
+
+
+def test_gradient_norms_are_those_of_the_loss_also_between_two_steps(ready):
+    """Breaks: norms of scaled gradients where the scaler has not yet taken its scale out."""
+    step = ready(
+        "--amp", "fp16", "--grad_accum", 2, "--policy", "off", "--no_memory", "--clip", 1e9
+    )
+    step.run.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    step.keep_gradients()
+    first, both = step.take(last=False), step.take()
+    assert step.run.progress.skipped == 0
+    for name in ("qwen_grad", "qwen_heads_grad"):
+        assert first[name] > 0
+        assert both[name] == pytest.approx(2 * first[name], rel=0.02), name
+
+
+# ---------------------------------------------------------------- the log
+
+
+LINE = re.compile(
+    r"^\[Batch +(\d+)\] Reward: (\S+) \| Loss: (\S+) \| Qwen_grad: (\S+) \| Mask_ratio: (\S+) \| "
+    r"d_acc: (\S+) \| Exact: (\S+)",
+    re.MULTILINE,
+)
+
+
+def test_the_batch_lines_and_summaries_say_the_figures_of_the_metrics(reference):
+    """Breaks: a constant or another figure in the line; a summary of the last batch alone."""
+    rows = {(row["epoch"], row["batch"]): row for row in reference.rows("batch")}
+    lines = LINE.findall(reference.out)
+    assert len(lines) == 2
+    names = ("reward", "loss", "qwen_grad", "mask_ratio", "d_acc", "exact")
+    for epoch, line in enumerate(lines):
+        row = rows[epoch, int(line[0])]
+        for name, said in zip(names, line[1:], strict=True):
+            close: Any = {"rel": 6e-3} if name == "qwen_grad" else {"abs": 6e-4}
+            assert float(said) == pytest.approx(row[name], **close), name
+    assert lines[0][1:] != lines[1][1:]
+    said = {
+        "loss": re.findall(r"Average Loss: (\S+)", reference.out),
+        "reward": re.findall(r"Average RL Reward: (\S+)", reference.out),
+        "qwen_grad": re.findall(r"Qwen Gradient Norm: (\S+)", reference.out),
+        "mask_ratio": re.findall(r"Average Mask Ratio: (\S+)", reference.out),
+    }
+    for epoch in (0, 1):
+        of_epoch = [row for key, row in rows.items() if key[0] == epoch]
+        assert len(of_epoch) > 1
+        (summary,) = (row for row in reference.rows("epoch") if row["epoch"] == epoch)
+        for name, values in said.items():
+            mean = sum(row[name] for row in of_epoch) / len(of_epoch)
+            assert summary[name] == pytest.approx(mean, rel=1e-6, abs=1e-9), name
+            assert float(values[epoch]) == pytest.approx(mean, rel=6e-3, abs=6e-5), name
+
+
+def test_every_figure_of_the_batch_line_is_its_own(ready):
+    """Breaks: one figure in the place of another (of an untrained model many are 0)."""
+    step = ready()
+    figures = step.take() | {
+        "reward": 0.1234, "loss": 2.3456, "qwen_grad": 3.45e-4, "mask_ratio": 0.4567,
+        "d_acc": -0.5678, "exact": 0.679,
+    }  # fmt: skip
+    said: list[str] = []
+    step.run.log.say = lambda text, **_: said.append(text)
+    step.run.progress.batch = 50
+    trainloop.log_batch(step.run, figures)
+    assert LINE.findall(said[0]) == [
+        ("50", "+0.1234", "2.3456", "3.45e-04", "0.4567", "-0.5678", "0.679")
+    ]
+    kept = trainloop.public(figures)
+    assert {name: figures[name] for name in kept} == pytest.approx(kept, abs=1e-6)
+    assert {"loss", "reward", "qwen_grad", "mask_ratio", "d_acc"} <= set(kept)
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+BAR = re.compile(r"Epoch 0: +\d+%\|[^|]*\| (\d+)/(\d+) \[")
+
+
+def test_a_terminal_shows_the_bar_and_a_resumed_one_goes_on_where_it_was(train, monkeypatch):
+    """Breaks: the bar never shown on a terminal, shown elsewhere, or begun at 0 on a resume."""
+    real, calls = trainloop.train_step, []
+
+    def step(*args, **options):
+        result = real(*args, **options)
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    flags = (
+        "--max_batches", 3, "--val_pairs", 1, "--eval_views", 1, "--policy", "off", "--planning_steps", 1,
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(trainloop, "train_step", step)
+        stopped = train(*flags)  # no terminal
+    assert stopped.code == 130
+    assert not BAR.search(stopped.err)
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "StringIO", Terminal)
+        resumed = train("--resume", *flags)
+    assert resumed.code == 0, resumed.err
+    shown = BAR.findall(resumed.err)
+    assert shown
+    assert shown[0] == ("2", "3")
+    assert "[Epoch 0] Val Accuracy" in resumed.out
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Terminal())
+        shows = [not trainloop.no_bar(argparse.Namespace(quiet=quiet)) for quiet in (False, True)]
+    assert shows == [True, False]
+
+
+# ---------------------------------------------------------------- the headline
+
+
+def test_the_headline_is_scored_with_the_last_weights_and_their_average(train, monkeypatch):
+    """Breaks: results.json scored with the best checkpoint's weights, or with its average."""
+    seen: list[dict[str, Any]] = []
+
+    def predict(system, *args, **options):
+        seen.append(
+            {
+                f"{module}.{name}": value.detach().clone()
+                for module, part in system.modules().items()
+                for name, value in part.state_dict().items()
+            }
+        )
+        return {}  # nothing is scored: the first epoch stays the best
+
+    monkeypatch.setattr(evaluation, "predict_tasks", predict)
+    outcome = train("--epochs", 2, "--max_batches", 2, "--ema", 0.5)
+    assert outcome.code == 0, outcome.err
+    best = torch.load(outcome.folder / "best_model.pt", weights_only=True)
+    last = outcome.checkpoint()
+    assert (best["epoch"], last["epoch"]) == (0, 1)
+    assert len(seen) == 4  # untrained, two validations, the headline
+
+    def as_evaluated(file):
+        found = {
+            f"{module}.{name}": value
+            for module in ("agent", "qwen", "solver2", "efe_loss", "policy_rl")
+            for name, value in file[module].items()
+        }
+        extra = file["extra"]
+        return found | dict(zip(extra["average_names"], extra["average"]["average"], strict=True))
+
+    headline = seen[-1]
+    wanted, other = as_evaluated(last), as_evaluated(best)
+    assert differing({n: headline[n] for n in wanted}, wanted) == []
+    averaged = set(last["extra"]["average_names"])
+    apart = {n for n in wanted if not torch.equal(wanted[n], other[n])}
+    assert apart & averaged  # the best is another model, in averaged
+    assert apart - averaged  # and in other weights
+    raw = {f"agent.{name}": value for name, value in last["agent"].items()}
+    assert any(not torch.equal(headline[n], raw[n]) for n in raw)
+
+
+def test_the_headline_is_of_all_test_pairs_and_validation_of_the_subset(train):
+    """Breaks: the headline on the validation subset; validation of whole tasks, not of the pairs."""
+    data = write_tasks(train.folder / "two.json", make_tasks(("flip", "same", "swap"), n_tests=2))
+    flags = ("--eval_views", 3, "--vote_batches", 1)
+    outcome = train("--epochs", 1, "--val_pairs", 3, *flags, data=data)
+    assert outcome.code == 0, outcome.err
+    results = json.loads((outcome.folder / "results.json").read_text())
+    assert results["n"] == 6
+    assert results["views"] == 3
+    assert results["batches_done"] == 1  # the first view is always whole
+    assert re.search(r"Val Accuracy: \d\.\d{4} \(\d/3\)", outcome.out)
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_evaluation_knows_the_training_tasks_the_views_and_the_seed(
+    ready, task_set, monkeypatch, seed
+):
+    """Breaks: evaluation without the tasks' own tokens, with other views, or blind to the seed."""
+    step = ready("--seed", seed)
+    given: dict[str, Any] = {}
+    real = evaluation.predict_tasks
+
+    def predict(system, tasks, views, **options):
+        given.update(options, tasks=tasks, views=views)
+        return real(system, tasks, views, **options)
+
+    monkeypatch.setattr(evaluation, "predict_tasks", predict)
+    keys = trainloop.validation_keys(task_set, None, seed)
+    result = trainloop.evaluate(step.run, task_set, keys, 3, max_batches=1)
+    assert given["views"] == dataset_arc.evaluation_views(3, seed)
+    assert given["seed"] == seed
+    assert given["only"] == keys
+    assert given["dtype"] is None
+    assert all(pair.output is None for task in given["tasks"] for pair in task.tests)
+    asked = [call.given["batch"] for call in step.calls["read"]]
+    table = step.run.stream.task_table
+    for batch in asked:
+        rows = [table[task_id] for task_id, *_ in batch.pair_ids]
+        assert batch.task_index.tolist() == rows
+    assert result["n"] == len(keys)
+    assert result["batches_done"] == len(asked) == 1  # --vote_batches: the first view alone
+
+
+def test_predictions_do_not_hang_on_the_generator_with_the_policy_on(whole_batch):
+    """Breaks: evaluation samples an action in place of taking the mean."""
+    system = lively_system()
+    a, b = (
+        system.predict(whole_batch, torch.Generator().manual_seed(seed))[0].logits
+        for seed in (1, 2)
+    )
+    assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------- seeds
+
+
+def test_another_seed_shows_the_tasks_in_other_views_and_so_does_another_epoch(train):
+    """Breaks: views that ignore --seed or the epoch."""
+
+    def views(seed, epoch):
+        run = train("--dry_run", "--seed", seed).run
+        shown = {}
+        for position in range(run.stream.n_batches(epoch)):
+            batch, _ = run.stream.batch(epoch, position)
+            for (task_id, *_), view in zip(batch.pair_ids, batch.views, strict=True):
+                shown[task_id] = view
+        assert len(shown) == 6
+        return shown
+
+    first = views(0, 0)
+    assert views(0, 0) == first
+    for other in (views(1, 0), views(0, 1)):
+        same = [task for task in first if first[task] == other[task]]
+        assert len(same) < 2
+
+
+# ---------------------------------------------------------------- flags
+
+
+def groups(run: Any) -> dict[str, Any]:
+    return {group["name"]: group for group in run.optimizer.param_groups}
+
+
+FLAGS: list[tuple[tuple[Any, ...], Callable[[Any], Any], Any]] = [
+    (("--qwen_cache_interval", 3), lambda run: run.system.qwen.cache.interval, 3),
+    (("--planning_steps", 2), lambda run: run.system.agent.config.n_steps, 2),
+    (("--blocks", 2), lambda run: len(run.system.agent.blocks), 2),
+    (("--width", 48), lambda run: run.system.agent.config.width, 48),
+    (("--max_context", 1), lambda run: run.stream.batch(0, 0)[0].context.shape[1], 1),
+    (("--batch_size", 3), lambda run: run.stream.batch(0, 0)[0].n_queries, 3),
+    (("--views", "off"), lambda run: set(run.stream.batch(0, 0)[0].views), {dataset_arc.View()}),
+    (("--ema", 0.5), lambda run: run.average.decay, 0.5),
+    (("--weight_decay", 0.3), lambda run: groups(run)["agent"]["weight_decay"], 0.3),
+    (("--weight_decay", 0.3), lambda run: groups(run)["task_tokens"]["weight_decay"], 0.0),
+    (
+        ("--agent_lr", 0.01, "--task_lr_factor", 3),
+        lambda run: groups(run)["task_tokens"]["base_lr"],
+        pytest.approx(0.03),
+    ),
+    (("--optimizer", "adamw"), lambda run: any(g["muon"] for g in groups(run).values()), False),
+    (("--optimizer", "muon"), lambda run: any(g["muon"] for g in groups(run).values()), True),
+    (("--warmup_batches", 7), lambda run: run.schedule.factor(0), pytest.approx(1 / 7)),
+    (("--schedule_batches", "3:9"), lambda run: run.schedule.factor(6) * 2, pytest.approx(1.0)),
+    (("--no_memory",), lambda run: run.system.solver2.use_memory, False),
+    (("--no_task_tokens",), lambda run: run.system.config.task_tokens, False),
+    (("--no_efe_extras",), lambda run: run.system.efe_loss.extras, False),
+    (("--no_hard_cells",), lambda run: run.system.efe_loss.hard_cells, False),
+    (("--policy", "random"), lambda run: run.system.config.policy, "random"),
+    (("--prompt", "no_qwen"), lambda run: run.system.qwen.mode, "no_qwen"),
+    (("--demonstrations", "off"), lambda run: run.system.config.demonstrations, "off"),
+    (("--stop_confidence", 0.5), lambda run: run.system.config.stop_confidence, 0.5),
+    (("--qwen_train", "frozen"), lambda run: run.system.qwen.lm_parameters(), []),
+    (("--seed", 5), lambda run: (run.stream.seed, run.system.config.seed), (5, 5)),
+    (("--amp", "fp16"), lambda run: (run.dtype, run.scaler.is_enabled()), (torch.float16, True)),
+    (("--amp", "bf16"), lambda run: (run.dtype, run.scaler.is_enabled()), (torch.bfloat16, False)),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "found", "expected"), FLAGS, ids=[" ".join(map(str, row[0])) for row in FLAGS]
+)
+def test_a_flag_reaches_what_it_names(train, flags, found, expected):
+    """Breaks: a flag that is parsed and not passed on (`--qwen_cache_interval` was one)."""
+    if flags == ("--batch_size", 3):
+        flags = ("--batch_size", 3, "--views", "off")
+    outcome = train("--dry_run", *flags)
+    assert outcome.code == 0, outcome.err
+    assert found(outcome.run) == expected
+
+
+def test_large_tasks_come_up_less_often_by_cost_power(train):
+    """Breaks: --cost_power not passed on."""
+    data = write_tasks(train.folder / "l.json", make_tasks(["same", "flip"] * 8, sides=(14, 15)))
+    n = [
+        train("--dry_run", "--cost_power", power, data=data).run.stream.n_batches(0)
+        for power in (0, 2)
+    ]
+    assert n[1] < 0.6 * n[0]
+
+
+def test_what_the_cache_holds_is_not_read_again_in_another_view(train):
+    """Breaks: --qwen_cache_interval not passed on, a cache that training does not ask, or one that
+    knows a pair in one view only."""
+    for interval, expected in ((1, True), (9, False)):
+        run = train("--dry_run", "--qwen_cache_interval", interval).run
+        assert run.system.qwen.training
+        read: list[int] = []
+        run.system.qwen.backbone.register_forward_hook(lambda *_, read=read: read.append(1))
+        for epoch in (0, 1):
+            read.clear()
+            for position in range(run.stream.n_batches(epoch)):
+                run.system.read(run.stream.batch(epoch, position)[0])
+            assert bool(read) == (expected or epoch == 0)
+
+
+def test_auto_is_the_device_that_is_there(train, monkeypatch):
+    """Breaks: --device auto says cuda without one, or is not the default."""
+    for there, expected in ((False, "cpu"), (True, "cuda")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda there=there: there)
+            assert trainloop.pick_device("auto") == expected
+            assert trainloop.pick_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert trainloop.parse_arguments([]).device == "auto"
+    outcome = train("--dry_run", "--width", 24, fast=False)
+    assert outcome.code == 0, outcome.err
+    assert outcome.run.device == "cpu"
+    assert "Device: cpu" in outcome.out
+
+
+@pytest.fixture(scope="module")
+def saved(tasks_file, tmp_path_factory):
+    """A run of six batches with a checkpoint after each; read it, do not change it."""
+    script = Script(tmp_path_factory.mktemp("saved"), tasks_file)
+    outcome = script(*SAVED)
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+SAVED = (
+    "--save_every", 1, "--max_batches", 6, "--batch_size", 3, "--eval_views", 1, "--policy", "off",
+    "--planning_steps", 1, "--best_metric", "cell_accuracy",
+)  # fmt: skip
+
+
+def test_five_checkpoints_are_kept_by_default(saved):
+    """Breaks: another default of --max_checkpoints, or --save_every not passed on."""
+    assert trainloop.parse_arguments([]).max_checkpoints == 5
+    assert trainloop.parse_arguments([]).save_every == 50
+    assert saved.run.progress.total == 6
+    assert len(list((saved.folder / "checkpoints").glob("*.pt"))) == 5
+
+
+def test_the_best_model_is_best_by_the_metric_that_was_asked_for(saved):
+    """Breaks: --best_metric ignored."""
+    best = json.loads((saved.folder / "best_metadata.json").read_text())
+    assert "cell_accuracy" in json.dumps(best.get("metric_name", best.get("metric")))
+    (row,) = saved.rows("epoch")
+    assert saved.run.progress.best == row["cell_accuracy"] != row["accuracy_delta"]
+
+
+# ---------------------------------------------------------------- checkpoints and metrics
+
+
+def test_a_checkpoint_says_the_figures_of_its_batch(saved):
+    """Breaks: checkpoints without metrics, or with another batch's."""
+    from model_persistence import ModelPersistence
+
+    rows = {row["batch"]: row for row in saved.rows("batch")}
+    of_batches = {
+        entry["batch"]: entry["metrics"]
+        for entry in ModelPersistence(saved.folder).checkpoints.values()
+        if "accuracy_delta" not in entry["metrics"] and entry["metrics"]
+    }
+    assert len(of_batches) >= 3
+    for batch, metrics in of_batches.items():
+        for name in ("loss", "reward", "qwen_grad", "mask_ratio", "d_acc"):
+            assert metrics[name] == pytest.approx(rows[batch][name], abs=1e-6)
+
+
+def test_a_run_that_lost_its_last_batches_writes_their_metrics_once(saved, train):
+    """Breaks: metrics of batches after the checkpoint are kept and written again."""
+    folder = train.folder / saved.folder.name
+    shutil.copytree(saved.folder, folder)
+    for file in sorted((folder / "checkpoints").glob("*.pt"))[1:]:
+        file.unlink()
+    again = train("--resume", folder, *SAVED)
+    assert again.code == 0, again.err
+    assert "batches lost: 0" not in again.out
+    assert again.figures() == saved.figures()
+    assert len(again.figures()) == 6
+    assert len(again.rows("epoch")) == 1
+
+
+# ---------------------------------------------------------------- the agent
+
+
+def test_every_planning_step_goes_through_the_blocks(whole_batch):
+    """Breaks: the block applied at step 0 only (five heads on one state)."""
+    system = lively_system()
+    (block,) = system.agent.blocks
+    real, seen = block.forward, []
+
+    def first_only(x, *rest):
+        seen.append(x)
+        return real(x, *rest) if len(seen) == 1 else x
+
+    with torch.no_grad():
+        reading = system.read(whole_batch)
+        honest = system.answer(reading).logits
+        block.forward = first_only
+        lazy = system.answer(reading).logits
+    assert len(honest) == len(seen) == 5
+    assert torch.equal(honest[0], lazy[0])
+    for step in range(1, 5):
+        assert not torch.allclose(honest[step], lazy[step], atol=1e-4), step
+
+
+def test_every_planning_step_has_a_token_of_its_own(whole_batch):
+    """Breaks: one step token for all steps."""
+    system = lively_system()
+    answer = system.answer(system.read(whole_batch))
+    answer.logits[-1].exp().square().sum().backward()
+    gradient = system.agent.step_token.grad
+    assert (gradient.abs().sum(1) > 0).all()
+
+
+def test_own_tokens_and_views_reach_the_queries_they_belong_to(task_set):
+    """Breaks: one task's tokens, or one view's token, for every query."""
+    stream = dataset_arc.TrainingStream(task_set.train, seed=0, batch_size=6)
+    batches = (batch for epoch in range(9) for batch, _ in stream.epoch(epoch))
+    batch = next(batch for batch in batches if len(batch.view_id.unique()) == 2)
+    with torch.no_grad():
+        system = lively_system()
+        base = system.read(batch).prompt.tokens
+        for index, table in (
+            (batch.task_index, system.solver2.task_tokens.weight),
+            (batch.view_id, system.solver2.view_tokens.weight),
+        ):
+            assert len(index.unique()) == 2
+            for row in index.unique().tolist():
+                before = table[row].clone()
+                table[row] += 1.0
+                changed = (system.read(batch).prompt.tokens != base).flatten(1).any(1)
+                assert changed.tolist() == (index == row).tolist()
+                table[row] = before
+
+
+def test_recomputed_activations_are_computed_twice(whole_batch):
+    """Breaks: gradient checkpointing switched on does nothing."""
+    runs = {}
+    for recompute in (False, True):
+        module = build_qwen_prompt(
+            "tiny", width=32, n_control=N_CONTROL, gradient_checkpointing=recompute
+        )
+        calls: list[int] = []
+        layer: Any = module.backbone.get_submodule("layers.0.mlp")
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        tokens = module(whole_batch).tokens
+        forward = len(calls)
+        tokens.square().sum().backward()
+        runs[recompute] = len(calls) / forward
+    assert runs == {False: 1.0, True: 2.0}
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_memory_keeps_each_task_s_own_summary_under_its_own_name(ready):
+    """Breaks: summaries stored under another task's name, or with the task's tokens inside."""
+    stored = []
+    for sign in (1.0, -1.0):
+        step = ready()
+        system = step.run.system
+        with torch.no_grad():
+            system.solver2.task_tokens.weight.mul_(sign)
+            system.solver2.unknown.mul_(sign)
+            system.solver2.view_tokens.weight.mul_(sign)
+            wanted = system.qwen(step.batch).summary
+        step.run.threshold.get_threshold = lambda: -1.0
+        step.take()
+        bank = {
+            int(owner): key
+            for owner, key in zip(system.solver2.owners, system.solver2.keys, strict=True)
+            if owner >= 0
+        }
+        assert set(bank) == set(step.batch.task_index.tolist())
+        assert len(bank) == 2
+        for row, key in bank.items():
+            own = wanted[step.batch.task_index == row]
+            torch.testing.assert_close(key, own.mean(0))
+        stored.append(system.solver2.keys.clone())
+    assert torch.equal(stored[0], stored[1])
+
+
+def test_memory_takes_only_the_tasks_above_the_threshold(ready):
+    """Breaks: the mean of the batch, or of one query, in place of each task's own accuracy."""
+
+    def prepare(run, targets):
+        grids = targets.output.clone()
+        wrong = run.good_task != run.query_task
+        grids[wrong] = torch.where(grids[wrong] >= 0, (grids[wrong] + 1) % 10, -1)
+        say(run, *[showing(grids, targets.size)] * 2)
+
+    for good in (0, 1):
+        step = ready()
+        step.run.good_task, step.run.query_task = good, step.batch.query_task
+        system = step.run.system
+        prepare(step.run, step.targets)
+        step.run.threshold.get_threshold = lambda: 0.9
+        figures = step.take()
+        rows = {int(i) for i in step.batch.task_index[step.batch.query_task == good]}
+        assert {int(o) for o in system.solver2.owners if o >= 0} == rows
+        assert figures["stored"] == 1
+        assert system.solver2.scores.max() == 1.0
+
+
+@pytest.mark.parametrize("option", ["prompt", "demonstrations"])
+def test_a_shuffled_prompt_is_never_kept(option):
+    """Breaks: another task's prompt stored under this one's name, back to its own task later."""
+    assert lively_system().solver2.use_memory
+    options: dict[str, Any] = {option: "shuffled"}
+    assert not lively_system(**options).solver2.use_memory
+
+
+def test_the_threshold_takes_in_the_mean_accuracy_of_the_epoch(reference):
+    """Breaks: the running average fed with another figure, or with the last batch alone."""
+    epochs = reference.rows("epoch")
+    ema = 0.2
+    for row in epochs:
+        ema = 0.9 * ema + 0.1 * row["accuracy"]
+    assert reference.run.threshold.n_updates == len(epochs) == 2
+    assert reference.run.threshold.get_threshold() == pytest.approx(1.1 * ema)
