@@ -592,7 +592,7 @@ class BackwardModel(nn.Module):
         self.film = nn.Linear(prompt_width, width)
         self.norm = RmsNorm(width)
         self.to_pointer = nn.Linear(width, N_BACKWARD_POINTERS)
-        nn.init.zeros_(self.to_pointer.weight)
+        nn.init.normal_(self.to_pointer.weight, std=0.02)
         nn.init.zeros_(self.to_pointer.bias)
         with torch.no_grad():
             self.to_pointer.bias[0] = 2.0  # a copy, until told otherwise
@@ -853,14 +853,14 @@ class ArcAgent(nn.Module):
         """Log-probabilities (Q, rows, cols, 10) over the input's cells, judging by an answer:
         probabilities (Q, H, W, 10) of its colours, and its size (Q, 2).
 
-        learn=False: gradient to `colours` alone; the backward model's weights learn nothing.
+        learn=False: gradient to `colours` and `summary`; the backward model's weights learn nothing.
         """
         canvas = tuple(batch.query_input.shape[1:])
         given = (colours, size, batch.query_input_size, canvas, summary, rule)
         if learn:
             return self.backward_model(*given)
         fixed = {name: p.detach() for name, p in self.backward_model.named_parameters()}
-        given = (*given[:4], summary.detach(), rule.detach())
+        given = (*given[:5], rule.detach())
         return torch.func.functional_call(self.backward_model, fixed, given)
 
     def forward(

@@ -137,8 +137,8 @@ class System:
 
     def backward(self, reading: Reading, output: AgentOutput) -> Tensor:
         """The backward model's log-probabilities (Q, rows, cols, 10) over the inputs, given the
-        agent's answer as it is, in probabilities. Gradient reaches the answer alone: the backward
-        model never learns to excuse a wrong one."""
+        agent's answer as it is, in probabilities. Gradient reaches answer and prompt; the backward
+        model's weights never learn to excuse a wrong one."""
         colours = output.logits[-1].exp()
         return self._backward(reading, colours, output.size, learn=False)
 

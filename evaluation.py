@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import one_hot
 
+from arc_agent import AgentOutput
 from arc_system import System
 from dataset_arc import Batch, Collator, Task, View, evaluation_batches
 from grid_accuracy_loss import COLOURS, copied_share, pick_colour, weighted_cell_mean
@@ -26,8 +27,11 @@ from reward_shaping import beyond_copying
 Grid = NDArray[np.uint8]
 Key = tuple[str, int]  # task id, number of the test input
 
-SURE_WEIGHT = 0.5  # a view's vote counts 1 + 0.5 * probability + 0.25 * reversibility (guess)
-REVERSIBLE_WEIGHT = 0.25
+# A view's vote counts 1 + SURE_WEIGHT * probability + REVERSIBLE_WEIGHT * reversibility.
+SURE_WEIGHT = 0.5  # guess
+# Chosen on demonstrations told from each other, never on test outputs: no weight above 0 won a
+# grid there (270 exact of 1012 at 0; 265, 266, 263 at 0.25, 0.5, 1). benchmarks/bench_reversibility.py
+REVERSIBLE_WEIGHT = 0.0
 EARLIER_WEIGHT = 1e-3  # the answers of earlier planning steps only break ties and fill attempt 2
 N_ATTEMPTS = 2
 N_COST_GROUPS = 12  # of tasks, by size: in a hurry, each gets all its views in turn
@@ -122,7 +126,10 @@ def predict_tasks(
                 grids, *earlier = (
                     output.grids(step).cpu().numpy() for step in range(n_steps - 1, -1, -1)
                 )
-                sure, reversible = _vote_weights(on_device, output, backward)
+                sure = answer_probability(output).tolist()
+                reversible = reversibility(
+                    on_device, output.grids(), output.size, backward
+                ).tolist()
                 sizes, taken = output.size.tolist(), output.n_steps.tolist()
                 for row, (task_id, _, number_in_task) in enumerate(batch.pair_ids):
                     key = (task_id, number_in_task)
@@ -168,17 +175,26 @@ def _cells(task: Task) -> int:
     return max(g.size for pair in pairs for g in (pair.input, pair.output) if g is not None)
 
 
-def _vote_weights(batch: Batch, output: Any, backward: torch.Tensor) -> tuple[list, list]:
-    """Per query: probability of the answer's cells, and reversibility: probability of the input's
-    cells by the backward model (both geometric means), beyond what the answer simply shows."""
-    inside = output.grids() >= 0
-    best = output.logits[-1].amax(-1)
-    sure = ((best * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)).exp()
+def reversibility(
+    batch: Batch, grids: torch.Tensor, size: torch.Tensor, backward: torch.Tensor
+) -> torch.Tensor:
+    """How well the inputs can be told from answers, (Q,) in [0, 1]: probability of the input's
+    cells by the backward model (geometric mean), beyond what the answer shows as it is.
+
+    grids (Q, H, W) colours and size (Q, 2) of the answers; backward: the backward model's
+    log-probabilities (Q, rows, cols, 10) of them, from `System.backward_of` or `System.predict`.
+    """
     inp = batch.query_input
     told = weighted_cell_mean(pick_colour(backward, inp), inp).exp()
-    answer = one_hot(output.grids().clamp(min=0), COLOURS)
-    copied = copied_share(answer, output.size, inp, batch.query_input_size)
-    return sure.tolist(), beyond_copying(told, copied).tolist()
+    answer = one_hot(grids.clamp(min=0), COLOURS)
+    return beyond_copying(told, copied_share(answer, size, inp, batch.query_input_size))
+
+
+def answer_probability(output: AgentOutput) -> torch.Tensor:
+    """Probability of the answer's cells (Q,), geometric mean."""
+    inside = output.grids() >= 0
+    best = output.logits[-1].amax(-1)
+    return ((best * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)).exp()
 
 
 class Outcome(NamedTuple):

@@ -1623,10 +1623,20 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
         run.log.record({"kind": "start", "epoch": -1, "untrained": untrained})
     views = args.eval_views or (2 if run.device == "cpu" and plan.deadline is None else 8)
     if plan.deadline is not None:
-        # Voting gets what it needs for its views, but at most a quarter of the whole budget.
+        # Voting gets what it needs for its views, but at most a quarter of the whole budget; its
+        # first view is always whole. Training gets half of what is left at least.
         view_s = run.clock.query_s * len(plan.final)
         share = min(1.2 * views * view_s, 0.25 * 60 * args.time_budget)
-        plan.train_until = plan.deadline - FINAL_RESERVE_S - max(share, 1.3 * view_s)
+        now = time.monotonic()
+        until = plan.deadline - FINAL_RESERVE_S - max(share, 1.3 * view_s)
+        plan.train_until = max(until, now + 0.5 * (plan.deadline - FINAL_RESERVE_S - now))
+        if plan.train_until > until:
+            over = plan.train_until + 1.3 * view_s + FINAL_RESERVE_S - plan.deadline
+            run.log.say(
+                f"This machine needs about {view_s:.0f} s for one view of the final evaluation: "
+                f"--time_budget {args.time_budget:g} will be overrun by about {max(0.0, over):.0f} s",
+                important=True,
+            )
     run.train_started, run.resumed_at = time.monotonic(), progress.total
     train(run, plan, persistence)
     if plan.final:

@@ -42,6 +42,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "prompt shuffled": ("--prompt", "shuffled"),
     "no Qwen": ("--prompt", "no_qwen"),
     "frozen Qwen": ("--qwen_train", "frozen"),
+    "readings reused": ("--qwen_cache_interval", "10"),
     "policy off": ("--policy", "off"),
     "policy random": ("--policy", "random"),
     "no memory": ("--no_memory",),

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import lively_system
+from conftest import lively_system, make_task, write_tasks
 
 import dataset_arc
 import grid_features
@@ -26,6 +26,7 @@ from arc_agent import (
     rotate,
     size_mask,
 )
+from arc_system import SystemConfig, build_system
 from dataset_arc import N_SIZE_CANDIDATES
 
 
@@ -223,6 +224,77 @@ def test_the_backward_model_learns_from_the_answer_alone(system, batch):
     with torch.no_grad():
         again = system.backward(dataclasses.replace(reading, batch=other), answer)
     assert torch.equal(back.detach(), again)
+
+
+def gradients_of_the_backward_model(system, loss):
+    parameters = list(system.agent.backward_model.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return sum(float(g.abs().sum()) for g in found if g is not None)
+
+
+def test_the_true_output_teaches_the_backward_model_and_the_predicted_one_the_agent(batch):
+    """A wrong answer reaches the agent through it, and none of its weights."""
+    system = lively_system().train()
+    reading = system.read(batch)
+    answer = system.answer(reading)
+    back = system.backward(reading, answer).square().sum()
+    assert back.requires_grad
+    assert gradients_of_the_backward_model(system, back) == 0
+    (reached,) = torch.autograd.grad(back, system.agent.rule.features.weight, retain_graph=True)
+    assert reached.abs().sum() > 0
+    true = system.backward_of(reading, answer.grids(), answer.size).square().sum()
+    assert gradients_of_the_backward_model(system, true) > 0
+    agent = torch.autograd.grad(true, system.agent.rule.features.weight, allow_unused=True)
+    assert agent == (None,)
+
+
+def test_the_same_grid_reads_the_same_in_probabilities_and_in_colours(system, batch):
+    with torch.no_grad():
+        reading = system.read(batch)
+        answer = system.answer(reading)
+        colours = torch.nn.functional.one_hot(answer.logits[-1].argmax(-1), 10).float()
+        certain = dataclasses.replace(answer, logits=colours.log().unsqueeze(0))
+        a = system.backward(reading, certain)
+        b = system.backward_of(reading, answer.grids(), answer.size)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rule", ["flip", "turn", "recolour"])
+def test_the_fit_knows_the_inverse_of_a_rule_that_only_the_demonstrations_show(tmp_path, rule):
+    """An untrained backward model tells the input from the true output, and not from a copy of the
+    input, nor without demonstrations."""
+    path = write_tasks(tmp_path / "one.json", {"a": make_task(rule, n_demonstrations=4)})
+    tasks = dataset_arc.load_tasks(path).train
+    fresh = build_system(SystemConfig(width=32, heads=2, n_tasks=1))
+    batch = next(dataset_arc.evaluation_batches(tasks))
+    truth = dataset_arc.evaluation_targets(tasks, batch)
+    blind = dataclasses.replace(batch, context=torch.full_like(batch.context, -1))
+    with torch.no_grad():
+        reading, nothing = fresh.read(batch), fresh.read(blind)
+        assert nothing.inverse.eq(0).all()
+        told = {
+            "truth": fresh.backward_of(reading, truth.output, truth.size),
+            "copy": fresh.backward_of(reading, batch.query_input, batch.query_input_size),
+            "no demonstrations": fresh.backward_of(nothing, truth.output, truth.size),
+        }
+    index = batch.query_input.clamp(min=0).unsqueeze(-1)
+    p = {name: float(back.exp().gather(-1, index).mean()) for name, back in told.items()}
+    assert p["truth"] > p["copy"] + 0.1
+    assert p["truth"] > p["no demonstrations"] + 0.1
+
+
+def test_the_backward_model_does_not_depend_on_the_other_queries_of_a_batch(system, task_set):
+    together = next(dataset_arc.evaluation_batches(task_set.train, batch_size=6))
+    truth = dataset_arc.evaluation_targets(task_set.train, together)
+    with torch.no_grad():
+        at_once = system.backward_of(system.read(together), truth.output, truth.size)
+        for row, (task_id, _, _) in enumerate(together.pair_ids):
+            task = [t for t in task_set.train if t.task_id == task_id]
+            alone = next(dataset_arc.evaluation_batches(task))
+            own = dataset_arc.evaluation_targets(task, alone)
+            one = system.backward_of(system.read(alone), own.output, own.size)[0]
+            rows, cols = one.shape[:2]
+            torch.testing.assert_close(at_once[row, :rows, :cols], one, atol=2e-4, rtol=1e-3)
 
 
 # ---------------------------------------------------------------- demonstrations

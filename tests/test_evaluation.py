@@ -12,7 +12,7 @@ import torch
 
 import dataset_arc
 from dataset_arc import Pair, Task, View, evaluation_views
-from evaluation import Prediction, predict_tasks, score, without_outputs
+from evaluation import Prediction, predict_tasks, reversibility, score, without_outputs
 
 
 def grid(*rows):
@@ -301,3 +301,13 @@ def test_slices_of_the_real_set_have_the_published_counts():
     assert {name: c["exact_at_2"] for name, c in result["slices"].items()} == {
         "arc1_train": 408, "arc1_eval": 394, "arc2_new": 274, "small": 325,
     }  # fmt: skip
+
+
+def test_reversibility_is_what_is_told_beyond_what_is_shown():
+    inp = torch.tensor([[[1, 2], [3, -1]], [[1, 2], [3, -1]]])
+    batch: Any = SimpleNamespace(query_input=inp, query_input_size=torch.tensor([[2, 2]] * 2))
+    grids = torch.tensor([[[1, 2], [3, 0]], [[0, 0], [0, 0]]])
+    sure = torch.nn.functional.one_hot(inp.clamp(min=0), 10).float().clamp(min=1e-5).log()
+    half = torch.where(sure > -1, -np.log(2.0), sure)
+    got = reversibility(batch, grids, batch.query_input_size, torch.stack([sure[0], half[1]]))
+    assert got.tolist() == pytest.approx([0.5, 0.75])  # a copy; told by half, nothing shown

@@ -11,6 +11,7 @@ from torch.nn import functional
 from grid_accuracy_loss import (
     cell_accuracy,
     cell_cross_entropy,
+    copied_share,
     exact_match,
     grid_sizes,
     hard_cell_scale,
@@ -18,6 +19,7 @@ from grid_accuracy_loss import (
     mask_ratio,
     resize_grids,
     resize_logits,
+    resize_turned,
     size_match,
     valid_cells,
 )
@@ -223,3 +225,28 @@ def test_a_prediction_without_cells_becomes_empty() -> None:
     empty = torch.full((1, 2, 2), -1)
     got = resize_grids(empty, torch.tensor([[0, 0]]), torch.tensor([[2, 2]]), (2, 2))
     assert got.eq(-1).all()
+
+
+@pytest.mark.parametrize("to_size", [(2, 3), (3, 2), (4, 5), (1, 1)])
+def test_turned_grids_are_the_eight_orientations_each_resized(to_size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 2, 3, 10, generator=generator)
+    sizes = torch.tensor([[2, 3]]), torch.tensor([to_size])
+    got = resize_turned(functional.pad(logits, (0, 0, 0, 2, 0, 1), value=9.0), *sizes, (5, 6))
+    for k in range(8):
+        grid = logits.transpose(1, 2) if k >= 4 else logits
+        size = sizes[0].flip(1) if k >= 4 else sizes[0]
+        grid = grid.flip(2) if k % 2 else grid
+        grid = grid.flip(1) if k % 4 >= 2 else grid
+        wanted = resize_logits(grid, size, sizes[1], (5, 6))
+        torch.testing.assert_close(got[:, k], wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_copied_share_is_what_an_answer_shows_of_the_input() -> None:
+    inp = torch.tensor([[[1, 2], [3, 4]], [[1, 2], [-1, -1]]])
+    answer = torch.tensor([[[1, 0, 9], [3, 0, 9]], [[1, 2, 9], [9, 9, 9]]])
+    colours = functional.one_hot(answer, 10).float()
+    size = torch.tensor([[2, 2], [1, 2]])
+    assert copied_share(colours, size, inp, size).tolist() == [0.5, 1.0]
+    other = torch.tensor([[1, 1], [1, 2]])  # a single cell, spread over the input
+    assert copied_share(colours, other, inp, size).tolist() == [0.25, 1.0]

@@ -244,6 +244,18 @@ def test_bi_reaches_the_agent_through_a_live_backward_model() -> None:
     assert all(g.abs().sum() > 0 for g in gradients)
 
 
+def test_bi_is_of_the_predicted_and_of_the_true_output() -> None:
+    """The agent's part and the backward model's, each with its own gradient."""
+    values = example()
+    both = {**values, "backward_logits_true": torch.randn(BATCH, 3, 3, 10).requires_grad_()}
+    one = EFELoss()(**values)["bi"]
+    out = EFELoss()(**both)["bi"]
+    more = backward_divergence(both["backward_logits_true"], values["inp"], 0.05).mean()
+    torch.testing.assert_close(out, one + more)
+    leaves = [both["backward_logits"], both["backward_logits_true"]]
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out, leaves))
+
+
 def test_prompt_part_falls_with_consistency() -> None:
     summary = example()["pair_summary"].detach()
     task_ids = example()["task_ids"]

@@ -217,6 +217,17 @@ def test_reversibility_uses_the_reconstructions() -> None:
     )
     assert parts["d_rev"].eq(1).all()
     assert reward.eq(0.5).all()
+    _, parts = policy().compute_reward(
+        target,
+        target,
+        target,
+        inp,
+        reconstruction_before=inp,
+        reconstruction_after=inp,
+        copied_before=torch.full((BATCH,), 0.8),
+        copied_after=torch.full((BATCH,), 0.2),
+    )
+    assert parts["d_rev"].tolist() == pytest.approx([0.3] * BATCH)
 
 
 def soft_setting() -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from reward_shaping import (
     REWARD_WEIGHTS,
     accuracy,
+    beyond_copying,
     colour_agreement,
     hard_scores,
     reversibility,
@@ -163,3 +164,14 @@ def test_without_size_or_backward_model_these_parts_are_zero() -> None:
     assert scores["d_size"].eq(0).all()
     assert scores["d_rev"].eq(0).all()
     torch.testing.assert_close(scores["d_acc"], torch.full((3,), 0.1))
+
+
+def test_reversibility_counts_what_is_told_beyond_a_copy() -> None:
+    """A copy that gives the input back earns nothing; a changed answer that does so earns."""
+    inp = grids(2)
+    copied = torch.tensor([1.0, 0.4, 0.0])
+    assert reversibility(inp, inp, copied).tolist() == pytest.approx([0.5, 0.8, 1.0])
+    soft = soft_reversibility(certain(inp), inp, copied)
+    torch.testing.assert_close(soft, beyond_copying(torch.ones(3), copied))
+    nothing = torch.where(inp >= 0, (inp + 1) % 10, inp)
+    assert reversibility(nothing, inp, torch.ones(3)).eq(0).all()

@@ -885,7 +885,13 @@ def test_fix_2_the_reward_is_part_of_the_gradient_of_agent_and_qwen(fresh_run):
     on, _ = gradients(*fresh_run("--clip", 1e9))
     off, _ = gradients(*fresh_run("--clip", 1e9, "--no_reward"))
     for module in ("agent.", "qwen.backbone.", "qwen.project"):
-        names = [n for n in on if n.startswith(module) and on[n] is not None]
+        # The backward model learns from true outputs alone: no reward reaches it.
+        names = [
+            n
+            for n in on
+            if n.startswith(module) and "backward_model" not in n and on[n] is not None
+            if on[n].any()  # zero weights keep some of the agent out of the first step
+        ]
         assert names
         changed = [n for n in names if not torch.allclose(on[n], off[n], rtol=1e-3, atol=1e-9)]
         assert len(changed) > 0.5 * len(names), module
@@ -1276,6 +1282,38 @@ def test_the_policy_learns_after_the_main_step_and_never_twice_through_one_graph
     for _ in range(2):  # a second backward through a freed graph would raise
         trainloop.train_step(run, batch, targets)
     assert order == ["main", "policy"] * 2
+
+
+def test_bit_the_backward_model_learns_from_the_true_output_alone(fresh_run):
+    """What train_step hands to the loss: the agent's answer with gradient to the agent, the target
+    with gradient to the backward model."""
+    run, batch, targets = fresh_run()
+    seen = {}
+    run.system.efe_loss.register_forward_pre_hook(
+        lambda _, __, options: seen.update(options), with_kwargs=True
+    )
+    read_grids = run.system.backward_of
+    run.system.backward_of = lambda reading, grids, size: (
+        seen.setdefault("true", (grids, size)) and read_grids(reading, grids, size)
+    )
+    weights = list(run.system.agent.backward_model.parameters())
+    found = []
+
+    def look(*_):
+        for name in ("backward_logits", "backward_logits_true"):
+            loss = seen[name].square().sum()
+            kwargs = {"allow_unused": True, "retain_graph": True}
+            grads = torch.autograd.grad(loss, weights, **kwargs)
+            agent = torch.autograd.grad(loss, [run.system.agent.rule.gain], **kwargs)
+            found.append(
+                [any(g is not None and bool(g.any()) for g in gs) for gs in (grads, agent)]
+            )
+
+    run.system.efe_loss.register_forward_hook(look)
+    trainloop.train_step(run, batch, targets)
+    assert found == [[False, True], [True, False]]
+    assert torch.equal(seen["true"][0], targets.output)
+    assert torch.equal(seen["true"][1], targets.size)
 
 
 def test_random_refinement_learns_nothing(train):
