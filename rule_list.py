@@ -1,0 +1,897 @@
+"""Hypotheses: short lists of exact rules fitted to a query's demonstrations, and their verdict.
+
+A *rule list* is a default pointer and a few exceptions "fact (and fact) -> pointer"; a pointer is a
+source of `grid_features` (or one made here) or a colour, and every exception is right on every
+demonstration cell it touches. An *arm* is one way of fitting. A *verdict* says how many of the
+demonstrations the same arm re-predicts exactly, own size included, each from the others.
+The module never sees a query's output, learns nothing across tasks, prints nothing, draws no random
+numbers, keeps nothing between calls and needs NumPy alone.
+Use: `from rule_list import fit_task, leave_one_out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import grid_features
+from dataset_arc import DEMONSTRATION_RULE_NAMES, demonstration_rules
+from grid_features import (
+    CELL_FEATURE_BINS,
+    CELL_FEATURE_NAMES,
+    COLOURS,
+    MAX_SIDE,
+    N_CELL_FEATURES,
+    N_SOURCES,
+    OUTSIDE,
+    SIZE_RULE_NAMES,
+    SOURCE_INDEX,
+    SOURCE_NAMES,
+    GridAnalysis,
+)
+
+Grid = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Words = NDArray[np.uint64]
+Subset = tuple[int, ...]  # numbers of demonstrations, rising
+
+# ---------------------------------------------------------------- what is handed out
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an arm does on the demonstrations of a context, each predicted from the others.
+
+    n_right of n_tried were exact, own size included; cells_frac is the mean share of right cells, 0
+    where the size is wrong. A context of one demonstration tries none.
+    """
+
+    n_right: int
+    n_tried: int
+    cells_frac: float
+
+    @property
+    def full(self) -> bool:
+        """Every demonstration was re-predicted from the others."""
+        return 0 < self.n_tried == self.n_right
+
+    @property
+    def share(self) -> float:
+        """n_right / n_tried, 0 where nothing could be tried."""
+        return self.n_right / self.n_tried if self.n_tried else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Hypothesis:
+    """One explanation of a context and its answer to the query.
+
+    answer: uint8 (rows, cols), colours 0..9, at the size the hypothesis predicts.
+    explains: the rules are right on every cell of every demonstration of the context.
+    words: the rules, for instance "identity; where enclosure = 2: colour 4".
+    size_rule: the name of what predicted the size.
+    """
+
+    arm: str
+    answer: Grid
+    verdict: Verdict
+    explains: bool
+    n_rules: int
+    words: str
+    size_rule: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of fitting.
+
+    default: which pointer is the default, 0 the one right most often, 1 the next different one.
+    facts: at most so many facts in an exception, 1 or 2.
+    compare: facts "source a shows what source b shows" and "is not" too.
+    extra: names of EXTRA_SOURCES whose grids become pointers too.
+    second: fitted again with the answer of the best arm so far analysed beside the input.
+    """
+
+    default: int = 0
+    facts: int = 2
+    compare: bool = False
+    objects: bool = False
+    extra: tuple[str, ...] = ()
+    second: bool = False
+    max_cells: int = 1600
+
+
+ARMS: dict[str, Arm] = {
+    "plain": Arm(facts=1),
+    "pairs": Arm(),
+    "pairs_second_default": Arm(default=1),
+    "compare": Arm(compare=True),
+    "deep": Arm(extra=("deep",)),
+    "again": Arm(second=True),
+    "deep_again": Arm(extra=("deep",), second=True),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on work, all stated in the result.
+
+    max_cells: cells of a context's demonstration outputs; an arm's own bound applies where smaller.
+    max_rules: exceptions in a list. stop: later arms are not run once an arm's verdict is full.
+    """
+
+    max_cells: int = 6000
+    max_rules: int = 6
+    stop: bool = True
+
+
+# ---------------------------------------------------------------- bits
+
+
+def _pack(rows: Bools) -> Words:
+    """Bools (n, cells) as words (n, ceil(cells / 64)); the rest of the last word is 0."""
+    n, cells = rows.shape
+    width = -(-cells // 64)
+    packed = np.zeros((n, width * 8), np.uint8)
+    packed[:, : -(-cells // 8)] = np.packbits(rows, axis=1, bitorder="little")
+    return packed.view(np.uint64)
+
+
+def _mixed(words: Words, key: int) -> Words:
+    """A 64-bit hash (n,) of words (n, width), fixed for all time by key."""
+    with np.errstate(over="ignore"):
+        z = np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z += np.uint64(key + 1) * np.uint64(0xD1B54A32D192ED03)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9) | np.uint64(1)
+        h = (words ^ (words >> np.uint64(32))) * z
+        h ^= h >> np.uint64(29)
+        h *= np.uint64(0x94D049BB133111EB)
+        h ^= h >> np.uint64(32)
+        return h.sum(1, dtype=np.uint64)
+
+
+def _touches(a: Words, b: Words) -> Bools:
+    """Which rows of a (n, width) share a bit with which rows of b (m, width): (n, m)."""
+    out = np.zeros((a.shape[0], b.shape[0]), bool)
+    for x, y in zip(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), strict=True):
+        out |= (x[:, None] & y) != 0
+    return out
+
+
+# ---------------------------------------------------------------- facts
+
+# A fact is (operation, row, argument) over the value rows of `_rows`.
+_EQUALS, _AT_LEAST, _NOT, _LIKE, _UNLIKE = range(5)
+_POSITIONS = ("row", "row from below", "col", "col from the right")
+_MAX_POSITION = 6
+_ABSENT = CELL_FEATURE_BINS  # a cell feature outside the input
+
+_COMPARED = tuple(
+    SOURCE_INDEX[name]
+    for name in SOURCE_NAMES
+    if name.startswith(("ray_", "shift_", "half_", "third_", "quadrant_", "row_", "col_", "rot"))
+    or name
+    in (
+        "fliplr",
+        "flipud",
+        "transpose",
+        "antitranspose",
+        "component_neighbour",
+        "object_majority",
+        "object_minority",
+        "colour_rarest",
+        "colour_rank_1",
+        "colour_rank_2",
+        "cell_overlay",
+        "cell_map",
+    )
+)
+
+
+@dataclass(eq=False)
+class _Table:
+    """Facts as arrays: op, row, argument (F,), sorted so that each operation is one slice."""
+
+    op: Ints
+    row: Ints
+    arg: Ints
+    names: list[str]  # of the value rows
+    n_sources: int  # the first value rows are sources
+    starts: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def of(self, values: Grid, which: Ints | None = None) -> Bools:
+        """Facts (F, cells) of value rows (rows, cols); `which` picks facts."""
+        op, row, arg = (
+            (self.op, self.row, self.arg)
+            if which is None
+            else (self.op[which], self.row[which], self.arg[which])
+        )
+        out = np.empty((op.size, values.shape[1]), bool)
+        small = arg.astype(np.uint8)[:, None]
+        for code in np.unique(op).tolist():
+            here = op == code
+            left = values[row[here]]
+            if code in (_LIKE, _UNLIKE):
+                right = values[arg[here]]
+            else:
+                right = small[here]
+            if code in (_EQUALS, _LIKE):
+                out[here] = left == right
+            elif code == _AT_LEAST:
+                out[here] = (left >= right) & (left != _ABSENT)
+            else:
+                out[here] = left != right
+        return out
+
+    def words(self, which: int) -> str:
+        op, arg = int(self.op[which]), int(self.arg[which])
+        sign = ("=", ">=", "is not", "=", "is not")[op]
+        if op in (_LIKE, _UNLIKE):
+            return f"{self.names[self.row[which]]} {sign} {self.names[arg]}"
+        source = self.row[which] < self.n_sources
+        value = ("outside" if arg == OUTSIDE else f"colour {arg}") if source else str(arg)
+        return f"{self.names[self.row[which]]} {sign} {value}"
+
+
+def _table(names: list[str], n_sources: int, n_features: int, compare: bool) -> _Table:
+    """All facts over value rows: sources first, then cell features, then positions."""
+    parts: list[tuple[int, Any, Any]] = [(_EQUALS, [n_sources + n_features + 4], [0])]  # always
+    source = np.arange(n_sources)
+    parts.append((_LIKE, source[1:], np.zeros(n_sources - 1, np.int64)))
+    for value in (0, OUTSIDE, *range(1, COLOURS)):
+        parts.append((_EQUALS, source, np.full(n_sources, value)))
+    feature = n_sources + np.arange(n_features)
+    for value in range(CELL_FEATURE_BINS + 1):
+        parts.append((_EQUALS, feature, np.full(n_features, value)))
+    for value in range(1, CELL_FEATURE_BINS):
+        parts.append((_AT_LEAST, feature, np.full(n_features, value)))
+    position = n_sources + n_features + np.arange(4)
+    for value in range(_MAX_POSITION):
+        parts.append((_EQUALS, position, np.full(4, value)))
+    if compare:
+        pairs = np.array(list(combinations(_COMPARED, 2)))
+        parts.append((_LIKE, pairs[:, 0], pairs[:, 1]))
+        parts.append((_UNLIKE, pairs[:, 0], pairs[:, 1]))
+        parts.append((_UNLIKE, source[1:], np.zeros(n_sources - 1, np.int64)))
+        for value in range(COLOURS):
+            parts.append((_NOT, source, np.full(n_sources, value)))
+        for value in range(CELL_FEATURE_BINS):
+            parts.append((_NOT, feature, np.full(n_features, value)))
+    return _Table(
+        op=np.concatenate([np.full(len(row), op) for op, row, _ in parts]),
+        row=np.concatenate([row for _, row, _ in parts]).astype(np.int64),
+        arg=np.concatenate([arg for _, _, arg in parts]).astype(np.int64),
+        names=[*names, *_POSITIONS, "everywhere"],
+        n_sources=n_sources,
+    )
+
+
+def _placed(rows: Grid, shape: tuple[int, int], outside: int) -> Grid:
+    """Rows (n, height, width) at an output's shape, flattened: (n, cells)."""
+    return grid_features.place(rows, shape, outside).reshape(len(rows), -1)
+
+
+def _positions(shape: tuple[int, int]) -> Grid:
+    rows, cols = shape
+    row, col = np.divmod(np.arange(rows * cols), cols)
+    zero = np.zeros_like(row)
+    return np.stack([row, rows - 1 - row, col, cols - 1 - col, zero]).astype(np.uint8)
+
+
+# ---------------------------------------------------------------- further sources
+
+# An extra group is a function of one grid: planes uint8 (n, 30, 30) and sizes uint8 (n, 2), (0, 0)
+# for a source without an opinion on the size. n and the names depend on the group alone.
+_DEEP = tuple(i for i, name in enumerate(SOURCE_NAMES) if not name.startswith("colour_") and i)
+
+
+def _whole(plane: Grid) -> Grid | None:
+    """The grid at the top left of a plane (30, 30); None where it is no whole rectangle."""
+    inside = plane != OUTSIDE
+    if not inside[0, 0]:
+        return None
+    rows, cols = int(inside[:, 0].sum()), int(inside[0].sum())
+    if inside.sum() != rows * cols or not inside[:rows, :cols].all():
+        return None
+    return np.ascontiguousarray(plane[:rows, :cols])
+
+
+Group = tuple[str, int]
+
+
+def _groups(names: Iterable[str]) -> list[Group]:
+    groups: list[Group] = []
+    for name in names:
+        if name == "deep":
+            groups += [("deep", k) for k in _DEEP]
+        else:
+            raise ValueError(f"extra sources {name!r}: expected one of {EXTRA_SOURCES}")
+    return groups
+
+
+EXTRA_SOURCES = ("deep",)
+_KEPT_EXTRA = 40  # of a context's extra sources, those right most often
+_EXTRA_SHARE = 0.6  # of the demonstration cells that an extra source must show
+
+
+# ---------------------------------------------------------------- sizes
+
+
+_SIZE_NAMES = tuple(
+    [f"size of {name}" for name in SOURCE_NAMES]
+    + list(SIZE_RULE_NAMES)
+    + [f"demonstrations' {name}" for name in DEMONSTRATION_RULE_NAMES]
+)
+
+
+class _Sizes:
+    """Predicts output sizes of one task's grids from subsets of its demonstrations."""
+
+    def __init__(self, seen: Sequence[GridAnalysis], shapes: Ints, outs: Ints) -> None:
+        self.n = len(outs)
+        self.ins, self.outs = shapes, outs
+        self.candidates = np.stack(
+            [np.concatenate((a.sizes.T, a.size_values), 1).astype(np.int64) for a in seen]
+        )  # (grids, 2, S)
+        self.right = self.candidates[: self.n] == outs[:, :, None]
+        self._by_demonstrations: dict[Subset, tuple[Ints, Bools]] = {}
+
+    def _rules(self, subset: Subset) -> tuple[Ints, Bools]:
+        """Sides by DEMONSTRATION_RULE_NAMES for every grid, and right ones on left-out pairs."""
+        found = self._by_demonstrations.get(subset)
+        if found is None:
+            s = np.array(subset)
+            grids, m = len(self.ins), len(s)
+            problems = grids + m
+            known = np.ones((problems, m), bool)
+            known[grids:] = ~np.eye(m, dtype=bool)
+            values = demonstration_rules(
+                np.broadcast_to(self.ins[s], (problems, m, 2)),
+                np.broadcast_to(self.outs[s], (problems, m, 2)),
+                known,
+                np.concatenate((self.ins, self.ins[s])),
+            )
+            right = values[grids:] == self.outs[s][:, :, None]
+            found = self._by_demonstrations[subset] = (values[:grids], right)
+        return found
+
+    def predict(self, subset: Subset, grid: int) -> tuple[tuple[int, int], str]:
+        """The size of a grid's output and the rule's name."""
+        values, again = self._rules(subset)
+        s = list(subset)
+        right = np.concatenate((self.right[s], again), 2)  # (m, 2, S)
+        mine = np.concatenate((self.candidates[grid], values[grid]), 1)  # (2, S)
+        usable = mine > 0
+        joint = right.all(1).sum(0) * usable.all(0)
+        if len(s) == 1:  # a rule made from one pair is unchecked: half a point
+            joint[-len(DEMONSTRATION_RULE_NAMES) :] = 0.5 * usable.all(0)[-len(DEMONSTRATION_RULE_NAMES):]
+        weight = _SIZE_ORDER
+        best = int((joint + weight).argmax())
+        if joint[best] < len(s):
+            each = right.sum(0) * usable
+            full = (each == len(s)).any(1)
+            if full.all():
+                pick = (each + weight).argmax(1)
+                return (int(mine[0, pick[0]]), int(mine[1, pick[1]])), (
+                    f"{_SIZE_NAMES[pick[0]]} x {_SIZE_NAMES[pick[1]]}"
+                )
+        if joint[best] == 0:
+            return (int(self.ins[grid, 0]), int(self.ins[grid, 1])), "no rule: the input's"
+        return (int(mine[0, best]), int(mine[1, best])), _SIZE_NAMES[best]
+
+
+# Among equally supported rules: earlier is better. A fraction below the worth of one pair.
+_SIZE_ORDER = -np.arange(len(_SIZE_NAMES)) * 1e-4
+
+
+# ---------------------------------------------------------------- a task's cells
+
+
+@dataclass(frozen=True)
+class RuleList:
+    """Fitted rules: pointers and facts as numbers of a space."""
+
+    default: int
+    exceptions: tuple[tuple[tuple[int, ...], int], ...]
+    explains: bool
+
+
+class _Space:
+    """All facts and pointers of the demonstrations' cells for one set of sources and facts.
+
+    Pointers: every source row, then the ten colours.
+    """
+
+    def __init__(
+        self,
+        table: _Table,
+        values: Callable[[int, tuple[int, int]], Grid],
+        outputs: Sequence[Grid],
+        allowed: Callable[[Subset], Bools | None],
+        background: Sequence[int],
+        context: Subset | None,
+    ) -> None:
+        self.values, self.table, self.background = values, table, background
+        self.allowed = allowed
+        members = range(len(outputs)) if context is None else context
+        self.at = {k: i for i, k in enumerate(members)}
+        outputs = [outputs[k] for k in members]
+        rows = [values(k, out.shape) for k, out in zip(members, outputs, strict=True)]
+        columns = [table.of(z) for z in rows]
+        packed = [_pack(c) for c in columns]
+        hashes = np.stack([_mixed(p, k) for k, p in enumerate(packed)])  # (n, F)
+        with np.errstate(over="ignore"):
+            whole = hashes.sum(0, dtype=np.uint64)
+        first = np.sort(np.unique(whole, return_index=True)[1])
+        seen = np.zeros(table.op.size, bool)
+        for p in packed:
+            seen |= p.any(1)
+        self.facts = first[seen[first]]  # of the table
+        self.hashes = hashes[:, self.facts]
+        self.packed = [np.ascontiguousarray(p[self.facts]) for p in packed]
+        self.support = np.stack([np.count_nonzero(c[self.facts], 1) for c in columns])
+        self.holds = [np.ascontiguousarray(c[self.facts].T) for c in columns]  # (cells, F)
+        right, self.colours = [], []
+        for z, out in zip(rows, outputs, strict=True):
+            flat = out.ravel()
+            colours = np.arange(COLOURS, dtype=np.uint8)[:, None]
+            shown = np.concatenate((z[: table.n_sources], np.broadcast_to(colours, (COLOURS, flat.size))))
+            self.colours.append(shown)
+            right.append(shown == flat)
+        self.right = [np.ascontiguousarray(r.T) for r in right]  # (cells, P)
+        self.wrong = [_pack(~r) for r in right]
+        self.score = np.stack([np.count_nonzero(r, 1) for r in right])  # (n, P)
+        self.right_hashes = np.stack([_mixed(w, k) for k, w in enumerate(self.wrong)])
+        self.violated = np.stack(
+            [_touches(p, w) for p, w in zip(self.packed, self.wrong, strict=True)]
+        )  # (n, F, P)
+        self.n_pointers = self.score.shape[1]
+
+    def open_to(self, subset: Subset) -> tuple[Bools, Bools]:
+        """Which facts (F,) and pointers (P,) a subset may use: allowed, and no repetition."""
+        s = [self.at[k] for k in subset]
+        with np.errstate(over="ignore"):
+            fact = self.hashes[s].sum(0, dtype=np.uint64)
+            pointer = self.right_hashes[s].sum(0, dtype=np.uint64)
+        rows = self.allowed(subset)
+        if rows is not None:
+            fact_rows = self.table.row[self.facts]
+            closed = ~rows[fact_rows]
+            like = np.isin(self.table.op[self.facts], (_LIKE, _UNLIKE))
+            closed |= like & ~rows[np.where(like, self.table.arg[self.facts], 0)]
+            fact[closed] = 0
+            pointer[: self.table.n_sources][~rows[: self.table.n_sources]] = 0
+        open_facts = np.zeros(fact.size, bool)
+        open_facts[np.unique(fact, return_index=True)[1]] = True
+        open_pointers = np.zeros(pointer.size, bool)
+        open_pointers[np.unique(pointer, return_index=True)[1]] = True
+        if rows is not None:
+            open_facts &= ~closed
+            open_pointers[: self.table.n_sources] &= rows[: self.table.n_sources]
+        return open_facts, open_pointers
+
+    def fit(self, subset: Subset, arm: Arm, max_rules: int) -> RuleList:
+        s = [self.at[k] for k in subset]
+        facts, pointers = (np.flatnonzero(x) for x in self.open_to(subset))
+        support = self.support[s].sum(0)[facts]
+        violated = self.violated[s[0]][np.ix_(facts, pointers)]
+        for k in s[1:]:
+            violated = violated | self.violated[k][np.ix_(facts, pointers)]
+        pure = (~violated) & (support > 0)[:, None]
+        colour = pointers >= self.n_pointers - COLOURS
+        score = self.score[s].sum(0)[pointers] * np.where(colour, 0.98, 1.0)
+        order = np.argsort(-score, kind="stable")
+        default = order[min(arm.default, order.size - 1)]
+        # the cells that the default gets wrong
+        where = [np.flatnonzero(~self.right[k][:, pointers[default]]) for k in s]
+        owner = np.repeat(s, [w.size for w in where])
+        holds = np.concatenate([self.holds[k][w] for k, w in zip(s, where, strict=True)])[:, facts]
+        right = np.concatenate([self.right[k][w] for k, w in zip(s, where, strict=True)])[:, pointers]
+        inside = holds.astype(np.float32)
+        good = right.astype(np.float32)
+        exceptions: list[tuple[tuple[int, ...], int]] = []
+        search: _PairSearch | None = None
+        while len(owner) and len(exceptions) < max_rules:
+            covered = inside.T @ good
+            clean = covered * pure
+            most = clean.max()
+            chosen: tuple[tuple[int, ...], int] | None = None
+            if arm.facts > 1 and most < max(1, 0.34 * len(owner)):
+                if search is None:
+                    search = _PairSearch(self, s, facts, pointers, support)
+                chosen = search.best(inside, good, covered, most)
+            if chosen is None:
+                if most < 1:
+                    break
+                fact, pointer = np.nonzero(clean >= most)
+                shown_in = np.zeros(fact.size)
+                for k in s:
+                    mine = owner == k
+                    if mine.any():
+                        shown_in += holds[mine].any(0)[fact]
+                tie = shown_in * 1e6 + np.minimum(support[fact], 1e5)
+                best = int(tie.argmax())
+                chosen = ((int(fact[best]),), int(pointer[best]))
+            which, to = chosen
+            left = ~holds[:, list(which)].all(1)
+            owner, holds, inside, good = owner[left], holds[left], inside[left], good[left]
+            exceptions.append((tuple(int(self.facts[facts[f]]) for f in which), int(pointers[to])))
+        return RuleList(int(pointers[default]), tuple(exceptions), not len(owner))
+
+    def answer(self, rules: RuleList, grid: int, shape: tuple[int, int]) -> Grid:
+        """The grid (rows, cols) that the rules say for grid number `grid`."""
+        values = self.values(grid, shape)
+        n_sources = self.table.n_sources
+
+        def shown(pointer: int) -> Grid:
+            if pointer < n_sources:
+                return values[pointer]
+            return np.full(values.shape[1], pointer - n_sources, np.uint8)
+
+        out = shown(rules.default).copy()
+        done = np.zeros(out.size, bool)
+        for which, pointer in rules.exceptions:
+            here = self.table.of(values, np.array(which)).all(0) & ~done
+            out[here] = shown(pointer)[here]
+            done |= here
+        out[out >= COLOURS] = self.background[grid]
+        return out.reshape(shape)
+
+    def words(self, rules: RuleList) -> str:
+        def name(pointer: int) -> str:
+            n = self.table.n_sources
+            return self.table.names[pointer] if pointer < n else f"colour {pointer - n}"
+
+        parts = [name(rules.default)]
+        for which, pointer in rules.exceptions:
+            facts = " and ".join(self.table.words(f) for f in which)
+            parts.append(f"where {facts}: {name(pointer)}")
+        return "; ".join(parts)
+
+
+_FIRST_FACTS = 12
+_PAIR_POINTERS = 12
+
+
+class _PairSearch:
+    """Exceptions of two facts, on packed bits of one subset's cells."""
+
+    def __init__(
+        self, space: _Space, s: list[int], facts: Ints, pointers: Ints, support: Ints
+    ) -> None:
+        self.facts = np.concatenate([space.packed[k][facts] for k in s], 1)
+        self.wrong = np.concatenate([space.wrong[k][pointers] for k in s], 1)
+        self.support = support
+
+    def best(
+        self,
+        inside: NDArray[np.float32],
+        good: NDArray[np.float32],
+        covered: NDArray[np.float32],
+        beat: float,
+    ) -> tuple[tuple[int, int], int] | None:
+        """The (fact, fact), pointer that explains most of the cells left, more than `beat`."""
+        pointers = np.argsort(-covered.max(0), kind="stable")[:_PAIR_POINTERS]
+        some = covered[:, pointers]
+        precise = some / np.maximum(1, self.support[:, None])
+        enough = some >= max(2, 0.34 * len(inside))
+        promise = (some * enough * np.sqrt(precise)).max(1)
+        found = None
+        for first in np.argsort(-promise, kind="stable")[:_FIRST_FACTS].tolist():
+            if promise[first] <= 0:
+                break
+            here = inside[:, first] > 0
+            gain = inside[here].T @ good[here][:, pointers]
+            hopeful = np.flatnonzero((gain > max(beat + 0.5, 1.5)).any(1))
+            if not hopeful.size:
+                continue
+            bad = self.facts[first] & self.wrong[pointers]
+            words = np.flatnonzero(bad.any(0))
+            gain = gain[hopeful] * ~_touches(self.facts[np.ix_(hopeful, words)], bad[:, words])
+            if gain.max() > max(beat + 0.5, 1.5):
+                second, which = np.unravel_index(int(gain.argmax()), gain.shape)
+                beat = float(gain.max())
+                found = ((first, int(hopeful[second])), int(pointers[which]))
+        return found
+
+
+# ---------------------------------------------------------------- a task
+
+
+class _Problem:
+    """One call's work on one task: analyses, spaces and fits, shared by contexts and arms."""
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Grid, Grid]],
+        queries: Sequence[Grid],
+        limits: Limits,
+        depth: int,
+    ) -> None:
+        self.n, self.limits, self.depth = len(pairs), limits, depth
+        self.grids = [np.asarray(i, np.uint8) for i, _ in pairs]
+        self.grids += [np.asarray(q, np.uint8) for q in queries]
+        self.outputs = [np.asarray(o, np.uint8) for _, o in pairs]
+        self.seen = [grid_features.analyse(g) for g in self.grids]
+        self.sizes = _Sizes(
+            self.seen,
+            np.array([g.shape for g in self.grids], np.int64).reshape(-1, 2),
+            np.array([o.shape for o in self.outputs], np.int64).reshape(-1, 2),
+        )
+        self.background = [a.background for a in self.seen]
+        self._spaces: dict[Any, _Space] = {}
+        self._fits: dict[Any, RuleList] = {}
+        self._groups: dict[tuple[int, Group], tuple[Grid, Grid]] = {}
+        self._deep: dict[bytes, tuple[Grid, Grid]] = {}
+        self._shares: dict[Group, tuple[NDArray[np.float64], Words]] = {}
+
+    # ---- extra sources
+
+    def group(self, grid: int, group: Group) -> tuple[Grid, Grid]:
+        key = (grid, group)
+        if key not in self._groups:
+            self._groups[key] = self._make(grid, group)
+        return self._groups[key]
+
+    def _make(self, grid: int, group: Group) -> tuple[Grid, Grid]:
+        _, k = group
+        inner = _whole(self.seen[grid].planes[k])
+        if inner is None:
+            return _NOTHING
+        key = bytes(inner.shape) + inner.tobytes()
+        if key not in self._deep:
+            deeper = grid_features.analyse(inner)
+            self._deep[key] = deeper.planes, deeper.sizes
+        return self._deep[key]
+
+    def _share(self, group: Group) -> tuple[NDArray[np.float64], Words]:
+        """Per demonstration and source of a group: right cells, and a hash of what is shown."""
+        if group not in self._shares:
+            right, hashes = [], []
+            for k, out in enumerate(self.outputs):
+                shown = _placed(self.group(k, group)[0], out.shape, OUTSIDE)
+                right.append((shown == out.ravel()).sum(1))
+                hashes.append(_mixed(_bytes_as_words(shown), k))
+            self._shares[group] = np.array(right, np.float64), np.stack(hashes)
+        return self._shares[group]
+
+    def _extras(self, names: tuple[str, ...], subsets: Sequence[Subset]) -> _Extras:
+        """The extra sources that any of the subsets keeps, and which of them each keeps."""
+        groups = _groups(names)
+        share, hashes, at = [], [], []
+        for group in groups:
+            # a group that no demonstration's grid has is skipped, as is one without a good source
+            right, shown = self._share(group)
+            share.append(right)
+            hashes.append(shown)
+            at += [(group, j) for j in range(right.shape[1])]
+        cells = np.array([o.size for o in self.outputs], np.float64)
+        base = np.stack(
+            [
+                _mixed(_bytes_as_words(_placed(a.planes, o.shape, OUTSIDE)), k)
+                for k, (a, o) in enumerate(zip(self.seen, self.outputs, strict=False))
+            ]
+        )
+        right = np.concatenate(share, 1)
+        shown = np.concatenate([base, *hashes], 1)
+        kept: dict[Subset, Ints] = {}
+        for subset in subsets:
+            s = list(subset)
+            with np.errstate(over="ignore"):
+                seen = shown[s].sum(0, dtype=np.uint64)
+            new = np.zeros(seen.size, bool)
+            new[np.unique(seen, return_index=True)[1]] = True
+            part = right[s].sum(0) / cells[s].sum()
+            good = np.flatnonzero(new[N_SOURCES:] & (part >= _EXTRA_SHARE))
+            kept[subset] = good[np.argsort(-part[good], kind="stable")[:_KEPT_EXTRA]]
+        union = np.unique(np.concatenate([*kept.values()])) if kept else np.zeros(0, np.int64)
+        return _Extras(
+            sources=[at[i] for i in union.tolist()],
+            kept={subset: np.searchsorted(union, np.sort(k)) for subset, k in kept.items()},
+        )
+
+    # ---- spaces
+
+    def space(self, arm: Arm, context: Subset, first: Mapping[int, Grid] | None) -> _Space | None:
+        """Facts and pointers for an arm; `first` are first answers by grid, for a second pass."""
+        key = (arm.compare, arm.objects, arm.extra, context if arm.second else None)
+        if key in self._spaces:
+            return self._spaces[key]
+        extras = _Extras([], {})
+        if arm.extra:
+            extras = self._extras(arm.extra, self._subsets())
+            if not extras.sources:
+                return None
+        n_extra = len(extras.sources)
+        names = list(SOURCE_NAMES) + [_extra_name(group, j) for group, j in extras.sources]
+        features = list(CELL_FEATURE_NAMES)
+        if arm.second:
+            names += [f"answer's {name}" for name in SOURCE_NAMES]
+            features += [f"answer's {name}" for name in CELL_FEATURE_NAMES]
+        again: dict[int, GridAnalysis] = {}
+
+        def values(grid: int, shape: tuple[int, int]) -> Grid:
+            a = self.seen[grid]
+            parts = [_placed(a.planes, shape, OUTSIDE)]
+            if n_extra:
+                planes = np.stack([self.group(grid, g)[0][j] for g, j in extras.sources])
+                parts.append(_placed(planes, shape, OUTSIDE))
+            cells = [_placed(a.cells, shape, _ABSENT)]
+            if first is not None:
+                if grid not in again:
+                    again[grid] = grid_features.analyse(first[grid])
+                parts.append(_placed(again[grid].planes, shape, OUTSIDE))
+                cells.append(_placed(again[grid].cells, shape, _ABSENT))
+            return np.concatenate([*parts, *cells, _positions(shape)])
+
+        table = _table([*names, *features], len(names), len(features), arm.compare)
+        n_rows = len(names) + len(features) + len(_POSITIONS) + 1
+
+        def allowed(subset: Subset) -> Bools | None:
+            if not n_extra:
+                return None
+            rows = np.ones(n_rows, bool)
+            rows[N_SOURCES : N_SOURCES + n_extra] = False
+            rows[N_SOURCES + extras.kept[subset]] = True
+            return rows
+
+        space = _Space(table, values, self.outputs, allowed, self.background, context if arm.second else None)
+        self._spaces[key] = space
+        return space
+
+    def _subsets(self) -> list[Subset]:
+        """Every subset that fits may be made on: all demonstrations but at most `depth`."""
+        everyone = range(self.n)
+        return [
+            tuple(k for k in everyone if k not in left)
+            for size in range(self.depth + 1)
+            for left in combinations(everyone, size)
+            if size < self.n
+        ]
+
+    # ---- fitting
+
+    def fit(self, name: str, arm: Arm, space: _Space, subset: Subset, context: Subset) -> RuleList:
+        key = (name, subset, context if arm.second else None)
+        if key not in self._fits:
+            self._fits[key] = space.fit(subset, arm, self.limits.max_rules)
+        return self._fits[key]
+
+    def predict(
+        self, name: str, arm: Arm, space: _Space, subset: Subset, context: Subset, grid: int
+    ) -> tuple[Grid, str]:
+        """A grid's answer from a subset of the demonstrations, and its size rule."""
+        rules = self.fit(name, arm, space, subset, context)
+        shape, size_rule = self.sizes.predict(subset, grid)
+        return space.answer(rules, grid, shape), size_rule
+
+    def explore(
+        self, context: Subset, queries: Sequence[int], arms: Mapping[str, Arm]
+    ) -> list[list[Hypothesis]]:
+        """Hypotheses of every arm for each query grid, from the context alone; best first."""
+        out: list[list[Hypothesis]] = [[] for _ in queries]
+        cells = sum(self.outputs[k].size for k in context)
+        best: _Tried | None = None
+        for name, arm in arms.items():
+            if cells > min(arm.max_cells, self.limits.max_cells):
+                continue
+            if best is not None and best.verdict.full and self.limits.stop:
+                break
+            first = None
+            if arm.second:
+                if best is None or len(context) < 2:
+                    continue
+                first = {**best.others, **dict(zip(queries, best.answers, strict=True))}
+            space = self.space(arm, context, first)
+            if space is None:
+                continue
+            others: dict[int, Grid] = {}
+            hits, shares = 0, 0.0
+            for k in context if len(context) > 1 else ():
+                rest = tuple(j for j in context if j != k)
+                others[k], _ = self.predict(name, arm, space, rest, context, k)
+                same = others[k].shape == self.outputs[k].shape
+                share = float((others[k] == self.outputs[k]).mean()) if same else 0.0
+                hits += share == 1.0
+                shares += share
+            verdict = Verdict(hits, len(others), shares / max(1, len(others)))
+            rules = self.fit(name, arm, space, context, context)
+            answers = []
+            for i, query in enumerate(queries):
+                answer, size_rule = self.predict(name, arm, space, context, context, query)
+                answers.append(answer)
+                out[i].append(
+                    Hypothesis(
+                        name,
+                        answer,
+                        verdict,
+                        rules.explains,
+                        len(rules.exceptions),
+                        space.words(rules),
+                        size_rule,
+                    )
+                )
+            tried = _Tried(verdict, rules.explains, others, answers)
+            if best is None or tried.rank > best.rank:
+                best = tried
+        return [sorted(h, key=_rank) for h in out]
+
+
+@dataclass(frozen=True, eq=False)
+class _Extras:
+    sources: list[tuple[Group, int]]
+    kept: dict[Subset, Ints]
+
+
+@dataclass(frozen=True, eq=False)
+class _Tried:
+    """What a second pass builds on."""
+
+    verdict: Verdict
+    explains: bool
+    others: dict[int, Grid]
+    answers: list[Grid]
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        return (self.verdict.share, self.verdict.cells_frac)
+
+
+def _rank(h: Hypothesis) -> tuple[float, ...]:
+    """Best verdict first; arms stay in their order where equal (sorting is stable)."""
+    return (-h.verdict.share, -float(h.explains))
+
+
+def _extra_name(group: Group, j: int) -> str:
+    return f"{SOURCE_NAMES[j]} of {SOURCE_NAMES[group[1]]}"
+
+
+# ---------------------------------------------------------------- public functions
+
+
+def fit_task(
+    demonstrations: Sequence[tuple[Grid, Grid]],
+    queries: Sequence[Grid],
+    *,
+    arms: Mapping[str, Arm] = ARMS,
+    limits: Limits = Limits(),
+) -> list[list[Hypothesis]]:
+    """Hypotheses for each query (rows, cols), ranked by verdict, best first."""
+    problem = _Problem(demonstrations, queries, limits, depth=1)
+    everyone = tuple(range(problem.n))
+    return problem.explore(everyone, range(problem.n, len(problem.grids)), arms)
+
+
+def leave_one_out(
+    demonstrations: Sequence[tuple[Grid, Grid]],
+    *,
+    arms: Mapping[str, Arm] = ARMS,
+    limits: Limits = Limits(),
+) -> list[list[Hypothesis]]:
+    """Each demonstration as query, explained from the others only; verdicts within the others."""
+    problem = _Problem(demonstrations, (), limits, depth=2)
+    if problem.n < 2:
+        return [[] for _ in demonstrations]
+    out = []
+    for q in range(problem.n):
+        context = tuple(k for k in range(problem.n) if k != q)
+        out += problem.explore(context, (q,), arms)
+    return out
+
+
+_NOTHING: tuple[Grid, Grid] = (
+    np.full((N_SOURCES, MAX_SIDE, MAX_SIDE), OUTSIDE, np.uint8),
+    np.zeros((N_SOURCES, 2), np.uint8),
+)
+
+
+def _bytes_as_words(rows: Grid) -> Words:
+    n, cells = rows.shape
+    out = np.zeros((n, -(-cells // 8) * 8), np.uint8)
+    out[:, :cells] = rows
+    return out.view(np.uint64)
