@@ -103,17 +103,19 @@ class Arm:
     objects: bool = False
     extra: tuple[str, ...] = ()
     second: bool = False
+    always_tried: bool = False
     max_cells: int = 1600
 
 
 ARMS: dict[str, Arm] = {
     "plain": Arm(facts=1),
-    "pairs": Arm(),
+    "pairs": Arm(always_tried=True),
     "pairs_second_default": Arm(default=1),
     "compare": Arm(compare=True),
-    "deep": Arm(extra=("deep",)),
+    "objects": Arm(objects=True, extra=("objects",)),
     "again": Arm(second=True),
-    "deep_again": Arm(extra=("deep",), second=True),
+    "deep": Arm(extra=("objects", "deep")),
+    "deep_again": Arm(extra=("objects", "deep"), second=True),
 }
 
 
@@ -283,11 +285,351 @@ def _positions(shape: tuple[int, int]) -> Grid:
     return np.stack([row, rows - 1 - row, col, cols - 1 - col, zero]).astype(np.uint8)
 
 
+# ---------------------------------------------------------------- whole objects and counts
+
+# Facts about whole objects, one uint8 row of values 0..7 each; 8 outside the input.
+_PART_FACTS = (
+    "height",
+    "width",
+    "order from above",
+    "order from the left",
+    "order by size",
+    "order by size, smallest first",
+    "row inside",
+    "row inside from below",
+    "col inside",
+    "col inside from the right",
+    "ring inside",
+    "twins of another colour",
+    "twins of its colour",
+    "largest of its colour",
+    "taller or wider",
+)
+OBJECT_FACT_NAMES: tuple[str, ...] = (
+    *(f"component {name}" for name in _PART_FACTS),
+    *(f"object {name}" for name in _PART_FACTS),
+    "object minority cells",
+    "object symmetric",
+    "nearest side",
+)
+_IN_PLACE = (
+    "slide_down",
+    "slide_up",
+    "slide_left",
+    "slide_right",
+    "flip_objects_lr",
+    "flip_objects_ud",
+    "turn_objects",
+    "twin_colour",
+    "nearest_colour",
+    "keep_largest",
+    "bars_rows",
+    "bars_cols",
+    "bars_rising",
+    "bars_parts_rows",
+    "bars_parts_cols",
+)
+_PART_CHOICES = (
+    "size",
+    "height",
+    "width",
+    "colours",
+    "holes",
+    "minority",
+    "top",
+    "left",
+    "copies",
+    "density",
+    "symmetry",
+    "others",
+)
+_OBJECT_SOURCES: tuple[str, ...] = (
+    *_IN_PLACE,
+    *(
+        f"crop_{most}_{name}_{kind}"
+        for kind in ("component", "object", "alone", "cell")
+        for name in _PART_CHOICES
+        for most in ("most", "least")
+    ),
+)
+
+
+def _ranks(values: Ints, falling: bool) -> Ints:
+    """Dense ranks 1.., equal values share one."""
+    levels, which = np.unique(-values if falling else values, return_inverse=True)
+    del levels
+    return which + 1
+
+
+def _part_facts(parts: Any, g: Grid, hashes: Ints) -> Grid:
+    """Rows of _PART_FACTS (n, rows, cols) for one labelling."""
+    rows, cols = g.shape
+    label = parts.label
+    real = parts.colour > 0
+    high, wide = parts.bottom - parts.top + 1, parts.right - parts.left + 1
+    table = np.zeros((8, real.size), np.int64)
+    table[0], table[1] = high, wide
+    if real.any():
+        table[2, real] = _ranks(parts.top[real], False)
+        table[3, real] = _ranks(parts.left[real], False)
+        table[4, real] = _ranks(parts.size[real], True)
+        table[5, real] = _ranks(parts.size[real], False)
+        same = hashes[real][:, None] == hashes[real]
+        alike = parts.colour[real][:, None] == parts.colour[real]
+        table[6, real] = (same & ~alike).sum(1)
+        table[7, real] = (same & alike).sum(1)
+    largest = np.zeros(COLOURS, np.int64)
+    np.maximum.at(largest, parts.colour, parts.size)
+    row, col = np.arange(rows)[:, None], np.arange(cols)[None]
+    inside = [
+        row - parts.top[label],
+        parts.bottom[label] - row,
+        col - parts.left[label],
+        parts.right[label] - col,
+    ]
+    ring = np.minimum.reduce(inside)
+    whole = table[:, label]
+    return np.minimum(
+        np.stack(
+            [
+                *whole[:6],
+                *inside,
+                ring,
+                whole[6],
+                whole[7],
+                (real & (parts.size == largest[parts.colour]))[label],
+                (1 + np.sign(high - wide))[label],
+            ]
+        ),
+        7,
+    ).astype(np.uint8)
+
+
+def _slid(g: Grid, label: Ints, colour: Ints) -> Grid:
+    """Every labelled part with a colour moved down, rigidly, until it meets the border or another."""
+    rows, cols = g.shape
+    ids = [i for i in np.flatnonzero(colour > 0).tolist()]
+    if len(ids) > 40:
+        return g
+    cells = {i: np.nonzero(label == i) for i in ids}
+    taken = np.zeros((rows + 1, cols), bool)
+    taken[rows] = True
+    out = np.zeros_like(g)
+    # Parts whose lowest cell is lowest go first; a part is blocked by those already at rest.
+    for i in sorted(ids, key=lambda i: (-int(cells[i][0].max()), int(cells[i][1].min()))):
+        r, c = cells[i]
+        step = 0
+        while not taken[r + step + 1, c].any():
+            step += 1
+        taken[r + step, c] = True
+        out[r + step, c] = g[r, c]
+    return out
+
+
+def _nearest(g: Grid) -> Grid:
+    """The colour of the nearest filled cell in 4-steps; 0 in a tie of colours; filled cells keep."""
+    out = g.copy()
+    open_cells = out == 0
+    for _ in range(g.shape[0] + g.shape[1]):
+        if not open_cells.any() or open_cells.all():
+            break
+        pad = np.zeros((g.shape[0] + 2, g.shape[1] + 2), np.uint8)
+        pad[1:-1, 1:-1] = np.where(out == 255, 0, out)
+        near = np.stack([pad[:-2, 1:-1], pad[2:, 1:-1], pad[1:-1, :-2], pad[1:-1, 2:]])
+        most = near.max(0)
+        least = np.where(near > 0, near, 255).min(0)
+        reached = open_cells & (most > 0)
+        if not reached.any():
+            break
+        out[reached] = np.where(most == least, most, 255)[reached]
+        open_cells &= ~reached
+    out[out == 255] = 0
+    return out
+
+
+def _bars(counts: Ints, colours: Ints) -> Grid | None:
+    """One row per colour, as long as its count, filled from the left."""
+    if not counts.size or counts.max() > MAX_SIDE or counts.max() < 1:
+        return None
+    return np.where(np.arange(counts.max()) < counts[:, None], colours[:, None], 0).astype(np.uint8)
+
+
+def _object_bank(grid: Grid) -> tuple[Grid, Grid, Grid]:
+    """Planes (n, 30, 30), sizes (n, 2) of _OBJECT_SOURCES and facts (n, rows, cols) of a grid."""
+    g, back, _ = grid_features._canonical(grid)
+    same, objects = grid_features._parts(g)
+    rows, cols = g.shape
+    counts = grid_features._colour_counts(objects.label, g, objects.size.size)
+    plain, _ = grid_features._hashes(same, None)
+    shape, _ = grid_features._hashes(objects, None)
+    _, mirrored = grid_features._hashes(objects, g)
+    minority = np.where(counts[:, 1:] > 0, counts[:, 1:], 1 << 20).min(1)
+    minority = np.where((counts[:, 1:] > 0).sum(1) > 1, minority, 0)
+    row, col = np.arange(rows)[:, None], np.arange(cols)[None]
+    away = np.stack(np.broadcast_arrays(row, rows - 1 - row, col, cols - 1 - col))
+    facts = np.concatenate(
+        (
+            _part_facts(same, g, plain),
+            _part_facts(objects, g, shape),
+            np.minimum(minority, 7)[objects.label][None].astype(np.uint8),
+            (mirrored & (objects.colour > 0))[objects.label][None].astype(np.uint8),
+            away.argmin(0)[None].astype(np.uint8),
+        )
+    )
+    planes = np.full((len(_OBJECT_SOURCES), MAX_SIDE, MAX_SIDE), OUTSIDE, np.uint8)
+    sizes = np.zeros((len(_OBJECT_SOURCES), 2), np.uint8)
+
+    def put(name: int, part: Grid | None) -> None:
+        if part is not None and 0 < part.shape[0] <= MAX_SIDE and 0 < part.shape[1] <= MAX_SIDE:
+            planes[name, : part.shape[0], : part.shape[1]] = part
+            sizes[name] = part.shape
+
+    put(0, _slid(g, objects.label, objects.colour))
+    put(1, _slid(g[::-1], objects.label[::-1], objects.colour)[::-1])
+    put(2, _slid(g.T[::-1], objects.label.T[::-1], objects.colour)[::-1].T)
+    put(3, _slid(g.T, objects.label.T, objects.colour).T)
+    real = np.flatnonzero(objects.colour)
+    turned = [np.zeros_like(g) for _ in range(3)]
+    for i in real.tolist():
+        box = grid_features._box(objects, i)
+        own = g[box] * (objects.label[box] == i)
+        for out, part in zip(turned, (own[:, ::-1], own[::-1], own[::-1, ::-1]), strict=True):
+            out[box] = np.where(part > 0, part, out[box])
+    for k, out in enumerate(turned):
+        put(4 + k, out)
+    filled = np.flatnonzero(same.colour)
+    twin = same.colour.copy()
+    for i in filled.tolist():
+        others = filled[(plain[filled] == plain[i]) & (same.colour[filled] != same.colour[i])]
+        if others.size:
+            twin[i] = same.colour[others[0]]
+    put(7, twin.astype(np.uint8)[same.label])
+    put(8, _nearest(g))
+    if filled.size:
+        put(9, g * (same.label == filled[same.size[filled].argmax()]))
+    total = np.bincount(g.ravel(), minlength=COLOURS)[1:]
+    seen = np.flatnonzero(total)
+    bars = _bars(total[seen], seen + 1)
+    if bars is not None:
+        put(10, bars)
+        put(11, bars.T)
+        put(12, bars.T[::-1])
+    pieces = np.bincount(same.colour[filled], minlength=COLOURS)[1:]
+    order = np.argsort(-pieces, kind="stable")[: np.count_nonzero(pieces)]
+    bars = _bars(pieces[order], order + 1)
+    if bars is not None:
+        put(13, bars)
+        put(14, bars.T)
+    at = len(_IN_PLACE)
+    for kind, parts in (("component", same), ("object", objects), ("alone", objects)):
+        members = filled if kind == "component" else real
+        if 1 < members.size <= 60:
+            boxes = [grid_features._box(parts, i) for i in members.tolist()]
+            crops = [g[b] for b in boxes]
+            if kind == "alone":
+                crops = [c * (parts.label[b] == i) for c, b, i in zip(crops, boxes, members.tolist(), strict=True)]
+            marks = plain if kind == "component" else shape
+            _put_choices(put, at, crops, parts.top[members], parts.left[members], marks[members])
+        at += 2 * len(_PART_CHOICES)
+    row_line, col_line = grid_features._separators(g)
+    seg_r, seg_c = grid_features._segments(row_line), grid_features._segments(col_line)
+    n_r, n_c = int(seg_r.max()) + 1, int(seg_c.max()) + 1
+    if 1 < n_r * n_c <= 60:
+        cells = [g[seg_r == i][:, seg_c == j] for i in range(n_r) for j in range(n_c)]
+        top, left = np.divmod(np.arange(n_r * n_c), n_c)
+        keys = [c.tobytes() + bytes(c.shape) for c in cells]
+        marks = np.array([keys.index(k) for k in keys])
+        _put_choices(put, at, cells, top, left, marks)
+    return grid_features._recoloured(planes, back), sizes, facts
+
+
+def _put_choices(
+    put: Callable[[int, Grid], None],
+    at: int,
+    crops: list[Grid],
+    top: Ints,
+    left: Ints,
+    marks: Ints,
+) -> None:
+    """For each of _PART_CHOICES the part with most and with least of it, where it is the only one."""
+    n = len(crops)
+    values = np.zeros((len(_PART_CHOICES), n), np.int64)
+    for i, crop in enumerate(crops):
+        counts = np.bincount(crop.ravel(), minlength=COLOURS)
+        own = counts[1:][counts[1:] > 0]
+        filled = int(own.sum())
+        values[:, i] = (
+            filled,
+            crop.shape[0],
+            crop.shape[1],
+            own.size,
+            counts[0],
+            own.min() if own.size > 1 else 0,
+            top[i],
+            left[i],
+            np.count_nonzero(marks == marks[i]),
+            1000 * filled // crop.size,
+            2 * bool((crop == crop[:, ::-1]).all()) + bool((crop == crop[::-1]).all()),
+            own.max() if own.size else 0,
+        )
+    for k, value in enumerate(values):
+        for j, target in enumerate((value.max(), value.min())):
+            chosen = np.flatnonzero(value == target)
+            if chosen.size == 1:
+                put(at + 2 * k + j, crops[int(chosen[0])])
+
+
+# Comparisons of a cell's place in the output with a count: 0 before it, 1 at it, 2 after it.
+_COUNTS = ("components", "objects", "colours_filled", "filled_cells", "commonest_cells", "rarest_cells", "largest_component_cells", "components_commonest", "own")
+COUNT_FACT_NAMES: tuple[str, ...] = tuple(
+    f"{place} against {name}" for name in _COUNTS for place in ("row", "col", "number", "row from below")
+)
+
+
+def _count_facts(analysis: GridAnalysis, shape: tuple[int, int]) -> Grid:
+    """Rows of COUNT_FACT_NAMES (n, cells)."""
+    rows, cols = shape
+    number = np.arange(rows * cols)
+    row, col = np.divmod(number, cols)
+    places = np.stack([row, col, number, rows - 1 - row])
+    counts = analysis.size_values[0, [SIZE_RULE_NAMES.index(name) for name in _COUNTS]].astype(np.int64)
+    return (1 + np.sign(places[None] - counts[:, None, None])).reshape(-1, number.size).astype(np.uint8)
+
+
 # ---------------------------------------------------------------- further sources
 
 # An extra group is a function of one grid: planes uint8 (n, 30, 30) and sizes uint8 (n, 2), (0, 0)
 # for a source without an opinion on the size. n and the names depend on the group alone.
-_DEEP = tuple(i for i, name in enumerate(SOURCE_NAMES) if not name.startswith("colour_") and i)
+# The outer sources of "deep": those that gave new sources right on most demonstration cells (measured).
+_DEEP = tuple(
+    SOURCE_INDEX[name]
+    for name in (
+        "fliplr",
+        "flipud",
+        "rot90",
+        "outline",
+        "component_neighbour",
+        "fill_bbox_rot180",
+        "fill_best_symmetry",
+        "crop_largest_component",
+        "crop_largest_object",
+        "crop_smallest_object",
+        "crop_commonest",
+        "crop_most_coloured_object",
+        "bbox",
+        "object_bbox",
+        "object_minority",
+        "object_majority",
+        "between_rows",
+        "between_cols",
+        "denoise_small",
+        "gravity_down",
+        "gravity_left",
+        "upscale_2",
+        "half_right",
+        "cell_map",
+    )
+)
 
 
 def _whole(plane: Grid) -> Grid | None:
@@ -309,12 +651,14 @@ def _groups(names: Iterable[str]) -> list[Group]:
     for name in names:
         if name == "deep":
             groups += [("deep", k) for k in _DEEP]
+        elif name == "objects":
+            groups.append(("objects", 0))
         else:
             raise ValueError(f"extra sources {name!r}: expected one of {EXTRA_SOURCES}")
     return groups
 
 
-EXTRA_SOURCES = ("deep",)
+EXTRA_SOURCES = ("deep", "objects")
 _KEPT_EXTRA = 40  # of a context's extra sources, those right most often
 _EXTRA_SHARE = 0.6  # of the demonstration cells that an extra source must show
 
@@ -418,6 +762,7 @@ class _Space:
     ) -> None:
         self.values, self.table, self.background = values, table, background
         self.allowed = allowed
+        self.extras: list[tuple[Group, int]] = []
         members = range(len(outputs)) if context is None else context
         self.at = {k: i for i, k in enumerate(members)}
         outputs = [outputs[k] for k in members]
@@ -506,8 +851,9 @@ class _Space:
                     search = _PairSearch(self, s, facts, pointers, support)
                 chosen = search.best(inside, good, covered, most)
             if chosen is None:
-                if most < 1:
-                    break
+                hopeless = most * (max_rules - len(exceptions)) < len(owner)
+                if most < 1 or (hopeless and not arm.always_tried):
+                    break  # no list of this length explains what is left
                 fact, pointer = np.nonzero(clean >= most)
                 shown_in = np.zeros(fact.size)
                 for k in s:
@@ -585,18 +931,20 @@ class _PairSearch:
         for first in np.argsort(-promise, kind="stable")[:_FIRST_FACTS].tolist():
             if promise[first] <= 0:
                 break
-            here = inside[:, first] > 0
-            gain = inside[here].T @ good[here][:, pointers]
-            hopeful = np.flatnonzero((gain > max(beat + 0.5, 1.5)).any(1))
-            if not hopeful.size:
+            least = max(beat + 0.5, 1.5)
+            able = pointers[some[first] > least]
+            if not able.size:
                 continue
-            bad = self.facts[first] & self.wrong[pointers]
+            here = np.flatnonzero(inside[:, first])
+            gain = inside[here].T @ good[here[:, None], able]
+            hopeful = np.flatnonzero(gain.max(1) > least)
+            bad = self.facts[first] & self.wrong[able]
             words = np.flatnonzero(bad.any(0))
-            gain = gain[hopeful] * ~_touches(self.facts[np.ix_(hopeful, words)], bad[:, words])
-            if gain.max() > max(beat + 0.5, 1.5):
+            gain = gain[hopeful] * ~_touches(self.facts[hopeful[:, None], words], bad[:, words])
+            if gain.size and gain.max() > least:
                 second, which = np.unravel_index(int(gain.argmax()), gain.shape)
                 beat = float(gain.max())
-                found = ((first, int(hopeful[second])), int(pointers[which]))
+                found = ((first, int(hopeful[second])), int(able[which]))
         return found
 
 
@@ -628,6 +976,7 @@ class _Problem:
         self._fits: dict[Any, RuleList] = {}
         self._groups: dict[tuple[int, Group], tuple[Grid, Grid]] = {}
         self._deep: dict[bytes, tuple[Grid, Grid]] = {}
+        self._objects: dict[int, tuple[Grid, Grid, Grid]] = {}
         self._shares: dict[Group, tuple[NDArray[np.float64], Words]] = {}
 
     # ---- extra sources
@@ -639,7 +988,9 @@ class _Problem:
         return self._groups[key]
 
     def _make(self, grid: int, group: Group) -> tuple[Grid, Grid]:
-        _, k = group
+        kind, k = group
+        if kind == "objects":
+            return self.objects(grid)[:2]
         inner = _whole(self.seen[grid].planes[k])
         if inner is None:
             return _NOTHING
@@ -648,6 +999,11 @@ class _Problem:
             deeper = grid_features.analyse(inner)
             self._deep[key] = deeper.planes, deeper.sizes
         return self._deep[key]
+
+    def objects(self, grid: int) -> tuple[Grid, Grid, Grid]:
+        if grid not in self._objects:
+            self._objects[grid] = _object_bank(self.grids[grid])
+        return self._objects[grid]
 
     def _share(self, group: Group) -> tuple[NDArray[np.float64], Words]:
         """Per demonstration and source of a group: right cells, and a hash of what is shown."""
@@ -705,11 +1061,13 @@ class _Problem:
         extras = _Extras([], {})
         if arm.extra:
             extras = self._extras(arm.extra, self._subsets())
-            if not extras.sources:
+            if not extras.sources and not arm.objects:
                 return None
         n_extra = len(extras.sources)
         names = list(SOURCE_NAMES) + [_extra_name(group, j) for group, j in extras.sources]
         features = list(CELL_FEATURE_NAMES)
+        if arm.objects:
+            features += [*OBJECT_FACT_NAMES, *COUNT_FACT_NAMES]
         if arm.second:
             names += [f"answer's {name}" for name in SOURCE_NAMES]
             features += [f"answer's {name}" for name in CELL_FEATURE_NAMES]
@@ -722,6 +1080,9 @@ class _Problem:
                 planes = np.stack([self.group(grid, g)[0][j] for g, j in extras.sources])
                 parts.append(_placed(planes, shape, OUTSIDE))
             cells = [_placed(a.cells, shape, _ABSENT)]
+            if arm.objects:
+                cells.append(_placed(self.objects(grid)[2], shape, _ABSENT))
+                cells.append(_count_facts(a, shape))
             if first is not None:
                 if grid not in again:
                     again[grid] = grid_features.analyse(first[grid])
@@ -741,6 +1102,7 @@ class _Problem:
             return rows
 
         space = _Space(table, values, self.outputs, allowed, self.background, context if arm.second else None)
+        space.extras = extras.sources
         self._spaces[key] = space
         return space
 
@@ -768,7 +1130,25 @@ class _Problem:
         """A grid's answer from a subset of the demonstrations, and its size rule."""
         rules = self.fit(name, arm, space, subset, context)
         shape, size_rule = self.sizes.predict(subset, grid)
+        own = self._own_size(space, rules.default, subset, grid)
+        if own is not None:
+            shape, size_rule = own
         return space.answer(rules, grid, shape), size_rule
+
+    def _own_size(
+        self, space: _Space, pointer: int, subset: Subset, grid: int
+    ) -> tuple[tuple[int, int], str] | None:
+        """The size of the default pointer's own grid, where right on the whole subset."""
+        i = pointer - N_SOURCES
+        if not 0 <= i < len(space.extras):
+            return None
+        group, j = space.extras[i]
+        if any(tuple(self.group(k, group)[1][j]) != self.outputs[k].shape for k in subset):
+            return None
+        rows, cols = self.group(grid, group)[1][j].tolist()
+        if not rows:
+            return None
+        return (rows, cols), f"size of {space.table.names[pointer]}"
 
     def explore(
         self, context: Subset, queries: Sequence[int], arms: Mapping[str, Arm]
@@ -792,7 +1172,9 @@ class _Problem:
                 continue
             others: dict[int, Grid] = {}
             hits, shares = 0, 0.0
-            for k in context if len(context) > 1 else ():
+            rules = self.fit(name, arm, space, context, context)
+            tries = len(context) > 1 and (rules.explains or arm.always_tried)
+            for k in context if tries else ():
                 rest = tuple(j for j in context if j != k)
                 others[k], _ = self.predict(name, arm, space, rest, context, k)
                 same = others[k].shape == self.outputs[k].shape
@@ -800,7 +1182,6 @@ class _Problem:
                 hits += share == 1.0
                 shares += share
             verdict = Verdict(hits, len(others), shares / max(1, len(others)))
-            rules = self.fit(name, arm, space, context, context)
             answers = []
             for i, query in enumerate(queries):
                 answer, size_rule = self.predict(name, arm, space, context, context, query)
@@ -817,7 +1198,7 @@ class _Problem:
                     )
                 )
             tried = _Tried(verdict, rules.explains, others, answers)
-            if best is None or tried.rank > best.rank:
+            if others and (best is None or tried.rank > best.rank):
                 best = tried
         return [sorted(h, key=_rank) for h in out]
 
@@ -844,10 +1225,12 @@ class _Tried:
 
 def _rank(h: Hypothesis) -> tuple[float, ...]:
     """Best verdict first; arms stay in their order where equal (sorting is stable)."""
-    return (-h.verdict.share, -float(h.explains))
+    return (-h.verdict.share, -float(h.explains), h.n_rules)
 
 
 def _extra_name(group: Group, j: int) -> str:
+    if group[0] == "objects":
+        return _OBJECT_SOURCES[j]
     return f"{SOURCE_NAMES[j]} of {SOURCE_NAMES[group[1]]}"
 
 
