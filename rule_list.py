@@ -86,6 +86,27 @@ class Hypothesis:
     size_rule: str
 
 
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """What one query got: hypotheses best first, and what was left out for size.
+
+    context_cells: output cells of the context's demonstrations. capped_arms: the arms that were not
+    run because of `Limits.max_cells` or `Arm.max_cells`.
+    """
+
+    hypotheses: tuple[Hypothesis, ...]
+    context_cells: int
+    capped_arms: tuple[str, ...]
+
+    def attempts(self, n: int = 2) -> list[Grid]:
+        """The n best different answers, best first; fewer where there are not that many."""
+        chosen: list[Grid] = []
+        for h in self.hypotheses:
+            if len(chosen) < n and not any(np.array_equal(h.answer, a) for a in chosen):
+                chosen.append(h.answer)
+        return chosen
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of fitting.
@@ -108,8 +129,8 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "plain": Arm(facts=1),
-    "pairs": Arm(always_tried=True),
+    "plain": Arm(facts=1, max_cells=6000),
+    "pairs": Arm(always_tried=True, max_cells=4000),
     "pairs_second_default": Arm(default=1),
     "compare": Arm(compare=True),
     "objects": Arm(objects=True, extra=("objects",)),
@@ -1152,13 +1173,15 @@ class _Problem:
 
     def explore(
         self, context: Subset, queries: Sequence[int], arms: Mapping[str, Arm]
-    ) -> list[list[Hypothesis]]:
-        """Hypotheses of every arm for each query grid, from the context alone; best first."""
+    ) -> list[Explained]:
+        """Hypotheses of every arm for each query grid, from the context alone."""
         out: list[list[Hypothesis]] = [[] for _ in queries]
+        capped: list[str] = []
         cells = sum(self.outputs[k].size for k in context)
         best: _Tried | None = None
         for name, arm in arms.items():
             if cells > min(arm.max_cells, self.limits.max_cells):
+                capped.append(name)
                 continue
             if best is not None and best.verdict.full and self.limits.stop:
                 break
@@ -1200,7 +1223,7 @@ class _Problem:
             tried = _Tried(verdict, rules.explains, others, answers)
             if others and (best is None or tried.rank > best.rank):
                 best = tried
-        return [sorted(h, key=_rank) for h in out]
+        return [Explained(tuple(sorted(h, key=_rank)), cells, tuple(capped)) for h in out]
 
 
 @dataclass(frozen=True, eq=False)
@@ -1242,9 +1265,18 @@ def fit_task(
     queries: Sequence[Grid],
     *,
     arms: Mapping[str, Arm] = ARMS,
-    limits: Limits = Limits(),
-) -> list[list[Hypothesis]]:
-    """Hypotheses for each query (rows, cols), ranked by verdict, best first."""
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> list[Explained]:
+    """Explain the demonstrations and answer the queries.
+
+    demonstrations: (input, output) grids, integers 0..9 of (rows, cols), 1..30 a side; queries:
+    inputs alike. arms: tried in this order, cheap ones first. Returns one Explained per query; with
+    no demonstrations it holds no hypothesis. Pure and deterministic.
+    Raises ValueError for a wrong shape or colour, or an unknown name in `Arm.extra`.
+    """
+    _check(demonstrations)
+    if not demonstrations:
+        return [Explained((), 0, ()) for _ in queries]
     problem = _Problem(demonstrations, queries, limits, depth=1)
     everyone = tuple(range(problem.n))
     return problem.explore(everyone, range(problem.n, len(problem.grids)), arms)
@@ -1254,17 +1286,38 @@ def leave_one_out(
     demonstrations: Sequence[tuple[Grid, Grid]],
     *,
     arms: Mapping[str, Arm] = ARMS,
-    limits: Limits = Limits(),
-) -> list[list[Hypothesis]]:
-    """Each demonstration as query, explained from the others only; verdicts within the others."""
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> list[Explained]:
+    """Each demonstration as the query, explained from the others alone, for training.
+
+    Verdicts are taken within the others (pair-excluded refits): a query's own output takes part in
+    nothing, so each result equals `fit_task(others, [query])`. What several contexts need is fitted
+    once. Arguments, errors: as fit_task. A lone demonstration gets no hypothesis.
+    """
+    _check(demonstrations)
+    if len(demonstrations) < 2:
+        return [Explained((), 0, ()) for _ in demonstrations]
     problem = _Problem(demonstrations, (), limits, depth=2)
-    if problem.n < 2:
-        return [[] for _ in demonstrations]
-    out = []
+    out: list[Explained] = []
     for q in range(problem.n):
         context = tuple(k for k in range(problem.n) if k != q)
         out += problem.explore(context, (q,), arms)
     return out
+
+
+def _check(demonstrations: Sequence[tuple[Grid, Grid]]) -> None:
+    for number, pair in enumerate(demonstrations):
+        output = np.asarray(pair[1])
+        if output.ndim != 2 or not all(0 < side <= MAX_SIDE for side in output.shape):
+            raise ValueError(
+                f"demonstration {number}: output shape {output.shape}, expected (rows, cols) with "
+                f"1..{MAX_SIDE} each"
+            )
+        if output.min() < 0 or output.max() >= COLOURS:
+            raise ValueError(
+                f"demonstration {number}: output colours {output.min()}..{output.max()}, expected "
+                f"0..{COLOURS - 1}"
+            )
 
 
 _NOTHING: tuple[Grid, Grid] = (
