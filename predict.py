@@ -99,6 +99,13 @@ def build_parser() -> Parser:
         help=f"queries per batch (default: {BATCH_CPU} on CPU, {BATCH_GPU} on a GPU)",
     )
     parser.add_argument(
+        "--hypotheses",
+        choices=("on", "off"),
+        default="on",
+        help="exact rules fitted to the demonstrations vote beside the network (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
         "--adapt_seconds",
         type=number(float, 0.1),
         metavar="S",
@@ -247,7 +254,8 @@ def run_prediction(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from dataset_arc import evaluation_views, load_tasks, slices_of
-    from evaluation import predict_tasks, without_outputs
+    from evaluation import alone, joined, predict_tasks, score, without_outputs
+    from hypotheses import Fitter
     from model_persistence import atomic_write_bytes, atomic_write_json
 
     started = time.monotonic()
@@ -277,6 +285,7 @@ def run_prediction(args: argparse.Namespace) -> int:
     say(f"Device: {device}, {n_views} views")
 
     hide_bar = args.quiet or not sys.stderr.isatty()
+    fitter = Fitter(without_outputs(chosen)) if args.hypotheses == "on" else None
     if args.adapt_seconds or args.adapt_batches:
         from adaptation import adapt
 
@@ -316,6 +325,21 @@ def run_prediction(args: argparse.Namespace) -> int:
             seed=model.seed,
             progress=bar.update,
         )
+    parts = {}
+    if fitter is not None:
+        with tqdm(
+            total=len(chosen), desc="Hypotheses", unit="task", leave=False, disable=hide_bar
+        ) as fitting:
+            explained = fitter.collect(waiting=lambda n: fitting.update(n - fitting.n))
+        fitter.close()
+        if fitter.failed:
+            print(
+                f"warning: hypotheses for {len(fitter.done)} of {len(chosen)} tasks only: "
+                f"{fitter.failed}",
+                file=sys.stderr,
+            )
+        parts = {"network": predictions, "hypotheses": alone(explained)}
+        predictions = joined(predictions, explained)
     answers = submission(predictions, chosen)
     write(args.out, lambda path: atomic_write_bytes(path, json.dumps(answers).encode()))
     say(f"Wrote {args.out}: {n_inputs} answers in {time.monotonic() - started:.1f} s")
@@ -326,6 +350,14 @@ def run_prediction(args: argparse.Namespace) -> int:
             say(line)
         for line in totals:
             say(line, important=True)
+        figures["alone"] = {}
+        for part, found in parts.items():
+            counts = score(found, chosen)
+            figures["alone"][part] = {name: counts[name] for name in ("exact_at_1", "exact_at_2")}
+            say(
+                f"  {part} alone: {counts['exact_at_2']}/{figures['n']} ({counts['exact_at_1']} in one)",
+                important=True,
+            )
         if args.score_json:
             about: dict[str, Any] = {"model": str(model.path), "data": tasks.name, "split": split}
             about |= {"views": n_views, "seconds": time.monotonic() - started}

@@ -26,7 +26,6 @@ from grid_features import (
     CELL_FEATURE_NAMES,
     COLOURS,
     MAX_SIDE,
-    N_CELL_FEATURES,
     N_SOURCES,
     OUTSIDE,
     SIZE_RULE_NAMES,
@@ -239,10 +238,7 @@ class _Table:
         for code in np.unique(op).tolist():
             here = op == code
             left = values[row[here]]
-            if code in (_LIKE, _UNLIKE):
-                right = values[arg[here]]
-            else:
-                right = small[here]
+            right = values[arg[here]] if code in (_LIKE, _UNLIKE) else small[here]
             if code in (_EQUALS, _LIKE):
                 out[here] = left == right
             elif code == _AT_LEAST:
@@ -429,7 +425,7 @@ def _part_facts(parts: Any, g: Grid, hashes: Ints) -> Grid:
 def _slid(g: Grid, label: Ints, colour: Ints) -> Grid:
     """Every labelled part with a colour moved down, rigidly, until it meets the border or another."""
     rows, cols = g.shape
-    ids = [i for i in np.flatnonzero(colour > 0).tolist()]
+    ids: list[int] = np.flatnonzero(colour > 0).tolist()
     if len(ids) > 40:
         return g
     cells = {i: np.nonzero(label == i) for i in ids}
@@ -548,7 +544,10 @@ def _object_bank(grid: Grid) -> tuple[Grid, Grid, Grid]:
             boxes = [grid_features._box(parts, i) for i in members.tolist()]
             crops = [g[b] for b in boxes]
             if kind == "alone":
-                crops = [c * (parts.label[b] == i) for c, b, i in zip(crops, boxes, members.tolist(), strict=True)]
+                crops = [
+                    c * (parts.label[b] == i)
+                    for c, b, i in zip(crops, boxes, members.tolist(), strict=True)
+                ]
             marks = plain if kind == "component" else shape
             _put_choices(put, at, crops, parts.top[members], parts.left[members], marks[members])
         at += 2 * len(_PART_CHOICES)
@@ -601,9 +600,21 @@ def _put_choices(
 
 
 # Comparisons of a cell's place in the output with a count: 0 before it, 1 at it, 2 after it.
-_COUNTS = ("components", "objects", "colours_filled", "filled_cells", "commonest_cells", "rarest_cells", "largest_component_cells", "components_commonest", "own")
+_COUNTS = (
+    "components",
+    "objects",
+    "colours_filled",
+    "filled_cells",
+    "commonest_cells",
+    "rarest_cells",
+    "largest_component_cells",
+    "components_commonest",
+    "own",
+)
 COUNT_FACT_NAMES: tuple[str, ...] = tuple(
-    f"{place} against {name}" for name in _COUNTS for place in ("row", "col", "number", "row from below")
+    f"{place} against {name}"
+    for name in _COUNTS
+    for place in ("row", "col", "number", "row from below")
 )
 
 
@@ -613,8 +624,14 @@ def _count_facts(analysis: GridAnalysis, shape: tuple[int, int]) -> Grid:
     number = np.arange(rows * cols)
     row, col = np.divmod(number, cols)
     places = np.stack([row, col, number, rows - 1 - row])
-    counts = analysis.size_values[0, [SIZE_RULE_NAMES.index(name) for name in _COUNTS]].astype(np.int64)
-    return (1 + np.sign(places[None] - counts[:, None, None])).reshape(-1, number.size).astype(np.uint8)
+    counts = analysis.size_values[0, [SIZE_RULE_NAMES.index(name) for name in _COUNTS]].astype(
+        np.int64
+    )
+    return (
+        (1 + np.sign(places[None] - counts[:, None, None]))
+        .reshape(-1, number.size)
+        .astype(np.uint8)
+    )
 
 
 # ---------------------------------------------------------------- further sources
@@ -734,7 +751,9 @@ class _Sizes:
         usable = mine > 0
         joint = right.all(1).sum(0) * usable.all(0)
         if len(s) == 1:  # a rule made from one pair is unchecked: half a point
-            joint[-len(DEMONSTRATION_RULE_NAMES) :] = 0.5 * usable.all(0)[-len(DEMONSTRATION_RULE_NAMES):]
+            joint[-len(DEMONSTRATION_RULE_NAMES) :] = (
+                0.5 * usable.all(0)[-len(DEMONSTRATION_RULE_NAMES) :]
+            )
         weight = _SIZE_ORDER
         best = int((joint + weight).argmax())
         if joint[best] < len(s):
@@ -806,7 +825,9 @@ class _Space:
         for z, out in zip(rows, outputs, strict=True):
             flat = out.ravel()
             colours = np.arange(COLOURS, dtype=np.uint8)[:, None]
-            shown = np.concatenate((z[: table.n_sources], np.broadcast_to(colours, (COLOURS, flat.size))))
+            shown = np.concatenate(
+                (z[: table.n_sources], np.broadcast_to(colours, (COLOURS, flat.size)))
+            )
             self.colours.append(shown)
             right.append(shown == flat)
         self.right = [np.ascontiguousarray(r.T) for r in right]  # (cells, P)
@@ -857,7 +878,9 @@ class _Space:
         where = [np.flatnonzero(~self.right[k][:, pointers[default]]) for k in s]
         owner = np.repeat(s, [w.size for w in where])
         holds = np.concatenate([self.holds[k][w] for k, w in zip(s, where, strict=True)])[:, facts]
-        right = np.concatenate([self.right[k][w] for k, w in zip(s, where, strict=True)])[:, pointers]
+        right = np.concatenate([self.right[k][w] for k, w in zip(s, where, strict=True)])[
+            :, pointers
+        ]
         inside = holds.astype(np.float32)
         good = right.astype(np.float32)
         exceptions: list[tuple[tuple[int, ...], int]] = []
@@ -1122,7 +1145,9 @@ class _Problem:
             rows[N_SOURCES + extras.kept[subset]] = True
             return rows
 
-        space = _Space(table, values, self.outputs, allowed, self.background, context if arm.second else None)
+        space = _Space(
+            table, values, self.outputs, allowed, self.background, context if arm.second else None
+        )
         space.extras = extras.sources
         self._spaces[key] = space
         return space
@@ -1265,7 +1290,7 @@ def fit_task(
     queries: Sequence[Grid],
     *,
     arms: Mapping[str, Arm] = ARMS,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: Limits = Limits(),
 ) -> list[Explained]:
     """Explain the demonstrations and answer the queries.
 
@@ -1286,7 +1311,7 @@ def leave_one_out(
     demonstrations: Sequence[tuple[Grid, Grid]],
     *,
     arms: Mapping[str, Arm] = ARMS,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: Limits = Limits(),
 ) -> list[Explained]:
     """Each demonstration as the query, explained from the others alone, for training.
 

@@ -330,6 +330,21 @@ def build_parser() -> Parser:
         "CPU with --time_budget or --schedule_batches)",
     )
     scoring.add_argument(
+        "--hypotheses",
+        choices=("on", "off"),
+        default="on",
+        help="exact rules fitted to the demonstrations, in a process beside training; their answers "
+        "vote in the final evaluation, by how many demonstrations they re-predict (default: "
+        "%(default)s)",
+    )
+    scoring.add_argument(
+        "--hypothesis_tasks",
+        type=number(whole, 1),
+        metavar="N",
+        help="take the hypotheses of the N smallest tasks, waiting for them; repeats the voting of a "
+        "--time_budget run (default: all; with --time_budget what is ready)",
+    )
+    scoring.add_argument(
         "--stop_confidence",
         type=number(real, 0, 1),
         default=0.8,
@@ -735,6 +750,7 @@ class Run:
     train_started: float = 0.0  # time.monotonic() of this process's first batch
     resumed_at: int = 0  # batches that were done before this process
     stop: Any = None  # StopSignals, while they are caught
+    fitter: Any = None  # hypotheses of the final evaluation's tasks, made beside training
 
     def autocast(self) -> Any:
         import torch
@@ -963,13 +979,18 @@ def evaluate(
     slices: dict[str, set[Any]] | None = None,
     deadline: float | None = None,
     max_batches: int | None = None,
+    fitter: Any = None,
     title: str = "Validation",
 ) -> dict[str, Any]:
-    """Score the averaged weights on the given queries; targets meet predictions only in `score`."""
+    """Score the averaged weights on the given queries; targets meet predictions only in `score`.
+
+    fitter: hypotheses that vote beside the network, as far as they are fitted by the deadline; "alone" then holds
+    the counts of network and hypotheses by themselves.
+    """
     from tqdm import tqdm
 
     from dataset_arc import evaluation_views
-    from evaluation import predict_tasks, score, without_outputs
+    from evaluation import alone, joined, predict_tasks, score, without_outputs
 
     ids = {task_id for task_id, _ in keys}
     wanted = [task for task in tasks.train if task.task_id in ids]
@@ -1006,7 +1027,32 @@ def evaluate(
     bar.close()
     views_done = n_done / max(1, sum(len(task.tests) for task in wanted))
     done = {"views_done": round(views_done, 2), "batches_done": n_batches}
-    return {**score(predictions, wanted, slices), **done}
+    if fitter is None:
+        return {**score(predictions, wanted, slices), **done}
+    waited = None if run.args.hypothesis_tasks else deadline
+    with tqdm(
+        total=fitter.n_tasks, desc="Hypotheses", unit="task", leave=False, disable=no_bar(run.args)
+    ) as fitting:
+
+        def ready(n: int) -> None:
+            fitting.update(n - fitting.n)
+            if run.stop is not None and run.stop.requested:
+                raise StopRequested
+
+        explained = fitter.collect(waited, run.args.hypothesis_tasks, ready)
+    explained = {key: e for key, e in explained.items() if key in keys}
+    if fitter.failed:
+        run.log.say(f"Hypotheses: {fitter.failed}; {len(fitter.done)} tasks were fitted before")
+    names = ("exact_at_1", "exact_at_2")
+    parts = {"network": predictions, "hypotheses": alone(explained)}
+    counts = {part: score(found, wanted) for part, found in parts.items()}
+    return {
+        **score(joined(predictions, explained), wanted, slices),
+        **done,
+        "alone": {part: {name: found[name] for name in names} for part, found in counts.items()},
+        "hypothesis_tasks": len(fitter.done),
+        "hypothesis_queries": len(explained),
+    }
 
 
 def no_bar(args: argparse.Namespace) -> bool:
@@ -1602,15 +1648,23 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         except StopRequested:
             return leave_early(run, persistence)
         finally:
+            if run.fitter is not None:
+                run.fitter.close()
             persistence.close(drive_timeout_s=drive_s)
             run.log.close()
 
 
 def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
     """Untrained accuracy, the loop, the final evaluation with voting, results.json."""
+    from evaluation import without_outputs
+    from hypotheses import Fitter
     from model_persistence import atomic_write_json
 
     args, progress = run.args, run.progress
+    if args.hypotheses == "on" and plan.final:  # they need nothing that is trained
+        ids = {task_id for task_id, _ in plan.final}
+        some = [task for task in plan.tasks.train if task.task_id in ids]
+        run.fitter = Fitter(without_outputs(some))
     if progress.untrained_accuracy < 0 and plan.validation:
         begun = time.monotonic()
         untrained = evaluate(run, plan.tasks, plan.validation, 1, title="Untrained model")
@@ -1649,6 +1703,7 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
             slices=slices,
             deadline=until,
             max_batches=args.vote_batches,
+            fitter=run.fitter,
             title="Final voting",
         )
         result |= {
@@ -1669,6 +1724,10 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
         )
         for name, counts in result["slices"].items():
             run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}")
+        for part, counts in result.get("alone", {}).items():
+            run.log.say(f"       {part} alone: {counts['exact_at_2']}/{result['n']}")
+        if run.fitter is not None:
+            run.log.say(f"       hypotheses for {result['hypothesis_queries']}/{result['n']}")
         schedule = run.schedule
         if plan.deadline is not None and schedule.stop_at is not None and run.device == "cpu":
             end_at = min(progress.total, schedule.stop_at)
@@ -1676,6 +1735,7 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
                 "The same again, bit for bit on this CPU: in place of --time_budget, "
                 f"--schedule_batches {schedule.decay_start}:{schedule.stop_at}:{end_at} "
                 f"--eval_views {views} --vote_batches {result['batches_done']}"
+                + (f" --hypothesis_tasks {len(run.fitter.done)}" if run.fitter else "")
             )
     run.log.say(f"Run: {run.log.folder}", important=True)
 

@@ -117,7 +117,7 @@ class Outcome:
 
 FAST = (
     "--width", "32", "--threads", "1", "--device", "cpu", "--batch_size", "6",
-    "--warmup_batches", "4",
+    "--warmup_batches", "4", "--hypotheses", "off",
 )  # fmt: skip
 
 

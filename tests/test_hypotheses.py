@@ -1,0 +1,193 @@
+"""Hypotheses beside the network: the child process, votes by verdict, the scripts with and without."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_task, make_tasks, write_tasks
+
+import dataset_arc
+import rule_list
+from evaluation import FULL, NETWORK, Prediction, alone, joined, score, trust, without_outputs
+from hypotheses import Fitter, by_size
+from rule_list import Explained, Hypothesis, Verdict
+
+ROOT = Path(rule_list.__file__).parent
+A, B, C = (np.full((2, 2), colour, np.uint8) for colour in (1, 2, 3))
+
+
+def hypothesis(answer, n_right, n_tried=3):
+    verdict = Verdict(n_right, n_tried, n_right / max(1, n_tried))
+    return Hypothesis("pairs", answer, verdict, True, 1, "identity", "own")
+
+
+def explained(*hypotheses):
+    return Explained(tuple(hypotheses), 10, ())
+
+
+def network(*weights):
+    prediction = Prediction(views=4)
+    for grid, weight in weights:
+        prediction.add(grid, weight)
+    return prediction
+
+
+def first_two(predictions):
+    return [grid.ravel()[0] for grid in predictions[("t", 0)].attempts()]
+
+
+def test_a_full_verdict_goes_first_and_the_network_second():
+    both = joined({("t", 0): network((A, 4.0), (B, 1.0))}, {("t", 0): explained(hypothesis(C, 3))})
+    assert first_two(both) == [3, 1]
+
+
+def test_without_any_demonstration_right_the_network_goes_first():
+    both = joined({("t", 0): network((A, 4.0))}, {("t", 0): explained(hypothesis(C, 0))})
+    assert first_two(both) == [1, 3]
+
+
+def test_a_grid_that_both_give_counts_both_and_equal_answers_count_once():
+    some = explained(hypothesis(B, 0), hypothesis(B, 0), hypothesis(C, 0))
+    both = joined({("t", 0): network((A, 1.0), (B, 1.0))}, {("t", 0): some})
+    weights = {c.grid.ravel()[0]: c.weight for c in both[("t", 0)].candidates.values()}
+    none = trust(Verdict(0, 3, 0.0))
+    assert weights == pytest.approx({1: NETWORK / 2, 2: NETWORK / 2 + none, 3: none})
+    assert first_two(both) == [2, 1]
+
+
+def test_trust_rises_with_the_verdict_and_nothing_tried_is_nothing_proved():
+    verdicts = [Verdict(0, 0, 0.0), Verdict(0, 3, 0.9), Verdict(1, 3, 0.9), Verdict(2, 3, 0.9)]
+    trusts = [trust(v) for v in (*verdicts, Verdict(3, 3, 1.0))]
+    assert trusts == sorted(trusts)
+    assert trusts[0] == trusts[1] < NETWORK < trusts[3] < trusts[4] == FULL
+
+
+def test_joining_changes_neither_side_and_covers_what_only_one_has():
+    mine = {("t", 0): network((A, 2.0))}
+    other = {("u", 0): explained(hypothesis(B, 3)), ("v", 0): explained()}
+    both = joined(mine, other)
+    assert set(both) == {("t", 0), ("u", 0), ("v", 0)}
+    assert next(iter(mine[("t", 0)].candidates.values())).weight == 2.0
+    assert set(alone(other)) == {("u", 0)}
+
+
+def test_the_child_gives_what_a_call_gives_smallest_task_first(task_set):
+    hidden = without_outputs(task_set.train)
+    fitter = Fitter(hidden)
+    try:
+        found = fitter.collect(time.monotonic() + 60)
+        assert fitter.failed is None
+        assert list(fitter.done) == [task.task_id for task in by_size(hidden)]
+        for task in hidden:
+            here = [(p.input, p.output) for p in task.demonstrations]
+            for i, wanted in enumerate(rule_list.fit_task(here, [p.input for p in task.tests])):
+                got = found[(task.task_id, i)]
+                assert [h.words for h in got.hypotheses] == [h.words for h in wanted.hypotheses]
+                pairs = zip(got.hypotheses, wanted.hypotheses, strict=True)
+                assert all(np.array_equal(a.answer, b.answer) for a, b in pairs)
+        fewer = fitter.collect(n_tasks=2)
+        assert {key[0] for key in fewer} == {task.task_id for task in by_size(hidden)[:2]}
+        solved = score(alone(found), task_set.train)
+        assert solved["exact_at_1"] >= 5  # flip, turn, recolour, crop, double, same
+    finally:
+        fitter.close()
+
+
+def test_outputs_in_sight_are_refused(task_set):
+    with pytest.raises(ValueError, match="must not see test outputs"):
+        Fitter(task_set.train)
+
+
+def test_a_child_that_dies_is_said_and_what_it_had_is_kept(task_set):
+    fitter = Fitter(without_outputs(task_set.train))
+    try:
+        fitter._child.kill()
+        found = fitter.collect(time.monotonic() + 30)
+        assert fitter.failed is not None
+        assert "exit code -9" in fitter.failed
+        assert {key[0] for key in found} == set(fitter.done)
+    finally:
+        fitter.close()
+
+
+def test_the_child_ends_with_its_parent_however_that_ends(tmp_path):
+    """Killed without a word, the parent leaves no process behind."""
+    write_tasks(tmp_path / "t.json", {"big": make_task("drop", sides=(12, 14), n_demonstrations=6)})
+    program = (
+        "import sys, time\n"
+        "from dataset_arc import load_tasks\n"
+        "from evaluation import without_outputs\n"
+        "from hypotheses import Fitter\n"
+        f"fitter = Fitter(without_outputs(load_tasks({str(tmp_path / 't.json')!r}).train) * 50)\n"
+        "print(fitter._child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    until = time.monotonic() + 20
+    while time.monotonic() < until and running(child):
+        time.sleep(0.05)
+    assert not running(child)
+
+
+def running(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state != "Z"
+
+
+def test_the_script_lets_hypotheses_vote_and_tells_each_part_alone(train):
+    outcome = train("--epochs", 1, "--hypotheses", "on")
+    assert outcome.code == 0, outcome.err
+    results = json.loads((outcome.folder / "results.json").read_text(encoding="utf-8"))
+    assert results["hypothesis_queries"] == results["n"] == 6
+    assert results["hypothesis_tasks"] == 6
+    assert results["alone"]["hypotheses"]["exact_at_2"] >= 5
+    assert results["exact_at_2"] >= results["alone"]["hypotheses"]["exact_at_2"]
+    assert f"hypotheses alone: {results['alone']['hypotheses']['exact_at_2']}/6" in outcome.out
+    assert f"network alone: {results['alone']['network']['exact_at_2']}/6" in outcome.out
+    assert outcome.run.fitter._child.poll() is not None  # it is gone when the run is
+    off = train("--epochs", 1, runs="off")
+    network_alone = json.loads((off.folder / "results.json").read_text(encoding="utf-8"))
+    assert network_alone["exact_at_2"] == results["alone"]["network"]["exact_at_2"]
+    assert outcome.figures() == off.figures()  # training knows nothing of them
+
+
+def test_so_many_hypotheses_are_taken_as_asked(train):
+    outcome = train("--epochs", 1, "--hypotheses", "on", "--hypothesis_tasks", 2)
+    results = json.loads((outcome.folder / "results.json").read_text(encoding="utf-8"))
+    assert results["hypothesis_queries"] == 2
+
+
+def test_another_test_output_changes_no_hypothesis(tmp_path):
+    tasks = make_tasks(("flip", "swap"))
+    answers = []
+    for shift in (0, 1):
+        for task in tasks.values():
+            for pair in task["test"]:
+                pair["output"] = ((np.array(pair["output"]) + shift) % 10).tolist()
+        data = dataset_arc.load_tasks(write_tasks(tmp_path / f"{shift}.json", tasks))
+        fitter = Fitter(without_outputs(data.train))
+        found = fitter.collect(time.monotonic() + 60)
+        fitter.close()
+        answers.append(
+            {key: [h.answer.tobytes() for h in e.hypotheses] for key, e in found.items()}
+        )
+    assert answers[0] == answers[1]
