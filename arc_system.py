@@ -135,7 +135,7 @@ class System:
     def backward_of(self, reading: Reading, grids: Tensor, size: Tensor) -> Tensor:
         """The same of grids (Q, H, W) with the given sizes (Q, 2). The backward model learns here:
         in training the grids are the true outputs, at prediction the answers handed in."""
-        colours = one_hot(grids.clamp(min=0), COLOURS).float()
+        colours = one_hot(grids.long().clamp(min=0), COLOURS).float()
         return self._backward(reading, colours, size, learn=True)
 
     def _backward(self, reading: Reading, colours: Tensor, size: Tensor, *, learn: bool) -> Tensor:
