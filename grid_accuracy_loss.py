@@ -182,21 +182,27 @@ def resize_turned(
     transpose. The flips are rows of the interpolation in reverse, so all are four matrix products.
     """
     n_rows, n_cols = canvas
-    turned = []
+    n, height, width = logits.shape[:3]
+    side = max(height, width)
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        plain = logits.float()
-        plain = plain.masked_fill(~_inside(from_size, logits.shape[1:3])[..., None], 0.0)
-        for source, size in ((plain, from_size), (plain.transpose(1, 2), from_size.flip(1))):
-            down = _bilinear_matrix(size[:, 0], to_size[:, 0], n_rows, source.shape[1])
-            across = _bilinear_matrix(size[:, 1], to_size[:, 1], n_cols, source.shape[2])
-            down = torch.cat([down, _backwards(down, to_size[:, 0])], dim=1)
-            across = torch.cat([across, _backwards(across, to_size[:, 1])], dim=1)
-            mixed = torch.matmul(down, source.flatten(2)).unflatten(-1, source.shape[2:])
-            mixed = torch.matmul(across[:, None], mixed)
-            mixed = mixed.unflatten(1, (2, n_rows)).unflatten(3, (2, n_cols))
-            turned.append(mixed.transpose(2, 3).flatten(1, 2))
-        inside = _inside(to_size, canvas)[:, None, ..., None]
-        return torch.cat(turned, dim=1).masked_fill(~inside, 0.0)
+        plain = logits.float().masked_fill(~_inside(from_size, (height, width))[..., None], 0.0)
+        plain = _fit(plain, (side, side))
+        source = torch.cat([plain, plain.transpose(1, 2)])  # (2 batch, side, side, colours)
+        # one call for rows and columns of both; few large operations, as these grids are small
+        rows, cols = from_size.unbind(1)
+        from_side = torch.cat([rows, cols, cols, rows])
+        to_side = to_size.t().repeat_interleave(2, dim=0).flatten()
+        ways = _bilinear_matrix(from_side, to_side, max(canvas), side)
+        row = torch.arange(max(canvas), device=to_side.device)
+        back = (to_side[:, None] - 1 - row).clamp(min=0)[..., None].expand_as(ways)
+        both = torch.stack([ways, ways.gather(1, back)], dim=1)  # (4 batch, 2, out, side)
+        down = both[: 2 * n, :, :n_rows].flatten(1, 2)
+        across = both[2 * n :, :, :n_cols].flatten(1, 2)
+        mixed = torch.matmul(down, source.flatten(2)).unflatten(-1, source.shape[2:])
+        mixed = torch.matmul(across[:, None], mixed)
+        mixed = mixed.unflatten(1, (2, n_rows)).unflatten(3, (2, n_cols)).transpose(2, 3)
+        mixed = mixed.flatten(1, 2).unflatten(0, (2, n)).transpose(0, 1).flatten(1, 2)
+        return mixed.masked_fill(~_inside(to_size, canvas)[:, None, ..., None], 0.0)
 
 
 def copied_share(colours: Tensor, size: Tensor, inp: Tensor, inp_size: Tensor) -> Tensor:
@@ -208,13 +214,6 @@ def copied_share(colours: Tensor, size: Tensor, inp: Tensor, inp_size: Tensor) -
     """
     there = resize_logits(colours, size, inp_size, (inp.shape[1], inp.shape[2]))
     return weighted_cell_mean(pick_colour(there, inp), inp)
-
-
-def _backwards(matrix: Tensor, n_to: Tensor) -> Tensor:
-    """The first `n_to` (batch,) rows of an interpolation (batch, out, in) in reverse order."""
-    row = torch.arange(matrix.shape[1], device=n_to.device)
-    index = (n_to[:, None] - 1 - row).clamp(min=0)
-    return matrix.gather(1, index[..., None].expand_as(matrix))
 
 
 def _cells(target: Tensor) -> Tensor:

@@ -12,7 +12,15 @@ import torch
 
 import dataset_arc
 from dataset_arc import Pair, Task, View, evaluation_views
-from evaluation import Prediction, predict_tasks, reversibility, score, without_outputs
+from evaluation import (
+    REVERSIBLE_WEIGHT,
+    SURE_WEIGHT,
+    Prediction,
+    predict_tasks,
+    reversibility,
+    score,
+    without_outputs,
+)
 
 
 def grid(*rows):
@@ -89,7 +97,7 @@ def test_every_query_gets_one_vote_per_view(system, hidden):
     for prediction in found.values():
         assert sum(c.votes for c in prediction.candidates.values()) == 3
         weight = sum(c.weight for c in prediction.candidates.values())
-        assert 3.0 <= weight <= 3.0 * 1.75 + 1e-6
+        assert 3.0 <= weight <= 3.0 * (1 + SURE_WEIGHT + REVERSIBLE_WEIGHT) + 1e-6
         for candidate in prediction.candidates.values():
             assert candidate.grid.dtype == np.uint8
             assert candidate.grid.max() <= 9
