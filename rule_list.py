@@ -125,18 +125,22 @@ class Arm:
     extra: tuple[str, ...] = ()
     second: bool = False
     always_tried: bool = False
+    shadow: bool = False
     max_cells: int = 1600
 
 
 ARMS: dict[str, Arm] = {
     "plain": Arm(facts=1, max_cells=6000),
     "pairs": Arm(always_tried=True, max_cells=4000),
-    "pairs_second_default": Arm(default=1),
     "compare": Arm(compare=True),
     "objects": Arm(objects=True, extra=("objects",)),
+    "shadow": Arm(shadow=True),
+    "objects_shadow": Arm(shadow=True, objects=True, extra=("objects",)),
     "again": Arm(second=True),
+    "objects_again": Arm(objects=True, extra=("objects",), second=True),
     "deep": Arm(extra=("objects", "deep")),
     "deep_again": Arm(extra=("objects", "deep"), second=True),
+    "pairs_second_default": Arm(default=1),
 }
 
 
@@ -626,7 +630,6 @@ _DEEP = tuple(
     SOURCE_INDEX[name]
     for name in (
         "fliplr",
-        "flipud",
         "rot90",
         "outline",
         "component_neighbour",
@@ -634,21 +637,8 @@ _DEEP = tuple(
         "fill_best_symmetry",
         "crop_largest_component",
         "crop_largest_object",
-        "crop_smallest_object",
         "crop_commonest",
-        "crop_most_coloured_object",
-        "bbox",
-        "object_bbox",
         "object_minority",
-        "object_majority",
-        "between_rows",
-        "between_cols",
-        "denoise_small",
-        "gravity_down",
-        "gravity_left",
-        "upscale_2",
-        "half_right",
-        "cell_map",
     )
 )
 
@@ -862,6 +852,8 @@ class _Space:
         good = right.astype(np.float32)
         exceptions: list[tuple[tuple[int, ...], int]] = []
         search: _PairSearch | None = None
+        if arm.shadow:
+            search = _PairSearch(self, s, facts, pointers, support)
         while len(owner) and len(exceptions) < max_rules:
             covered = inside.T @ good
             clean = covered * pure
@@ -886,6 +878,8 @@ class _Space:
                 chosen = ((int(fact[best]),), int(pointer[best]))
             which, to = chosen
             left = ~holds[:, list(which)].all(1)
+            if arm.shadow and search is not None:
+                pure = search.without(which) & (support > 0)[:, None]
             owner, holds, inside, good = owner[left], holds[left], inside[left], good[left]
             exceptions.append((tuple(int(self.facts[facts[f]]) for f in which), int(pointers[to])))
         return RuleList(int(pointers[default]), tuple(exceptions), not len(owner))
@@ -934,6 +928,12 @@ class _PairSearch:
         self.facts = np.concatenate([space.packed[k][facts] for k in s], 1)
         self.wrong = np.concatenate([space.wrong[k][pointers] for k in s], 1)
         self.support = support
+
+    def without(self, which: tuple[int, ...]) -> Bools:
+        """Leave out the cells of an exception from now on; which (fact, pointer) are right then."""
+        self.wrong = self.wrong & ~np.bitwise_and.reduce(self.facts[list(which)], axis=0)
+        words = np.flatnonzero(self.wrong.any(0))
+        return ~_touches(self.facts[:, words], self.wrong[:, words])
 
     def best(
         self,
@@ -998,6 +998,8 @@ class _Problem:
         self._groups: dict[tuple[int, Group], tuple[Grid, Grid]] = {}
         self._deep: dict[bytes, tuple[Grid, Grid]] = {}
         self._objects: dict[int, tuple[Grid, Grid, Grid]] = {}
+        for grid, analysis in zip(self.grids, self.seen, strict=True):
+            self._deep[bytes(grid.shape) + grid.tobytes()] = analysis.planes, analysis.sizes
         self._shares: dict[Group, tuple[NDArray[np.float64], Words]] = {}
 
     # ---- extra sources
