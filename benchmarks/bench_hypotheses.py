@@ -137,7 +137,9 @@ def main() -> None:
         f"hypothesis {sum(not r.hypotheses for r in rows)}; {sum(cpu):.1f} CPU s, {np.mean(cpu):.3f} a query, "
         f"median {np.median(cpu):.3f}"
     )
-    print(f"{'arm':22s} {'ran':>5s} {'exact':>6s} {'full':>5s} {'exact':>6s} {'answers':>8s} {'exact':>6s}")
+    print(
+        f"{'arm':22s} {'ran':>5s} {'exact':>6s} {'full':>5s} {'exact':>6s} {'answers':>8s} {'exact':>6s}"
+    )
     table: dict[str, Any] = {}
     for name in rule_list.ARMS:
         mine = [
@@ -154,7 +156,9 @@ def main() -> None:
         print(f"{name:22s} {a:5d} {b:6d} {c:5d} {d:6d} {e:8d} {f:6d}")
     for low, high in ((1.0, 1.0), (0.5, 0.999), (0.001, 0.499), (0.0, 0.0)):
         some = [r for r in rows if r.hypotheses and low <= r.hypotheses[0].verdict.share <= high]
-        print(f"best verdict {low:.2f}-{high:.2f}: {share(some, 1)} in one attempt, {share(some, 2)} in two")
+        print(
+            f"best verdict {low:.2f}-{high:.2f}: {share(some, 1)} in one attempt, {share(some, 2)} in two"
+        )
     sliced = {}
     if args.data == "arcagi2" and args.split == "train" and not args.leave_one_out:
         for name, keys in slices_of(tasks).items():
