@@ -786,6 +786,7 @@ class _Space:
         allowed: Callable[[Subset], Bools | None],
         background: Sequence[int],
         context: Subset | None,
+        extra_rows: Bools,
     ) -> None:
         self.values, self.table, self.background = values, table, background
         self.allowed = allowed
@@ -797,13 +798,20 @@ class _Space:
         columns = [table.of(z) for z in rows]
         packed = [_pack(c) for c in columns]
         hashes = np.stack([_mixed(p, k) for k, p in enumerate(packed)])  # (n, F)
+        like = (table.op == _LIKE) | (table.op == _UNLIKE)
+        used = np.stack([table.row, np.where(like, table.arg, table.row)])  # (2, F)
         with np.errstate(over="ignore"):
             whole = hashes.sum(0, dtype=np.uint64)
+            # A fact about an extra source, which some subsets lack, stands for no other row's fact.
+            whole += (used * extra_rows[used]).sum(0).astype(np.uint64) * np.uint64(
+                0x9E3779B97F4A7C15
+            )
         first = np.sort(np.unique(whole, return_index=True)[1])
         seen = np.zeros(table.op.size, bool)
         for p in packed:
             seen |= p.any(1)
         self.facts = first[seen[first]]  # of the table
+        self.rows_used = used[:, self.facts]
         self.hashes = hashes[:, self.facts]
         self.packed = [np.ascontiguousarray(p[self.facts]) for p in packed]
         self.support = np.stack([np.count_nonzero(c[self.facts], 1) for c in columns])
@@ -832,21 +840,18 @@ class _Space:
         with np.errstate(over="ignore"):
             fact = self.hashes[s].sum(0, dtype=np.uint64)
             pointer = self.right_hashes[s].sum(0, dtype=np.uint64)
+        may_fact, may_point = np.ones(fact.size, bool), np.ones(pointer.size, bool)
         rows = self.allowed(subset)
         if rows is not None:
-            fact_rows = self.table.row[self.facts]
-            closed = ~rows[fact_rows]
-            like = np.isin(self.table.op[self.facts], (_LIKE, _UNLIKE))
-            closed |= like & ~rows[np.where(like, self.table.arg[self.facts], 0)]
-            fact[closed] = 0
-            pointer[: self.table.n_sources][~rows[: self.table.n_sources]] = 0
-        open_facts = np.zeros(fact.size, bool)
-        open_facts[np.unique(fact, return_index=True)[1]] = True
-        open_pointers = np.zeros(pointer.size, bool)
-        open_pointers[np.unique(pointer, return_index=True)[1]] = True
-        if rows is not None:
-            open_facts &= ~closed
-            open_pointers[: self.table.n_sources] &= rows[: self.table.n_sources]
+            may_fact = rows[self.rows_used].all(0)
+            may_point[: self.table.n_sources] = rows[: self.table.n_sources]
+        open_facts, open_pointers = np.zeros(fact.size, bool), np.zeros(pointer.size, bool)
+        for hashes, may, out in (
+            (fact, may_fact, open_facts),
+            (pointer, may_point, open_pointers),
+        ):
+            those = np.flatnonzero(may)
+            out[those[np.unique(hashes[those], return_index=True)[1]]] = True
         return open_facts, open_pointers
 
     def fit(self, subset: Subset, arm: Arm, max_rules: int) -> RuleList:
@@ -1017,6 +1022,7 @@ class _Problem:
         self._fits: dict[Any, RuleList] = {}
         self._groups: dict[tuple[int, Group], tuple[Grid, Grid]] = {}
         self._deep: dict[bytes, tuple[Grid, Grid]] = {}
+        self._kept: dict[tuple[str, ...], _Extras] = {}
         self._objects: dict[int, tuple[Grid, Grid, Grid]] = {}
         for grid, analysis in zip(self.grids, self.seen, strict=True):
             self._deep[bytes(grid.shape) + grid.tobytes()] = analysis.planes, analysis.sizes
@@ -1059,12 +1065,14 @@ class _Problem:
             self._shares[group] = np.array(right, np.float64), np.stack(hashes)
         return self._shares[group]
 
-    def _extras(self, names: tuple[str, ...], subsets: Sequence[Subset]) -> _Extras:
-        """The extra sources that any of the subsets keeps, and which of them each keeps."""
+    def _extras(self, names: tuple[str, ...]) -> _Extras:
+        """The extra sources that any subset keeps, and which of them each keeps."""
+        if names in self._kept:
+            return self._kept[names]
+        subsets = self._subsets()
         groups = _groups(names)
         share, hashes, at = [], [], []
         for group in groups:
-            # a group that no demonstration's grid has is skipped, as is one without a good source
             right, shown = self._share(group)
             share.append(right)
             hashes.append(shown)
@@ -1089,23 +1097,24 @@ class _Problem:
             good = np.flatnonzero(new[N_SOURCES:] & (part >= _EXTRA_SHARE))
             kept[subset] = good[np.argsort(-part[good], kind="stable")[:_KEPT_EXTRA]]
         union = np.unique(np.concatenate([*kept.values()])) if kept else np.zeros(0, np.int64)
-        return _Extras(
+        self._kept[names] = _Extras(
             sources=[at[i] for i in union.tolist()],
             kept={subset: np.searchsorted(union, np.sort(k)) for subset, k in kept.items()},
         )
+        return self._kept[names]
 
     # ---- spaces
 
     def space(self, arm: Arm, context: Subset, first: Mapping[int, Grid] | None) -> _Space | None:
         """Facts and pointers for an arm; `first` are first answers by grid, for a second pass."""
+        extras = self._extras(arm.extra) if arm.extra else _Extras([], {})
+        if arm.extra and not arm.objects:
+            needed = (context, *(tuple(j for j in context if j != k) for k in context))
+            if not any(extras.kept[subset].size for subset in needed if subset):
+                return None
         key = (arm.compare, arm.objects, arm.extra, context if arm.second else None)
         if key in self._spaces:
             return self._spaces[key]
-        extras = _Extras([], {})
-        if arm.extra:
-            extras = self._extras(arm.extra, self._subsets())
-            if not extras.sources and not arm.objects:
-                return None
         n_extra = len(extras.sources)
         names = list(SOURCE_NAMES) + [_extra_name(group, j) for group, j in extras.sources]
         features = list(CELL_FEATURE_NAMES)
@@ -1144,8 +1153,16 @@ class _Problem:
             rows[N_SOURCES + extras.kept[subset]] = True
             return rows
 
+        extra_rows = np.zeros(n_rows, bool)
+        extra_rows[N_SOURCES : N_SOURCES + n_extra] = True
         space = _Space(
-            table, values, self.outputs, allowed, self.background, context if arm.second else None
+            table,
+            values,
+            self.outputs,
+            allowed,
+            self.background,
+            context if arm.second else None,
+            extra_rows,
         )
         space.extras = extras.sources
         self._spaces[key] = space

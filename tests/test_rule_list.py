@@ -84,7 +84,7 @@ def test_plain_solves_enclosures_and_says_so() -> None:
 
 def test_pairs_solve_what_needs_two_facts() -> None:
     def change(g: Grid) -> Grid:
-        row, col = np.indices(g.shape)
+        _, col = np.indices(g.shape)
         return np.where((g == 1) & (col == 0), 7, g).astype(np.uint8)
 
     pairs, query, answer = task(change, grids(1, 5, colours=2, density=0.7))
