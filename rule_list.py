@@ -137,7 +137,7 @@ ARMS: dict[str, Arm] = {
     "again": Arm(second=True, shadow=True),
     "deep": Arm(extra=("objects", "deep"), objects=True, shadow=True),
     "deep_again": Arm(extra=("objects", "deep"), second=True, shadow=True),
-    "second_default": Arm(default=1, objects=True, extra=("objects",), shadow=True),
+    "second_default": Arm(default=1, shadow=True),
 }
 
 
@@ -829,9 +829,6 @@ class _Space:
         self.wrong = [_pack(~r) for r in right]
         self.score = np.stack([np.count_nonzero(r, 1) for r in right])  # (n, P)
         self.right_hashes = np.stack([_mixed(w, k) for k, w in enumerate(self.wrong)])
-        self.violated = np.stack(
-            [_touches(p, w) for p, w in zip(self.packed, self.wrong, strict=True)]
-        )  # (n, F, P)
         self.n_pointers = self.score.shape[1]
 
     def open_to(self, subset: Subset) -> tuple[Bools, Bools]:
@@ -857,36 +854,31 @@ class _Space:
     def fit(self, subset: Subset, arm: Arm, max_rules: int) -> RuleList:
         s = [self.at[k] for k in subset]
         facts, pointers = (np.flatnonzero(x) for x in self.open_to(subset))
-        support = self.support[s].sum(0)[facts]
-        violated = self.violated[s[0]][np.ix_(facts, pointers)]
-        for k in s[1:]:
-            violated = violated | self.violated[k][np.ix_(facts, pointers)]
-        pure = (~violated) & (support > 0)[:, None]
         colour = pointers >= self.n_pointers - COLOURS
         score = self.score[s].sum(0)[pointers] * np.where(colour, 0.98, 1.0)
         order = np.argsort(-score, kind="stable")
-        default = order[min(arm.default, order.size - 1)]
-        # the cells that the default gets wrong
-        where = [np.flatnonzero(~self.right[k][:, pointers[default]]) for k in s]
+        default = int(pointers[order[min(arm.default, order.size - 1)]])
+        # The cells that the default gets wrong, and what can say anything about them.
+        where = [np.flatnonzero(~self.right[k][:, default]) for k in s]
         owner = np.repeat(s, [w.size for w in where])
-        holds = np.concatenate([self.holds[k][w] for k, w in zip(s, where, strict=True)])[:, facts]
-        right = np.concatenate([self.right[k][w] for k, w in zip(s, where, strict=True)])[
-            :, pointers
-        ]
-        inside = holds.astype(np.float32)
-        good = right.astype(np.float32)
+        holds = np.concatenate([self.holds[k][w] for k, w in zip(s, where, strict=True)])
+        right = np.concatenate([self.right[k][w] for k, w in zip(s, where, strict=True)])
+        facts = facts[np.logical_or.reduce(holds, axis=0)[facts]]
+        pointers = pointers[np.logical_or.reduce(right, axis=0)[pointers]]
+        if not facts.size or not pointers.size:
+            return RuleList(default, (), not len(owner))
+        holds, right = holds[:, facts], right[:, pointers]
+        support = self.support[s].sum(0)[facts]
+        inside, good = holds.astype(np.float32), right.astype(np.float32)
+        search = _Search(self, s, facts, pointers, support)
+        pure = search.pure()
         exceptions: list[tuple[tuple[int, ...], int]] = []
-        search: _PairSearch | None = None
-        if arm.shadow:
-            search = _PairSearch(self, s, facts, pointers, support)
         while len(owner) and len(exceptions) < max_rules:
             covered = inside.T @ good
             clean = covered * pure
             most = clean.max()
             chosen: tuple[tuple[int, ...], int] | None = None
             if arm.facts > 1 and most < max(1, 0.34 * len(owner)):
-                if search is None:
-                    search = _PairSearch(self, s, facts, pointers, support)
                 chosen = search.best(inside, good, covered, most)
             if chosen is None:
                 hopeless = most * (max_rules - len(exceptions)) < len(owner)
@@ -903,11 +895,12 @@ class _Space:
                 chosen = ((int(fact[best]),), int(pointer[best]))
             which, to = chosen
             left = ~holds[:, list(which)].all(1)
-            if arm.shadow and search is not None:
-                pure = search.without(which) & (support > 0)[:, None]
+            if arm.shadow:
+                search.leave_out(which)
+                pure = search.pure()
             owner, holds, inside, good = owner[left], holds[left], inside[left], good[left]
             exceptions.append((tuple(int(self.facts[facts[f]]) for f in which), int(pointers[to])))
-        return RuleList(int(pointers[default]), tuple(exceptions), not len(owner))
+        return RuleList(default, tuple(exceptions), not len(owner))
 
     def answer(self, rules: RuleList, grid: int, shape: tuple[int, int]) -> Grid:
         """The grid (rows, cols) that the rules say for grid number `grid`."""
@@ -944,8 +937,8 @@ _FIRST_FACTS = 12
 _PAIR_POINTERS = 12
 
 
-class _PairSearch:
-    """Exceptions of two facts, on packed bits of one subset's cells."""
+class _Search:
+    """One fit's cells as packed bits: what is right where, and exceptions of two facts."""
 
     def __init__(
         self, space: _Space, s: list[int], facts: Ints, pointers: Ints, support: Ints
@@ -954,9 +947,12 @@ class _PairSearch:
         self.wrong = np.concatenate([space.wrong[k][pointers] for k in s], 1)
         self.support = support
 
-    def without(self, which: tuple[int, ...]) -> Bools:
-        """Leave out the cells of an exception from now on; which (fact, pointer) are right then."""
+    def leave_out(self, which: tuple[int, ...]) -> None:
+        """The cells of an exception are settled: from now on nothing is wrong there."""
         self.wrong = self.wrong & ~np.bitwise_and.reduce(self.facts[list(which)], axis=0)
+
+    def pure(self) -> Bools:
+        """Which pointers are right wherever which fact holds: (facts, pointers)."""
         words = np.flatnonzero(self.wrong.any(0))
         return ~_touches(self.facts[:, words], self.wrong[:, words])
 
