@@ -646,13 +646,10 @@ _DEEP = tuple(
         "fliplr",
         "rot90",
         "outline",
-        "component_neighbour",
-        "fill_bbox_rot180",
         "fill_best_symmetry",
         "crop_largest_component",
         "crop_largest_object",
         "crop_commonest",
-        "object_minority",
     )
 )
 
