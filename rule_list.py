@@ -124,7 +124,8 @@ class Arm:
         demonstration's first answer is the one from all others of the context, as the query's is.
     shadow: an exception need only be right where no earlier one has spoken.
     always_tried: take a verdict, and go on fitting, even where the list cannot explain the context;
-        other arms then try no demonstration (n_tried 0): of 1,500 such lists 4 were exact.
+        other arms then try no demonstration (n_tried 0): of 1,180 such lists 7 were exact on the
+        demonstration left out.
     max_cells: the arm is not run above so many cells of the context's outputs.
     """
 
@@ -1295,7 +1296,8 @@ class _Tried:
 def _ranked(hypotheses: Sequence[Hypothesis]) -> tuple[Hypothesis, ...]:
     """Best first: verdict, explains all, fewer rules, answer shared by more arms, order of arms.
 
-    Chosen by leave-one-out on demonstrations: without the number of rules 4 of 405 were lost.
+    Chosen by leave-one-out on demonstrations: without the number of rules 2 to 5 of
+    405 were lost, by set of arms.
     """
     keys = [(h.answer.shape, h.answer.tobytes()) for h in hypotheses]
 
