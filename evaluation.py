@@ -38,6 +38,7 @@ N_ATTEMPTS = 2
 # How likely an answer is exact, by verdict; and a network's answer for which every view votes. Measured on demonstrations
 # as queries (benchmarks/bench_hypotheses.py --leave_one_out): 42 of 47, 21 of 32, 5 of 20 and 13 of 97 were exact.
 FULL, HALF, SOME, NONE = 0.9, 0.65, 0.25, 0.1
+UNTRIED = 0.03  # guess: rules that do not even explain the context
 NETWORK = 0.3  # guess: unanimous views, all tasks together
 N_COST_GROUPS = 12  # of tasks, by size: in a hurry, each gets all its views in turn
 
@@ -204,6 +205,8 @@ def answer_probability(output: AgentOutput) -> torch.Tensor:
 
 def trust(verdict: Verdict) -> float:
     """How likely an answer with this verdict is exact, in (0, 1)."""
+    if not verdict.n_tried:
+        return UNTRIED
     if verdict.full:
         return FULL
     if verdict.share >= 0.5:

@@ -66,7 +66,7 @@ def test_trust_rises_with_the_verdict_and_nothing_tried_is_nothing_proved():
     verdicts = [Verdict(0, 0, 0.0), Verdict(0, 3, 0.9), Verdict(1, 3, 0.9), Verdict(2, 3, 0.9)]
     trusts = [trust(v) for v in (*verdicts, Verdict(3, 3, 1.0))]
     assert trusts == sorted(trusts)
-    assert trusts[0] == trusts[1] < NETWORK < trusts[3] < trusts[4] == FULL
+    assert trusts[0] < trusts[1] < NETWORK < trusts[3] < trusts[4] == FULL
 
 
 def test_joining_changes_neither_side_and_covers_what_only_one_has():
