@@ -498,6 +498,23 @@ def test_the_divergence_backwards_trains_the_agent_through_its_answer(ready):
     assert any(g.abs().sum() > 0 for n, g in found.items() if n.startswith("agent.pointer."))
 
 
+@pytest.mark.parametrize("shown", [True, False], ids=["true output", "own answer only"])
+def test_the_backward_model_learns_from_the_true_output_alone(ready, shown):
+    """Breaks: the true output never shown to it; the agent's own answers teach it."""
+
+    def prepare(run, _):
+        real = run.system.backward_of
+        if not shown:
+            run.system.backward_of = lambda *given: real(*given).detach()
+
+    step = ready("--no_reward", "--clip", 1e9, prepare=prepare)
+    step.keep_gradients()
+    step.take()
+    gradients = step.gradients().items()
+    own = [g for n, g in gradients if n.startswith("agent.backward_model.") and g is not None]
+    assert any(g.abs().sum() > 0 for g in own) == shown
+
+
 # ---------------------------------------------------------------- precision, gradients, steps
 
 

@@ -530,10 +530,24 @@ OTHERS = [
     ),
     Mutant(
         "12 reading back of a detached answer",
-        AGENT,
-        "            output.logits[-1].exp(),",
-        "            output.logits[-1].exp().detach(),",
+        SYSTEM,
+        "        colours = output.logits[-1].exp()\n",
+        "        colours = output.logits[-1].exp().detach()\n",
         "wiring: divergence_backwards",
+    ),
+    Mutant(
+        "12 backward model never shown the true output",
+        T,
+        "        backward_logits_true=backward_true,\n",
+        "",
+        "wiring: backward_model_learns",
+    ),
+    Mutant(
+        "12 backward model taught by the agent's own answers",
+        SYSTEM,
+        "output.size, learn=False)",
+        "output.size, learn=True)",
+        "wiring: backward_model_learns",
     ),
     Mutant(
         "12 confidence blind to a wrong size",
