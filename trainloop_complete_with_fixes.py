@@ -835,12 +835,8 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     # 5. Reward of the change: hard for the policy, soft (with gradient) for the combined loss.
     #    Sizes are the model's own, before step 4; d_rev comes from the real backward model.
     inp = batch.query_input
-    copied_before, copied_after = copied_share(
-        torch.cat([before.logits[-1], after.logits[-1]]).exp(),
-        torch.cat([before.size, after.size]),
-        inp.repeat(2, 1, 1),
-        batch.query_input_size.repeat(2, 1),
-    ).chunk(2)
+    copied_before = copied_share(before.logits[-1].exp(), before.size, inp, batch.query_input_size)
+    copied_after = copied_share(after.logits[-1].exp(), after.size, inp, batch.query_input_size)
     reward, breakdown = system.policy_rl.compute_reward(
         grids_before,
         grids_after,
