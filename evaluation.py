@@ -309,3 +309,13 @@ def score(
         "tasks_solved": sum(all(solved) for solved in by_task.values()),
         "slices": {name: counts(keys) for name, keys in (slices or {}).items()},
     }
+
+
+def scores_alone(
+    predictions: dict[Key, Prediction], explained: Mapping[Key, Explained], tasks: Sequence[Task]
+) -> dict[str, dict[str, int]]:
+    """`exact_at_1` and `exact_at_2` of the network and of the hypotheses, each by itself."""
+    parts = {"network": predictions, "hypotheses": alone(explained)}
+    counts = {part: score(found, tasks) for part, found in parts.items()}
+    names = ("exact_at_1", "exact_at_2")
+    return {part: {name: found[name] for name in names} for part, found in counts.items()}

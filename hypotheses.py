@@ -50,11 +50,12 @@ class Fitter:
         self.n_tasks = len(tasks)
         self.done: dict[str, list[Explained]] = {}
         self.failed: str | None = None  # why the child ended before its work was done
-        self._order = [task.task_id for task in by_size(tasks)]
+        ordered = by_size(tasks)
+        self._order = [task.task_id for task in ordered]
         self._results: queue.Queue[tuple[str, list[Explained]] | None] = queue.Queue()
         work = [
             (t.task_id, [(p.input, p.output) for p in t.demonstrations], [p.input for p in t.tests])
-            for t in by_size(tasks)
+            for t in ordered
         ]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._child = subprocess.Popen(

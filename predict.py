@@ -254,7 +254,7 @@ def run_prediction(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from dataset_arc import evaluation_views, load_tasks, slices_of
-    from evaluation import alone, joined, predict_tasks, score, without_outputs
+    from evaluation import joined, predict_tasks, scores_alone, without_outputs
     from hypotheses import Fitter
     from model_persistence import atomic_write_bytes, atomic_write_json
 
@@ -325,7 +325,7 @@ def run_prediction(args: argparse.Namespace) -> int:
             seed=model.seed,
             progress=bar.update,
         )
-    parts = {}
+    network, explained = predictions, None
     if fitter is not None:
         with tqdm(
             total=len(chosen), desc="Hypotheses", unit="task", leave=False, disable=hide_bar
@@ -338,7 +338,6 @@ def run_prediction(args: argparse.Namespace) -> int:
                 f"{fitter.failed}",
                 file=sys.stderr,
             )
-        parts = {"network": predictions, "hypotheses": alone(explained)}
         predictions = joined(predictions, explained)
     answers = submission(predictions, chosen)
     write(args.out, lambda path: atomic_write_bytes(path, json.dumps(answers).encode()))
@@ -350,10 +349,8 @@ def run_prediction(args: argparse.Namespace) -> int:
             say(line)
         for line in totals:
             say(line, important=True)
-        figures["alone"] = {}
-        for part, found in parts.items():
-            counts = score(found, chosen)
-            figures["alone"][part] = {name: counts[name] for name in ("exact_at_1", "exact_at_2")}
+        figures["alone"] = {} if explained is None else scores_alone(network, explained, chosen)
+        for part, counts in figures["alone"].items():
             say(
                 f"  {part} alone: {counts['exact_at_2']}/{figures['n']} ({counts['exact_at_1']} in one)",
                 important=True,

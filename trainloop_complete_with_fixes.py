@@ -990,7 +990,7 @@ def evaluate(
     from tqdm import tqdm
 
     from dataset_arc import evaluation_views
-    from evaluation import alone, joined, predict_tasks, score, without_outputs
+    from evaluation import joined, predict_tasks, score, scores_alone, without_outputs
 
     ids = {task_id for task_id, _ in keys}
     wanted = [task for task in tasks.train if task.task_id in ids]
@@ -1043,13 +1043,10 @@ def evaluate(
     explained = {key: e for key, e in explained.items() if key in keys}
     if fitter.failed:
         run.log.say(f"Hypotheses: {fitter.failed}; {len(fitter.done)} tasks were fitted before")
-    names = ("exact_at_1", "exact_at_2")
-    parts = {"network": predictions, "hypotheses": alone(explained)}
-    counts = {part: score(found, wanted) for part, found in parts.items()}
     return {
         **score(joined(predictions, explained), wanted, slices),
         **done,
-        "alone": {part: {name: found[name] for name in names} for part, found in counts.items()},
+        "alone": scores_alone(predictions, explained, wanted),
         "hypothesis_tasks": len(fitter.done),
         "hypothesis_queries": len(explained),
     }
