@@ -126,8 +126,8 @@ def _leave_one_out(
             before = after = system.answer(reading)
         info = None
         if refining:
-            tokens, info = system.refine(reading, before, rng)
-            after = system.answer(reading, tokens)
+            refinement = system.refine(reading, before, rng)
+            info, after = refinement.info, system.answer(reading, refinement)
         backward = system.backward(reading, after)
         backward_true = system.backward_of(reading, targets.output, targets.size)
     canvas = (targets.output.shape[1], targets.output.shape[2])

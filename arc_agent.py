@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grid_features
+from dataset_arc import N_PROPOSAL_FACTS, VERDICTS
 from grid_accuracy_loss import resize_turned
 from grid_features import (
     CELL_FEATURE_BINS,
@@ -37,6 +38,7 @@ RIDGE_FLOOR = 1e-2  # keeps the fit's matrix positive, also where a GPU multipli
 N_SHOWN = 9  # what an answer shows at a cell of the input: eight orientations, and from the corner
 N_BACKWARD_POINTERS = N_SHOWN + COLOURS
 BACKWARD_FLOOR = 1e-5  # guess: the least probability of a colour that the backward model gives
+PROPOSAL_GAINS = (4.0, 2.0, 0.5, -0.5, -1.0)  # guess; by verdict, learned from there
 EVIDENCE_FLOOR = 1e-3  # guess: a pointer never seen right keeps log(1e-3) of evidence
 
 
@@ -93,6 +95,26 @@ class Sight:
     evidence: Tensor
     outside: Tensor
     sources: Tensor
+
+
+@dataclass
+class Proposal:
+    """One proposed answer a query: colours (Q, H, W) int64, -1 outside; size (Q, 2) int64, 0 where a query has none;
+    facts (Q, N_PROPOSAL_FACTS) float32 (`dataset_arc.PROPOSAL_FACTS`)."""
+
+    colours: Tensor
+    size: Tensor
+    facts: Tensor
+
+    @property
+    def given(self) -> Tensor:
+        """(Q,) bool: which queries have one."""
+        return (self.size > 0).all(-1)
+
+    @property
+    def verdict(self) -> Tensor:
+        """(Q,) int64: place in `dataset_arc.VERDICTS`."""
+        return self.facts[:, : len(VERDICTS)].argmax(-1)
 
 
 @dataclass
@@ -436,8 +458,10 @@ class PointerHead(nn.Module):
         self.evidence = nn.Parameter(torch.full((self.heads, N_POINTERS), 0.5 / self.heads))
         self.global_evidence = nn.Parameter(torch.full((N_POINTERS,), 0.1))
         self.to_pointer = nn.Linear(config.width, N_POINTERS)
+        self.to_proposed = nn.Linear(config.width, 1, bias=False)
         nn.init.zeros_(self.to_pointer.weight)
         nn.init.zeros_(self.to_pointer.bias)
+        nn.init.zeros_(self.to_proposed.weight)
 
     def keys(self, tokens: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         n, cells, _ = tokens.shape
@@ -473,18 +497,33 @@ class PointerHead(nn.Module):
         has_context = mask.any(-1).view(-1, 1, 1)
         return torch.where(has_context, found + everywhere[:, None], 0.0)
 
-    def forward(self, x: Tensor, sources: Tensor, outside: Tensor, evidence: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        sources: Tensor,
+        outside: Tensor,
+        evidence: Tensor,
+        proposed: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Log-probabilities of colours (Q, cells, 10) float32.
 
         x (Q, cells, width); sources (Q, cells, K) int64; outside (Q, cells, N_POINTERS) bool;
-        evidence (Q, cells, N_POINTERS) from `evidence_of` and the fitted rule.
+        evidence (Q, cells, N_POINTERS) from `evidence_of` and the fitted rule. proposed: one more pointer, the
+        colour that a proposed answer shows (Q, cells) int64, -1 none, and its log-odds (Q,) against all
+        others, to which the cell adds its own.
         """
         n, cells, _ = x.shape
         pointer = evidence + self.to_pointer(self.norm(x)).float()
         weight = pointer.masked_fill(outside, -1e4).softmax(-1)
         mass = weight.new_zeros(n, cells, COLOURS + 1)
         mass = mass.scatter_add(-1, sources, weight[..., :N_SOURCES])[..., :COLOURS]
-        return (mass + weight[..., N_SOURCES:]).clamp_min(1e-7).log()
+        mass = mass + weight[..., N_SOURCES:]
+        if proposed is not None:
+            colour, odds = proposed
+            share = (odds[:, None] + self.to_proposed(self.norm(x)).float().squeeze(-1)).sigmoid()
+            share = torch.where(colour >= 0, share, 0.0).unsqueeze(-1)
+            mass = (1.0 - share) * mass + share * F.one_hot(colour.clamp(min=0), COLOURS)
+        return mass.clamp_min(1e-7).log()
 
 
 class RuleFit(nn.Module):
@@ -705,6 +744,10 @@ class ArcAgent(nn.Module):
         self.size_query = nn.Sequential(
             RmsNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
         )
+        # Log-odds, by verdict, that a proposed answer shows the right colour at a cell, and has the right side.
+        self.proposal_gain = nn.Parameter(torch.tensor(PROPOSAL_GAINS))
+        self.proposal_size_gain = nn.Parameter(torch.tensor(PROPOSAL_GAINS))
+        self.proposal_token = nn.Linear(N_PROPOSAL_FACTS, width)
         self.confidence = nn.Linear(width + N_SURE, 1)
         self.state_norm = RmsNorm(width)
         self.backward_model = BackwardModel(config.backward_width, width, config.max_context_cells)
@@ -774,7 +817,13 @@ class ArcAgent(nn.Module):
         return Sight(x, evidence, F.pad(flat == OUTSIDE, (0, COLOURS)), flat)
 
     def plan(
-        self, batch: Any, sight: Sight, prompt: Any, *, stop: float | None = None
+        self,
+        batch: Any,
+        sight: Sight,
+        prompt: Any,
+        *,
+        stop: float | None = None,
+        proposal: Proposal | None = None,
     ) -> AgentOutput:
         """Predict every query of a batch in five steps.
 
@@ -785,13 +834,22 @@ class ArcAgent(nn.Module):
         `stop` in (0, 1], for prediction: a query whose confidence reaches it takes no further step,
         its answer stands and is repeated in the steps that follow. Not differentiable through the
         choice; training leaves it None and takes all steps.
+
+        `proposal`: answers to consider; each is one more pointer for cells and size, with a share of the
+        probability that is learned by verdict.
         """
         n, _, rows, cols = batch.query_sources.shape
         summary = prompt.summary
         size_logits = self.size_head(
             self.size_query(summary), batch.size_candidates, batch.size_support
         )
-        size = choose_size(size_logits, batch.query_canvas)
+        bound = batch.query_canvas
+        proposed = None
+        if proposal is not None:
+            size_logits = self._with_proposed_size(size_logits, proposal)
+            bound = torch.maximum(bound, proposal.size)
+            proposed = proposal.colours.flatten(1), self.proposal_gain[proposal.verdict]
+        size = choose_size(size_logits, bound)
         mask = size_mask(size, rows, cols).flatten(1)
         table = self._table(rows, cols, mask.device)
         prompt_keys: list[Keys] = []
@@ -809,7 +867,7 @@ class ArcAgent(nn.Module):
             x = x + self.step_token[step]
             for block, keys in zip(self._planning_blocks(), prompt_keys, strict=True):
                 x = block(x, mask, keys, table, rows, cols)
-            logits = self.pointer(x, sources, outside, evidence)
+            logits = self.pointer(x, sources, outside, evidence, proposed)
             probability = logits.exp()
             x = x + self.answer(probability.to(x.dtype))
             pooled = _masked_mean(self.state_norm(x).float(), mask)
@@ -834,11 +892,20 @@ class ArcAgent(nn.Module):
                 going, x, mask = going[on], x[on], mask[on]
                 sources, outside, evidence = sources[on], outside[on], evidence[on]
                 prompt_keys = [(k[on], v[on], seen[on]) for k, v, seen in prompt_keys]
+                if proposed is not None:
+                    proposed = proposed[0][on], proposed[1][on]
         left = self.config.n_steps - len(all_logits)
         logits = torch.stack(all_logits + all_logits[-1:] * left)
         confidence = torch.stack(all_confidence + all_confidence[-1:] * left)
         logits = logits.view(self.config.n_steps, n, rows, cols, COLOURS)
         return AgentOutput(logits, size_logits, size, confidence, n_steps)
+
+    def _with_proposed_size(self, size_logits: Tensor, proposal: Proposal) -> Tensor:
+        """Log-probabilities of sides (Q, 2, 30) with the proposal's size given its learned share."""
+        share = self.proposal_size_gain[proposal.verdict].sigmoid() * proposal.given
+        share = share[:, None, None]
+        side = F.one_hot((proposal.size - 1).clamp(min=0), MAX_SIDE)
+        return ((1.0 - share) * size_logits.exp() + share * side).clamp_min(1e-7).log()
 
     def backward_logits(
         self,

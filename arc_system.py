@@ -1,6 +1,6 @@
 """The five modules of a run, built from one configuration, and the way data takes through them.
 
-demonstrations -> prompt -> answer -> refined prompt -> answer. Training and evaluation call the
+demonstrations -> prompt -> answer -> a proposal and a changed prompt -> answer. Training and evaluation call the
 same functions, so what is scored is what was trained. No losses, no files, no targets here.
 `from arc_system import build_system`.
 """
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from arc_agent import AgentConfig, AgentOutput, ArcAgent, Sight, size_mask
+from arc_agent import AgentConfig, AgentOutput, ArcAgent, Proposal, Sight, size_mask
 from dataset_arc import N_INPUT_CANDIDATES, N_SIZE_CANDIDATES, Batch
 from grid_features import COLOURS, N_CONTROL
 from loss_function import EFELoss
 from policy_refined import PolicyInfo, RefinedPolicy, prediction_stats
+from proposal_policy import ARM_FACTS, Choice, acceptable, candidates_of
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt, build_qwen_prompt, context_of_next_task
 from solver2 import Solver2
 
@@ -62,6 +63,30 @@ class Reading:
     summary: Tensor  # (Q, width) of the demonstrations' own prompt, before memory and task tokens
     pair_summary: Tensor | None  # (C, width) each demonstration's tokens, pooled
     inverse: Tensor  # (Q, R, pointers) rule from output to input, fitted to the demonstrations
+
+
+@dataclass
+class Refinement:
+    """What the policy changed: the prompt's tokens (Q, L, width) and mask (Q, L), the proposed answers that the agent is to
+    consider (None: for no query), and what it decided."""
+
+    tokens: Tensor
+    mask: Tensor
+    proposal: Proposal | None
+    info: PolicyInfo
+    choice: Choice
+
+
+@dataclass
+class Answered:
+    """A prediction: the agent's own answer, the answer after the refinement (the same where none was accepted), what was
+    refined (None: policy off) and, where asked for, the backward model's log-probabilities given each."""
+
+    before: AgentOutput
+    after: AgentOutput
+    refinement: Refinement | None
+    backward: Tensor | None
+    backward_before: Tensor | None
 
 
 @dataclass
@@ -108,12 +133,22 @@ class System:
         return Reading(batch, prompt, sight, summary, pairs, inverse)
 
     def answer(
-        self, reading: Reading, tokens: Tensor | None = None, *, stop: float | None = None
+        self,
+        reading: Reading,
+        refinement: Refinement | None = None,
+        *,
+        stop: float | None = None,
     ) -> AgentOutput:
-        """The agent's planning steps; `tokens` replaces the prompt's (a refinement); `stop` is the
+        """The agent's planning steps, after a refinement if one is given; `stop` is the
         confidence at which a query's planning ends (prediction only; None: all steps)."""
-        prompt = reading.prompt if tokens is None else Prompt(tokens, reading.prompt.mask)
-        return self.agent.plan(reading.batch, reading.sight, prompt, stop=stop)
+        prompt, proposal = reading.prompt, None
+        if refinement is not None:
+            proposal = refinement.proposal
+            prompt = dataclasses.replace(prompt, tokens=refinement.tokens, mask=refinement.mask)
+            if proposal is not None:  # what is proposed is said in the prompt, too
+                token = self.agent.proposal_token(proposal.facts).unsqueeze(1)
+                prompt = prompt.extended(token.to(prompt.tokens.dtype), proposal.given[:, None])
+        return self.agent.plan(reading.batch, reading.sight, prompt, stop=stop, proposal=proposal)
 
     def refine(
         self,
@@ -122,18 +157,37 @@ class System:
         generator: torch.Generator | None,
         *,
         deterministic: bool = False,
-    ) -> tuple[Tensor, PolicyInfo]:
-        """The policy's change of the prompt: refined tokens (Q, L, width) and what it did."""
-        prompt = reading.prompt
-        return self.policy_rl.refine(
+        allowed: Tensor | None = None,
+    ) -> Refinement:
+        """The policy looks at the first answer, chooses among the proposals and changes the prompt.
+
+        allowed (Q, A) bool: the proposals it may choose.
+        """
+        prompt, batch, policy = reading.prompt, reading.batch, self.policy_rl
+        stats, mode = answer_stats(before), self.config.policy
+        recalled = self.solver2.recall(fingerprint(batch), batch.task_index)
+        candidates = candidates_of(
+            batch.proposed,
+            batch.proposed_size,
+            batch.proposed_facts,
+            before.grids(),
+            before.logits[-1],
+            policy.state(prompt.summary, stats),
+            recalled,
+        )
+        choice = policy.proposals.choose(
+            candidates, generator, mode=mode, deterministic=deterministic, allowed=allowed
+        )
+        tokens, info = policy.refine(
             prompt.tokens,
             prompt.mask,
             prompt.summary,
-            answer_stats(before),
+            stats,
             generator,
-            self.config.policy,
+            mode,
             deterministic=deterministic,
         )
+        return Refinement(tokens, prompt.mask, proposal_of(batch, choice.taken), info, choice)
 
     def backward(self, reading: Reading, output: AgentOutput) -> Tensor:
         """The backward model's log-probabilities (Q, rows, cols, 10) over the inputs, given the
@@ -155,17 +209,39 @@ class System:
         )
 
     @torch.no_grad()
-    def predict(self, batch: Batch, generator: torch.Generator) -> tuple[AgentOutput, Tensor]:
-        """The final answer of a batch, and what the backward model says of the inputs given the
-        grids of that answer (log-probabilities); for evaluation. A query's planning ends at the
-        step whose confidence reaches `config.stop_confidence`."""
+    def predict(
+        self,
+        batch: Batch,
+        generator: torch.Generator,
+        *,
+        own_score: Tensor | None = None,
+        accept: bool = True,
+        backward: bool = False,
+    ) -> Answered:
+        """The agent's own answer to a batch, and the refined one; for evaluation. A query's planning ends at
+        the step whose confidence reaches `config.stop_confidence`.
+
+        own_score (Q,): mean share of right cells of the agent's own answers to the demonstrations, each predicted from the
+        others, NaN = not measured; accept=False takes what the policy prefers without asking the demonstrations.
+        """
         reading = self.read(batch)
         stop = self.config.stop_confidence if self.config.stop_confidence < 1 else None
-        output = self.answer(reading, stop=stop)
+        before = after = self.answer(reading, stop=stop)
+        refinement = None
         if self.config.policy != "off":
-            tokens, _ = self.refine(reading, output, generator, deterministic=True)
-            output = self.answer(reading, tokens, stop=stop)
-        return output, self.backward_of(reading, output.grids(), output.size)
+            allowed = acceptable(batch.proposed_facts, own_score) if accept else None
+            refinement = self.refine(
+                reading, before, generator, deterministic=True, allowed=allowed
+            )
+            if refinement.proposal is not None and bool(refinement.proposal.given.any()):
+                after = self.answer(reading, refinement, stop=stop)
+                after = where_given(refinement.proposal.given, after, before)
+        told = told_before = None
+        if backward:
+            told = told_before = self.backward_of(reading, before.grids(), before.size)
+            if after is not before:
+                told = self.backward_of(reading, after.grids(), after.size)
+        return Answered(before, after, refinement, told, told_before)
 
     def _ablate(self, batch: Batch) -> Batch:
         """`demonstrations` off or shuffled takes them away from Qwen, from the agent's view of their
@@ -183,6 +259,63 @@ class System:
         return dataclasses.replace(
             batch, context=context, size_candidates=candidates, size_support=support
         )
+
+
+def fingerprint(batch: Batch) -> Tensor:
+    """Mean control features (Q, N_CONTROL) of each query's demonstrations; blind to colour permutations."""
+    seen = (batch.context >= 0).unsqueeze(-1)
+    control = batch.demo_control[batch.context.clamp(min=0)] if len(batch.demo_control) else None
+    if control is None:
+        return torch.zeros(len(seen), N_CONTROL, device=seen.device)
+    return (control * seen).sum(1) / seen.sum(1).clamp(min=1)
+
+
+def arms_right(batch: Batch, prints: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Solver2.store_arms` keeps of a batch of whole tasks: fingerprints, owners, and per arm the share of the task's
+    queries for which it was right, -1 where it proposed nothing.
+
+    prints (Q, N_CONTROL) of the queries; right (Q, A) bool, which proposals were exact.
+    """
+    by_arm = batch.proposed_facts[..., ARM_FACTS]  # (Q, A, arms)
+    there = by_arm.amax(1)
+    hit = (by_arm * right.unsqueeze(-1)).amax(1)
+    n, index = batch.n_tasks, batch.query_task
+
+    def total(x: Tensor) -> Tensor:
+        return torch.zeros(n, x.shape[1], device=x.device).index_add(0, index, x.float())
+
+    n_queries = torch.bincount(index, minlength=n).clamp(min=1)[:, None]
+    tried = total(there)
+    share = torch.where(tried > 0, total(hit) / tried.clamp(min=1), -1.0)
+    owner = torch.full((n,), -1, dtype=torch.long, device=index.device)
+    owner[index] = batch.task_index
+    return total(prints) / n_queries, owner, share
+
+
+def proposal_of(batch: Batch, taken: Tensor) -> Proposal | None:
+    """The proposals chosen, taken (Q,): 0 = none, else number + 1; None where no query has any to choose from."""
+    if not batch.proposed.shape[1]:
+        return None
+    row = torch.arange(len(taken), device=taken.device)
+    number = (taken - 1).clamp(min=0)
+    given = taken > 0
+    size = batch.proposed_size[row, number] * given[:, None]
+    colours = batch.proposed[row, number].long()
+    colours = torch.where(given[:, None, None] & (colours < COLOURS), colours, -1)
+    return Proposal(colours, size, batch.proposed_facts[row, number] * given[:, None])
+
+
+def where_given(given: Tensor, one: AgentOutput, other: AgentOutput) -> AgentOutput:
+    """Per query (Q,) bool, one answer or the other."""
+
+    def pick(name: str, axis: int) -> Tensor:
+        a, b = getattr(one, name), getattr(other, name)
+        shape = [1] * a.ndim
+        shape[axis] = -1
+        return torch.where(given.view(shape), a, b)
+
+    axes = {"logits": 1, "size_logits": 0, "size": 0, "confidence": 1, "n_steps": 0}
+    return AgentOutput(**{name: pick(name, axis) for name, axis in axes.items()})
 
 
 def answer_stats(output: AgentOutput) -> Tensor:

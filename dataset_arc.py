@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,17 @@ N_INPUT_CANDIDATES = N_SOURCES + N_SIZE_RULES
 N_SIZE_CANDIDATES = len(SIZE_CANDIDATE_NAMES)
 # One demonstration cannot check a rule made from itself: neither refuted nor confirmed.
 UNCHECKED_SUPPORT = 0.5
+_ASKED_AHEAD = 4  # batches whose proposals are asked for before their turn
+
+# What is known of a proposed answer before anybody looks at it: how the demonstrations judge the way it was found, each
+# predicted from the others ("verdict": all, half, some, none right, not tried), and by which ways (arms) it was found.
+VERDICTS = ("full", "half", "some", "none", "untried")
+N_ARM_SLOTS = 24
+PROPOSAL_FACTS: tuple[str, ...] = (
+    *VERDICTS, "share_right", "cells_right", "n_tried", "explains", "n_rules", "n_arms", "rank",
+    *(f"arm_{i}" for i in range(N_ARM_SLOTS)),
+)  # fmt: skip
+N_PROPOSAL_FACTS = len(PROPOSAL_FACTS)
 
 
 class DataError(Exception):
@@ -641,12 +652,24 @@ class _Movable:
         return self._mapped(lambda t: t.pin_memory())
 
 
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """Answers proposed for one query, best first; made from its demonstrations alone.
+
+    grids: uint8 (rows, cols), colours 0..9, in the task's own colours and orientation; facts: float32
+    (n, N_PROPOSAL_FACTS), see PROPOSAL_FACTS.
+    """
+
+    grids: tuple[Grid, ...]
+    facts: NDArray[np.float32]
+
+
 @dataclass
 class Batch(_Movable):
     """Everything a model may see of Q queries and C demonstrations; no query's own output.
 
     Sizes and canvases are (rows, cols). K = N_SOURCES, F = N_CELL_FEATURES, S = N_SIZE_CANDIDATES,
-    M = longest context. Grids sit at the top left; outside them is -1 (long) or OUTSIDE (sources)
+    M = longest context, A = most proposals of a query. Grids sit at the top left; outside them is -1 (long) or OUTSIDE (sources)
     or CELL_FEATURE_BINS (cells). All colours and orientations are those of the query's view, but
     for own_*.
     """
@@ -674,6 +697,9 @@ class Batch(_Movable):
     demo_task: torch.Tensor  # (C,) long: task number within the batch
     query_task: torch.Tensor  # (Q,) long
     context: torch.Tensor  # (Q, M) long: rows of demo_* this query may see, -1 pad
+    proposed: torch.Tensor  # (Q, A, Hc, Wc) uint8: proposed answers, OUTSIDE beyond them
+    proposed_size: torch.Tensor  # (Q, A, 2) long, 0 = no proposal, or one beyond (Hc, Wc)
+    proposed_facts: torch.Tensor  # (Q, A, N_PROPOSAL_FACTS) float32, 0 without a proposal
     n_tasks: int
     pair_ids: list[PairId] = field(default_factory=list)  # of the queries
     views: list[View] = field(default_factory=list)  # of the queries
@@ -821,7 +847,8 @@ class Request:
     """One task's part of a batch.
 
     demonstrations: numbers of those that enter the batch. queries: (kind, number), kind "train" or
-    "test". contexts: per query, the demonstrations it may see, among `demonstrations`.
+    "test". contexts: per query, the demonstrations it may see, among `demonstrations`. proposals: per
+    query, empty for none at all.
     """
 
     task: Task
@@ -830,6 +857,7 @@ class Request:
     demonstrations: tuple[int, ...]
     queries: tuple[tuple[str, int], ...]
     contexts: tuple[tuple[int, ...], ...]
+    proposals: tuple[Proposals | None, ...] = ()
 
 
 def _pair_of(task: Task, kind: str, number: int) -> Pair:
@@ -885,7 +913,8 @@ class Collator:
         """Build one batch.
 
         canvas: (rows, cols) of both the queries' and the demonstrations' planes; what is larger is
-        cut. None: as large as the bounds of the queries and the outputs of the demonstrations ask.
+        cut, a proposed answer left out. None: as large as the bounds of the queries, proposed answers and
+        the outputs of the demonstrations ask.
         step: round the canvas up to a multiple of it, at most 30.
         """
         import torch
@@ -896,6 +925,7 @@ class Collator:
         inputs: list[Grid] = []
         query_of: list[tuple[Request, int]] = []
         pair_ids: list[PairId] = []
+        offers: list[Proposals | None] = []
         for number, request in enumerate(requests):
             dihedral = request.view.dihedral
             row_of = {}
@@ -916,6 +946,7 @@ class Collator:
                 inputs.append(np.ascontiguousarray(_turn(pair.input, dihedral)))
                 query_of.append((request, number))
                 pair_ids.append((request.task.task_id, kind, i))
+            offers += request.proposals or (None,) * len(request.queries)
         if not inputs:
             raise ValueError("a batch needs at least one query")
 
@@ -937,7 +968,11 @@ class Collator:
             height, width = (min(MAX_SIDE, -(-int(s) // step) * step) for s in sides)
             return height, width
 
-        hc, wc = rounded(bounds.max(0) if canvas is None else canvas)
+        room = bounds.max(0)
+        for offer, (request, _) in zip(offers, query_of, strict=True):
+            for grid in () if offer is None else offer.grids:
+                room = np.maximum(room, _swapped((grid.shape[0], grid.shape[1]), request.view))
+        hc, wc = rounded(room if canvas is None else canvas)
         hd, wd = rounded(demo_out.max(0, initial=1) if canvas is None else canvas)
         bounds = np.minimum(bounds, (hc, wc))
 
@@ -969,6 +1004,20 @@ class Collator:
             demo_input[c, : grid.shape[0], : grid.shape[1]] = table[grid]
             demo_control[c] = compared.control
 
+        n_offered = max((len(o.grids) for o in offers if o is not None), default=0)
+        proposed = np.full((n_q, n_offered, hc, wc), OUTSIDE, np.uint8)
+        proposed_size = np.zeros((n_q, n_offered, 2), np.int64)
+        proposed_facts = np.zeros((n_q, n_offered, N_PROPOSAL_FACTS), np.float32)
+        for q, offer in enumerate(offers):
+            for a, grid in enumerate(() if offer is None else offer.grids):
+                answer = query_of[q][0].view.apply(grid)
+                h, w = answer.shape
+                if h <= hc and w <= wc:
+                    assert offer is not None
+                    proposed[q, a, :h, :w] = answer
+                    proposed_size[q, a] = h, w
+                    proposed_facts[q, a] = offer.facts[a]
+
         def long(values: Any) -> torch.Tensor:
             return torch.from_numpy(np.asarray(values, np.int64))
 
@@ -998,6 +1047,9 @@ class Collator:
             demo_task=long([d[4] for d in demos]),
             query_task=long([number for _, number in query_of]),
             context=long(context),
+            proposed=torch.from_numpy(proposed),
+            proposed_size=long(proposed_size),
+            proposed_facts=torch.from_numpy(proposed_facts),
             n_tasks=len(requests),
             pair_ids=pair_ids,
             views=[r.view for r, _ in query_of],
@@ -1067,6 +1119,16 @@ def _padded(grids: Sequence[Grid]) -> tuple[torch.Tensor, torch.Tensor]:
 # ---------------------------------------------------------------- training
 
 
+class Proposer(Protocol):
+    """Who proposes answers to demonstrations; results are a pure function of the task."""
+
+    def ask(self, tasks: Sequence[Task]) -> None:
+        """These will be wanted soon, in this order."""
+
+    def leave_one_out(self, task: Task) -> Sequence[Proposals | None]:
+        """Per demonstration, answers proposed from the others alone; waits for them."""
+
+
 class TrainingStream:
     """Leave-one-out batches of whole tasks: each demonstration is a query in turn.
 
@@ -1101,6 +1163,7 @@ class TrainingStream:
         overflow: bool = True,
         augment: bool = True,
         collator: Collator | None = None,
+        proposals: Proposer | None = None,
     ) -> None:
         if batch_size < 1 or max_context < 1 or canvas_step < 1:
             raise ValueError("batch_size, max_context and canvas_step must be at least 1")
@@ -1113,6 +1176,7 @@ class TrainingStream:
         self.overflow = overflow
         self.augment = augment
         self.collator = collator or Collator()
+        self.proposals = proposals
         if task_table is None:
             task_table = {task.task_id: i for i, task in enumerate(tasks)}
         self.task_table = task_table
@@ -1154,6 +1218,9 @@ class TrainingStream:
         if not 0 <= position < len(plan):
             raise IndexError(f"position {position}: epoch {epoch} has {len(plan)} batches")
         planned = plan[position]
+        if self.proposals is not None:
+            soon = plan[position : position + 1 + _ASKED_AHEAD]
+            self.proposals.ask([self.tasks[t] for coming in soon for t, _ in coming.members])
         requests = [self._request(epoch, planned, *member) for member in planned.members]
         canvas = None
         if planned.query is None:
@@ -1198,6 +1265,7 @@ class TrainingStream:
                 rng = generator(_CONTEXT, self.seed, epoch, task, time, i)
                 others = sorted(rng.choice(others, self.max_context, replace=False).tolist())
             contexts.append(tuple(others))
+        offered = self.proposals.leave_one_out(self.tasks[task]) if self.proposals else ()
         return Request(
             task=self.tasks[task],
             view=self._view(epoch, task, time),
@@ -1205,6 +1273,7 @@ class TrainingStream:
             demonstrations=tuple(range(n)) if planned.query is None else contexts[0],
             queries=tuple(("train", i) for i in asked),
             contexts=tuple(contexts),
+            proposals=tuple(offered[i] for i in asked) if offered else (),
         )
 
     def _plan(self, epoch: int) -> list[_Planned]:
@@ -1336,12 +1405,14 @@ def evaluation_batches(
     canvas_step: int = 1,
     task_table: Mapping[str, int] | None = None,
     collator: Collator | None = None,
+    proposals: Mapping[tuple[str, int], Proposals] | None = None,
 ) -> Iterator[Batch]:
     """Batches whose queries are the tasks' test inputs; test outputs are not read (may be None).
 
     The context is the first max_context demonstrations. Every view is gone through in turn, tasks
     ordered by the size that their inputs and demonstrations call for; a batch holds at most
     batch_size queries. task_table: task id -> task_index; without an entry a task is unseen (-1).
+    proposals: by task id and number of the test input.
     """
     chosen = [View()] if views is None else [views] if isinstance(views, View) else list(views)
     if batch_size < 1 or max_context < 1:
@@ -1362,6 +1433,7 @@ def evaluation_batches(
                     demonstrations=context,
                     queries=tuple(("test", i) for i in numbers),
                     contexts=(context,) * len(numbers),
+                    proposals=tuple((proposals or {}).get((task.task_id, i)) for i in numbers),
                 )
             )
     sides = [_likely_sides(request) for request in requests]

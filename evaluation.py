@@ -1,8 +1,9 @@
 """Prediction without targets, voting over views, and scoring.
 
-`predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `outcomes` and
-`score` are the only places where predictions and outputs meet. `joined` lets hypotheses vote beside the network. It trains nothing and writes no files.
-`from evaluation import predict_tasks, score, without_outputs`.
+`predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `outcomes`, `score` and `gains` are the
+only places where predictions and outputs meet. Each query has two ballots: the network's alone, and one in which the
+refined answers and the proposals vote too. It trains nothing and writes no files.
+`from evaluation import predict_tasks, refined, score, without_outputs`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from numpy.typing import NDArray
 from torch.nn.functional import one_hot
 
 from arc_agent import AgentOutput
-from arc_system import System
-from dataset_arc import Batch, Collator, Task, View, evaluation_batches
+from arc_system import Answered, System
+from dataset_arc import Batch, Collator, Pair, Proposals, Task, View, evaluation_batches
 from grid_accuracy_loss import COLOURS, copied_share, pick_colour, weighted_cell_mean
-from reward_shaping import beyond_copying
-from rule_list import Explained, Verdict
+from hypotheses import proposals_of, verdict_name
+from proposal_policy import PRIOR
+from reward_shaping import REWARD_WEIGHTS, beyond_copying
+from rule_list import Explained, Hypothesis, Verdict
 
 Grid = NDArray[np.uint8]
 Key = tuple[str, int]  # task id, number of the test input
@@ -35,11 +38,10 @@ SURE_WEIGHT = 0.5  # guess
 REVERSIBLE_WEIGHT = 0.0
 EARLIER_WEIGHT = 1e-3  # the answers of earlier planning steps only break ties and fill attempt 2
 N_ATTEMPTS = 2
-# How likely an answer is exact, by verdict; and a network's answer for which every view votes. Measured on demonstrations
-# as queries (benchmarks/bench_hypotheses.py --leave_one_out): 42 of 47, 21 of 32, 5 of 20 and 13 of 97 were exact.
-FULL, HALF, SOME, NONE = 0.9, 0.65, 0.25, 0.1
-UNTRIED = 0.03  # guess: rules that do not even explain the context
-NETWORK = 0.3  # guess: unanimous views, all tasks together
+NETWORK = 0.3  # guess: how likely an unanimous network is exact, where no policy judged it
+OVERRULED = (
+    0.9  # guess: of a proposal's chance, where the agent answered otherwise with it in sight
+)
 N_COST_GROUPS = 12  # of tasks, by size: in a hurry, each gets all its views in turn
 
 
@@ -53,18 +55,46 @@ class Candidate:
 
 
 @dataclass
+class Change:
+    """One view's refinement: the answers before and after, and how well the input can be told from each (in [0, 1])."""
+
+    before: Grid
+    after: Grid
+    reversible_before: float
+    reversible_after: float
+    accepted: bool
+
+
+@dataclass
 class Prediction:
-    """The candidates of one query, in the order they came up; views asked and planning steps taken."""
+    """The candidates of one query, in the order they came up; views asked and planning steps taken.
+
+    refined: the ballot in which refined answers and proposals vote too, None where no policy ran; changes: a view each.
+    """
 
     candidates: dict[tuple[Any, ...], Candidate] = field(default_factory=dict)
     views: int = 0
     steps: int = 0  # of all views together
+    refined: Prediction | None = None
+    changes: list[Change] = field(default_factory=list)
 
     def add(self, grid: Grid, weight: float, votes: int = 1) -> None:
         key = (*grid.shape, grid.tobytes())
         candidate = self.candidates.setdefault(key, Candidate(grid))
         candidate.votes += votes
         candidate.weight += weight
+
+    def take(self, other: Prediction) -> None:
+        """Add the votes of a further view."""
+        for c in other.candidates.values():
+            self.add(c.grid, c.weight, c.votes)
+        self.views += other.views
+        self.steps += other.steps
+        self.changes += other.changes
+        if other.refined is not None:
+            if self.refined is None:
+                self.refined = Prediction()
+            self.refined.take(other.refined)
 
     def attempts(self, n: int = N_ATTEMPTS) -> list[Grid]:
         """The best `n` different grids, heaviest vote first; fewer if fewer came up."""
@@ -93,6 +123,9 @@ def predict_tasks(
     deadline: float | None = None,
     max_batches: int | None = None,
     progress: Callable[[int], None] | None = None,
+    proposals: Mapping[Key, Proposals] | None = None,
+    own_scores: Mapping[str, float] | None = None,
+    accept: bool = True,
 ) -> dict[Key, Prediction]:
     """Predict every test input of `tasks` once per view, and collect the votes.
 
@@ -100,6 +133,8 @@ def predict_tasks(
     wanted (default all); deadline: time.monotonic() after which no further batch is started, except
     in the first view: small tasks are through with all views before large ones start on their
     second; max_batches: batches after which likewise none is started; progress is called with the number of queries done.
+    proposals: what the policy may choose from; own_scores: by task id, how well the system does on the
+    demonstrations without them (`demonstration_scores`); accept=False: see `System.predict`.
     Raises ValueError if a test output is in sight.
     """
     if any(pair.output is not None for task in tasks for pair in task.tests):
@@ -120,6 +155,7 @@ def predict_tasks(
                 task_table=task_index,
                 max_context=max_context,
                 collator=collator,
+                proposals=proposals,
             ):
                 late = deadline is not None and time.monotonic() > deadline
                 if number and (late or (max_batches is not None and n_batches >= max_batches)):
@@ -127,35 +163,174 @@ def predict_tasks(
                 n_batches += 1
                 on_device = batch.to(device)
                 with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
-                    output, backward = system.predict(on_device, generator)
-                n_steps = len(output.logits)
-                grids, *earlier = (
-                    output.grids(step).cpu().numpy() for step in range(n_steps - 1, -1, -1)
-                )
-                sure = answer_probability(output).tolist()
-                reversible = reversibility(
-                    on_device, output.grids(), output.size, backward
-                ).tolist()
-                sizes, taken = output.size.tolist(), output.n_steps.tolist()
-                for row, (task_id, _, number_in_task) in enumerate(batch.pair_ids):
+                    answered = system.predict(
+                        on_device,
+                        generator,
+                        own_score=_by_query(batch, own_scores).to(device),
+                        accept=accept,
+                        backward=True,
+                    )
+                ballots = _ballots(batch, on_device, answered, view)
+                for (task_id, _, number_in_task), ballot in zip(
+                    batch.pair_ids, ballots, strict=True
+                ):
                     key = (task_id, number_in_task)
-                    if only is not None and key not in only:
-                        continue
-                    rows, cols = sizes[row]
-                    grid = view.invert(grids[row, :rows, :cols].astype(np.uint8))
-                    weight = 1.0 + SURE_WEIGHT * sure[row] + REVERSIBLE_WEIGHT * reversible[row]
-                    prediction = found.setdefault(key, Prediction())
-                    prediction.views += 1
-                    prediction.steps += taken[row]
-                    prediction.add(grid, weight)
-                    for age, grids_then in enumerate(earlier, start=1):
-                        then = view.invert(grids_then[row, :rows, :cols].astype(np.uint8))
-                        prediction.add(then, EARLIER_WEIGHT / age, votes=0)
+                    if only is None or key in only:
+                        found.setdefault(key, Prediction()).take(ballot)
                 if progress is not None:
-                    progress(len(grids))
+                    progress(batch.n_queries)
     finally:
         system.train(was_training)
     return found
+
+
+def _by_query(batch: Batch, scores: Mapping[str, float] | None) -> torch.Tensor:
+    """(Q,) float32: the task's score, NaN where there is none."""
+    named = scores or {}
+    return torch.tensor([named.get(task_id, float("nan")) for task_id, _, _ in batch.pair_ids])
+
+
+def _ballots(
+    batch: Batch, on_device: Batch, answered: Answered, view: View
+) -> Iterator[Prediction]:
+    """What one view says of each query of a batch, in the task's own colours and orientation."""
+    own, after = answered.before, answered.after
+    n_steps = len(own.logits)
+    grids, *earlier = (own.grids(step).cpu().numpy() for step in range(n_steps - 1, -1, -1))
+    sure = answer_probability(own).tolist()
+    assert answered.backward is not None
+    assert answered.backward_before is not None
+    told = [
+        reversibility(on_device, output.grids(), output.size, backward).tolist()
+        for output, backward in ((own, answered.backward_before), (after, answered.backward))
+    ]
+    sizes, taken = own.size.tolist(), own.n_steps.tolist()
+    later, later_sizes = after.grids().cpu().numpy(), after.size.tolist()
+    choice = answered.refinement.choice if answered.refinement is not None else None
+    proposed, proposed_size = batch.proposed.numpy(), batch.proposed_size.tolist()
+    for row in range(batch.n_queries):
+
+        def mine(canvas: Any, size: Sequence[int], row: int = row) -> Grid:
+            return view.invert(canvas[row, : size[0], : size[1]].astype(np.uint8))
+
+        ballot = Prediction(views=1, steps=taken[row])
+        grid = mine(grids, sizes[row])
+        ballot.add(grid, 1.0 + SURE_WEIGHT * sure[row] + REVERSIBLE_WEIGHT * told[0][row])
+        for age, grids_then in enumerate(earlier, start=1):
+            ballot.add(mine(grids_then, sizes[row]), EARLIER_WEIGHT / age, votes=0)
+        if choice is not None:
+            chance = choice.chance[row].tolist()
+            number = int(choice.taken[row])
+            both = Prediction(views=1, steps=taken[row])
+            weights: dict[tuple[Any, ...], tuple[Grid, float]] = {}
+
+            def vote(
+                grid: Grid, weight: float, weights: dict[Any, tuple[Grid, float]] = weights
+            ) -> None:
+                key = (*grid.shape, grid.tobytes())
+                weights[key] = (grid, max(weight, weights.get(key, (grid, 0.0))[1]))
+
+            vote(grid, chance[0])
+            answer = mine(later, later_sizes[row])
+            if number:
+                vote(answer, chance[number])
+            for a, size in enumerate(proposed_size[row]):
+                if size[0]:
+                    shown = mine(proposed[:, a], size)
+                    overruled = number == a + 1 and not np.array_equal(shown, answer)
+                    vote(shown, chance[a + 1] * (OVERRULED if overruled else 1.0))
+            for candidate, weight in weights.values():
+                both.add(candidate, weight)
+            for c in ballot.candidates.values():
+                both.add(c.grid, EARLIER_WEIGHT * c.weight, votes=0)
+            ballot.refined = both
+            ballot.changes = [Change(grid, answer, told[0][row], told[1][row], number > 0)]
+        yield ballot
+
+
+def demonstration_scores(
+    system: System,
+    tasks: Sequence[Task],
+    *,
+    task_index: Mapping[str, int] | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """How well the system does on each task's demonstrations without proposals: mean share of right cells (0 for a wrong
+    size), each predicted from the others in one view. Tasks of one demonstration have none.
+
+    options: as of `predict_tasks`. The demonstrations were trained on, if the task is known: the score flatters.
+    """
+    asked: list[Task] = []
+    index: dict[str, int] = {}
+    for task in tasks:
+        pairs = task.demonstrations
+        for k, pair in enumerate(pairs if len(pairs) > 1 else ()):
+            name = f"{task.task_id}/{k}"
+            others = (*pairs[:k], *pairs[k + 1 :])
+            asked.append(Task(name, others, (Pair(pair.input, pair.output),)))
+            if task_index is not None and task.task_id in task_index:
+                index[name] = task_index[task.task_id]
+    found = predict_tasks(system, without_outputs(asked), [View()], task_index=index, **options)
+    shares: dict[str, list[float]] = {}
+    for (name, _), outcome in outcomes(found, asked).items():
+        shares.setdefault(name.rsplit("/", 1)[0], []).append(outcome.cells)
+    return {task_id: float(np.mean(share)) for task_id, share in shares.items()}
+
+
+def contested(explained: Mapping[Key, Explained]) -> set[str]:
+    """Tasks of which the demonstrations say neither that a hypothesis holds nor that none does: there the network's own
+    `demonstration_scores` decide whether one is accepted."""
+    found = set()
+    for (task_id, _), e in explained.items():
+        verdicts = [h.verdict for h in e.hypotheses]
+        if verdicts and not verdicts[0].full and any(v.share > 0 for v in verdicts):
+            found.add(task_id)
+    return found
+
+
+def refined(predictions: Mapping[Key, Prediction]) -> dict[Key, Prediction]:
+    """The ballots in which refined answers and proposals voted, the network's alone where no policy ran."""
+    return {key: p if p.refined is None else p.refined for key, p in predictions.items()}
+
+
+def gains(predictions: Mapping[Key, Prediction], tasks: Iterable[Task]) -> dict[str, float]:
+    """What the refinements gained, means over views and queries with known outputs: the reward and its four parts (after
+    minus before, each answer at its own size; cells 0 and colours by histogram as in training), the share of accepted
+    ones, and their number."""
+    known = {(t.task_id, i): p.output for t in tasks for i, p in enumerate(t.tests)}
+    rows: list[list[float]] = []
+    n_accepted = 0
+    for key, prediction in predictions.items():
+        target = known.get(key)
+        if target is None:
+            continue
+        for change in prediction.changes:
+            n_accepted += change.accepted
+            if change.before is change.after:
+                rows.append([0.0] * len(REWARD_WEIGHTS))
+                continue
+            scores = []
+            for grid, told in (
+                (change.before, change.reversible_before),
+                (change.after, change.reversible_after),
+            ):
+                same = grid.shape == target.shape
+                cells = float((grid == target).mean()) if same else 0.0
+                sides = np.minimum(grid.shape, target.shape) / np.maximum(grid.shape, target.shape)
+                shares = [
+                    np.bincount(g.ravel(), minlength=COLOURS) / g.size for g in (grid, target)
+                ]
+                scores.append([cells, float(sides.mean()), float(np.minimum(*shares).sum()), told])
+            rows.append([b - a for a, b in zip(*scores, strict=True)])
+    means = np.mean(rows, axis=0).tolist() if rows else [0.0] * len(REWARD_WEIGHTS)
+    parts = dict(zip(REWARD_WEIGHTS, means, strict=True))
+    reward = sum(REWARD_WEIGHTS[name] * value for name, value in parts.items())
+    return {
+        "n": len(rows),
+        "accepted": n_accepted / max(1, len(rows)),
+        "reward": reward,
+        **parts,
+    }
 
 
 def _work(
@@ -204,14 +379,8 @@ def answer_probability(output: AgentOutput) -> torch.Tensor:
 
 
 def trust(verdict: Verdict) -> float:
-    """How likely an answer with this verdict is exact, in (0, 1)."""
-    if not verdict.n_tried:
-        return UNTRIED
-    if verdict.full:
-        return FULL
-    if verdict.share >= 0.5:
-        return HALF
-    return SOME if verdict.share > 0 else NONE
+    """How likely an answer with this verdict is exact, in (0, 1), where no policy judged it."""
+    return PRIOR[verdict_name(verdict)]
 
 
 def joined(
@@ -219,18 +388,26 @@ def joined(
 ) -> dict[Key, Prediction]:
     """The predictions with the hypotheses' answers as further candidates; the arguments stay as they are.
 
-    A network's candidate counts NETWORK times the share of the views' weight it got, a hypothesis its `trust`; a
-    grid that both give counts both. Of the hypotheses of one query that answer alike, the best counts.
+    Where the policy judged a query's proposals they have voted already. Elsewhere a network's candidate counts NETWORK
+    times the share of the views' weight it got, a hypothesis its `trust`; a grid that both give counts both. Of the
+    hypotheses of one query that answer alike, the best counts.
     """
     found: dict[Key, Prediction] = {}
     for key in {**predictions, **explained}:
         network = predictions.get(key, Prediction())
+        if network.refined is not None and any(
+            c.votes for c in network.refined.candidates.values()
+        ):
+            asked = {(*h.answer.shape, h.answer.tobytes()) for h in _hypotheses(explained, key)}
+            if asked <= set(network.refined.candidates):
+                found[key] = network.refined
+                continue
         both = Prediction(views=network.views, steps=network.steps)
         total = sum(c.weight for c in network.candidates.values())
         for c in network.candidates.values():
             both.add(c.grid, NETWORK * c.weight / max(total, 1e-9), c.votes)
         seen: set[Any] = set()
-        for h in explained[key].hypotheses if key in explained else ():
+        for h in _hypotheses(explained, key):
             content = (h.answer.shape, h.answer.tobytes())
             if content not in seen:
                 seen.add(content)
@@ -239,9 +416,25 @@ def joined(
     return found
 
 
+def _hypotheses(explained: Mapping[Key, Explained], key: Key) -> tuple[Hypothesis, ...]:
+    return explained[key].hypotheses if key in explained else ()
+
+
 def alone(explained: Mapping[Key, Explained]) -> dict[Key, Prediction]:
-    """Predictions by hypotheses alone, for queries that have one."""
-    return joined({}, {key: e for key, e in explained.items() if e.hypotheses})
+    """Predictions by hypotheses alone, for queries that have one: the best ranked first."""
+    found = {}
+    for key, e in explained.items():
+        if e.hypotheses:
+            found[key] = Prediction()
+            for rank, grid in enumerate(e.attempts(N_ATTEMPTS)):
+                found[key].add(grid, 1.0 / (1 + rank), votes=0)
+    return found
+
+
+def proposals_for(explained: Mapping[Key, Explained]) -> dict[Key, Proposals]:
+    """What the policy may choose from, by query."""
+    made = {key: proposals_of(e) for key, e in explained.items()}
+    return {key: p for key, p in made.items() if p is not None}
 
 
 class Outcome(NamedTuple):

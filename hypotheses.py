@@ -1,30 +1,40 @@
-"""Hypotheses of many tasks, fitted in a process of their own while something else runs.
+"""Hypotheses of many tasks, fitted in processes of their own while something else runs.
 
-`Fitter` runs `rule_list.fit_task` on tasks, smallest first; it takes nothing from a training loop but a core. Tasks
-come without test outputs. The child process ends by itself when its parent is gone, however that ended. How its
-answers vote is `evaluation`'s. Use: `from hypotheses import Fitter`; needs NumPy alone.
+`Fitter` runs `rule_list.fit_task` on tasks, smallest first, and in between `rule_list.leave_one_out` on those that
+training asks for; it takes nothing from a training loop but cores. Tasks come without test outputs. The child processes
+end by themselves when their parent is gone, however that ended. `proposals_of` says of an explanation what a policy may
+know. Use: `from hypotheses import Fitter, proposals_of`; needs NumPy alone.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-import queue
 import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from dataset_arc import Task
-from rule_list import Explained
+import numpy as np
+
+import rule_list
+from dataset_arc import N_ARM_SLOTS, N_PROPOSAL_FACTS, PROPOSAL_FACTS, VERDICTS, Proposals, Task
+from rule_list import ARMS, Explained, Hypothesis, Limits, Verdict
 
 Key = tuple[str, int]  # task id, number of the test input
+Pairs = list[tuple[Any, Any]]
 HEADER = struct.Struct("<Q")
+MAX_PROPOSALS = 12  # different answers a query
+# What training's queries are explained with: a third of the time of all arms, and the later arms' answers differ in
+# one query of ten (sample of 50 tasks).
+TRAINING_ARMS = ("plain", "pairs", "shadow", "objects")
+TRAINING_LIMITS = Limits(max_cells=1600)
 
 
 def by_size(tasks: Sequence[Task]) -> list[Task]:
@@ -38,34 +48,92 @@ def by_size(tasks: Sequence[Task]) -> list[Task]:
     return sorted(tasks, key=lambda task: (cells(task), task.task_id))
 
 
-class Fitter:
-    """Hypotheses of tasks, made in a child process from the moment this object is made.
+def verdict_name(verdict: Verdict) -> str:
+    """One of dataset_arc.VERDICTS."""
+    if not verdict.n_tried:
+        return "untried"
+    if verdict.full:
+        return "full"
+    return "half" if verdict.share >= 0.5 else "some" if verdict.share > 0 else "none"
 
-    tasks: without test outputs; fitted smallest first. Raises ValueError if a test output is in sight.
+
+def proposals_of(explained: Explained) -> Proposals | None:
+    """The different answers of an explanation, best first, with what is known of each; None if there is none.
+
+    Arms that answer alike make one proposal: the facts are those of the best ranked, `n_arms` and the arms count all.
+    """
+    slot = {name: i for i, name in enumerate(ARMS)}
+    found: dict[tuple[Any, ...], list[Hypothesis]] = {}
+    for h in explained.hypotheses:
+        found.setdefault((h.answer.shape, h.answer.tobytes()), []).append(h)
+    groups = list(found.values())[:MAX_PROPOSALS]
+    if not groups:
+        return None
+    facts = np.zeros((len(groups), N_PROPOSAL_FACTS), np.float32)
+    at = {name: i for i, name in enumerate(PROPOSAL_FACTS)}
+    for row, (fact, group) in enumerate(zip(facts, groups, strict=True)):
+        best = group[0]
+        fact[VERDICTS.index(verdict_name(best.verdict))] = 1.0
+        fact[at["share_right"]] = best.verdict.share
+        fact[at["cells_right"]] = best.verdict.cells_frac
+        fact[at["n_tried"]] = min(best.verdict.n_tried, 8) / 8
+        fact[at["explains"]] = best.explains
+        fact[at["n_rules"]] = min(best.n_rules, 8) / 8
+        fact[at["n_arms"]] = min(len(group), 8) / 8
+        fact[at["rank"]] = row / MAX_PROPOSALS
+        for h in group:
+            if slot.get(h.arm, N_ARM_SLOTS) < N_ARM_SLOTS:
+                fact[at["arm_0"] + slot[h.arm]] = 1.0
+    return Proposals(tuple(group[0].answer for group in groups), facts)
+
+
+def pairs_of(task: Task) -> Pairs:
+    """A task's demonstrations as rule_list takes them."""
+    return [(p.input, p.output) for p in task.demonstrations]
+
+
+def explain_demonstrations(pairs: Pairs) -> list[Explained]:
+    """Each demonstration explained from the others with TRAINING_ARMS; pure."""
+    arms = {name: ARMS[name] for name in TRAINING_ARMS}
+    return rule_list.leave_one_out(pairs, arms=arms, limits=TRAINING_LIMITS)
+
+
+class Fitter:
+    """Hypotheses of tasks, made in `n_workers` child processes from the moment this object is made.
+
+    tasks: whose test inputs are answered, without test outputs; fitted smallest first. What is asked for with `ask` comes
+    before them. Raises ValueError if a test output is in sight.
     """
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    def __init__(self, tasks: Sequence[Task], n_workers: int = 1) -> None:
         if any(pair.output is not None for task in tasks for pair in task.tests):
             raise ValueError("Fitter must not see test outputs: pass without_outputs(tasks)")
         self.n_tasks = len(tasks)
         self.done: dict[str, list[Explained]] = {}
-        self.failed: str | None = None  # why the child ended before its work was done
+        self.failed: str | None = None  # why the last child ended before its work was done
         ordered = by_size(tasks)
         self._order = [task.task_id for task in ordered]
-        self._results: queue.Queue[tuple[str, list[Explained]] | None] = queue.Queue()
-        work = [
-            (t.task_id, [(p.input, p.output) for p in t.demonstrations], [p.input for p in t.tests])
-            for t in ordered
-        ]
+        self._later = deque((t.task_id, pairs_of(t), [p.input for p in t.tests]) for t in ordered)
+        self._asked: deque[str] = deque()
+        self._pairs: dict[str, Pairs] = {}
+        self._proposed: dict[str, list[Proposals | None]] = {}
+        self._changed = threading.Condition()
+        self._closed = False
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self._child = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **threads},
-        )
-        threading.Thread(target=self._feed, args=(pickle.dumps(work),), daemon=True).start()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._children = [
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).resolve()), "--serve"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, **threads},
+            )
+            for _ in range(n_workers)
+        ]
+        self._n_working = n_workers
+        for child in self._children:
+            threading.Thread(target=self._drive, args=(child,), daemon=True).start()
+
+    # ---- test inputs
 
     def collect(
         self, deadline: float | None = None, n_tasks: int | None = None, waiting: Any = None
@@ -76,48 +144,125 @@ class Fitter:
         of tasks done whenever one came.
         """
         wanted = self.n_tasks if n_tasks is None else min(n_tasks, self.n_tasks)
-        while len(self.done) < wanted and self.failed is None:
-            left = None if deadline is None else deadline - time.monotonic()
-            try:
-                item = self._results.get(timeout=None if left is None else max(0.0, left))
-            except queue.Empty:
+        shown = 0
+        while True:
+            with self._changed:
+                done = len(self._first(wanted))
+                if done == shown and done < wanted and self.failed is None:
+                    left = None if deadline is None else deadline - time.monotonic()
+                    if left is not None and left <= 0:
+                        break
+                    self._changed.wait(0.2 if left is None else min(0.2, left))
+                done = len(self._first(wanted))
+            if done > shown and waiting is not None:
+                waiting(done)
+            shown = done
+            if done >= wanted or self.failed is not None:
                 break
-            if item is None:
-                self.failed = f"its process ended with exit code {self._child.wait()}"
+        with self._changed:
+            kept = self._first(wanted)
+            return {(name, i): e for name in kept for i, e in enumerate(self.done[name])}
+
+    def n_first(self) -> int:
+        """How many of the smallest tasks are fitted without a gap."""
+        with self._changed:
+            return len(self._first(self.n_tasks))
+
+    def _first(self, n: int) -> list[str]:
+        """The tasks done without a gap in the order of sizes, at most n: what n_tasks repeats."""
+        kept = []
+        for task_id in self._order[:n]:
+            if task_id not in self.done:
                 break
-            self.done[item[0]] = item[1]
-            if waiting is not None:
-                waiting(len(self.done))
-        kept = [task_id for task_id in self._order[:wanted] if task_id in self.done]
-        return {(name, i): e for name in kept for i, e in enumerate(self.done[name])}
+            kept.append(task_id)
+        return kept
+
+    # ---- demonstrations, for training
+
+    def ask(self, tasks: Sequence[Task]) -> None:
+        """Explain the demonstrations of these tasks next, in this order."""
+        with self._changed:
+            for task in tasks:
+                if task.task_id not in self._pairs:
+                    self._pairs[task.task_id] = pairs_of(task)
+                    self._asked.append(task.task_id)
+            self._changed.notify_all()
+
+    def leave_one_out(self, task: Task) -> list[Proposals | None]:
+        """Proposals per demonstration, made from the others alone; waits for them. A pure function of the task: made here
+        when the children are gone."""
+        self.ask([task])
+        with self._changed:
+            while task.task_id not in self._proposed:
+                if self.failed is not None or self._closed:
+                    break
+                self._changed.wait(1.0)
+            if task.task_id in self._proposed:
+                return self._proposed[task.task_id]
+        made = [proposals_of(e) for e in explain_demonstrations(pairs_of(task))]
+        with self._changed:
+            self._proposed[task.task_id] = made
+        return made
+
+    # ---- the children
 
     def close(self) -> None:
-        """End the child; what was collected stays."""
-        self._child.kill()
-        self._child.wait()
-        for stream in (self._child.stdin, self._child.stdout):
-            if stream is not None:
-                try:
-                    stream.close()
-                except OSError:
-                    continue  # a pipe to a process that is gone
+        """End the children; what was collected stays."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for child in self._children:
+            child.kill()
+            child.wait()
+            for stream in (child.stdin, child.stdout):
+                if stream is not None:
+                    try:
+                        stream.close()
+                    except OSError:
+                        continue  # a pipe to a process that is gone
 
-    def _feed(self, data: bytes) -> None:
-        assert self._child.stdin is not None
-        try:
-            _write(self._child.stdin, data)
-        except (OSError, ValueError):
-            return  # the child is gone: `collect` says so
-        # stdin stays open: its end tells the child that this process is gone
+    def _next(self) -> tuple[str, Any] | None:
+        """The next piece of work, waited for; None when closed."""
+        with self._changed:
+            while not self._closed:
+                if self._asked:
+                    task_id = self._asked.popleft()
+                    return "demonstrations", (task_id, self._pairs[task_id])
+                if self._later:
+                    return "tests", self._later.popleft()
+                self._changed.wait()
+        return None
 
-    def _listen(self) -> None:
-        assert self._child.stdout is not None
+    def _drive(self, child: subprocess.Popen[bytes]) -> None:
+        """Give one child its work, piece by piece, and take the results."""
+        assert child.stdin is not None
+        assert child.stdout is not None
+        work: tuple[str, Any] | None = None
         try:
-            while (data := _read(self._child.stdout)) is not None:
-                self._results.put(pickle.loads(data))
+            while (work := self._next()) is not None:
+                _write(child.stdin, pickle.dumps(work))
+                data = _read(child.stdout)
+                if data is None:
+                    break
+                work = None
+                kind, task_id, found = pickle.loads(data)
+                with self._changed:
+                    if kind == "tests":
+                        self.done[task_id] = found
+                    else:
+                        self._proposed[task_id] = [proposals_of(e) for e in found]
+                    self._changed.notify_all()
         except (OSError, ValueError, EOFError):
-            pass  # closed: said below
-        self._results.put(None)
+            pass  # closed, or killed: said below
+        with self._changed:
+            self._n_working -= 1
+            if work is not None and work[0] == "tests":  # another child may do it
+                self._later.appendleft(work[1])
+            elif work is not None:
+                self._asked.appendleft(work[1][0])
+            if not self._closed and not self._n_working:
+                self.failed = f"its process ended with exit code {child.wait()}"
+            self._changed.notify_all()
 
 
 def _write(stream: IO[bytes], data: bytes) -> None:
@@ -136,22 +281,28 @@ def _read(stream: IO[bytes]) -> bytes | None:
 
 
 def serve() -> None:
-    """The child: tasks from stdin, one message a task to stdout; ends when stdin does."""
-    from rule_list import fit_task
-
+    """A child: one piece of work a message from stdin, one answer a message to stdout; ends when stdin does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the parent's; it closes our stdin
-    data = _read(sys.stdin.buffer)
-    if data is None:
-        return
+    waiting: deque[bytes] = deque()
+    came = threading.Semaphore(0)
 
-    def watch() -> None:
-        sys.stdin.buffer.read()
-        os._exit(0)
+    def listen() -> None:
+        while (data := _read(sys.stdin.buffer)) is not None:
+            waiting.append(data)
+            came.release()
+        os._exit(0)  # the parent is gone
 
-    threading.Thread(target=watch, daemon=True).start()
-    for task_id, demonstrations, inputs in pickle.loads(data):
-        _write(sys.stdout.buffer, pickle.dumps((task_id, fit_task(demonstrations, inputs))))
-    sys.stdin.buffer.read()  # until the parent has read everything and is gone
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        came.acquire()
+        kind, work = pickle.loads(waiting.popleft())
+        if kind == "tests":
+            task_id, pairs, inputs = work
+            found = rule_list.fit_task(pairs, inputs)
+        else:
+            task_id, pairs = work
+            found = explain_demonstrations(pairs)
+        _write(sys.stdout.buffer, pickle.dumps((kind, task_id, found)))
 
 
 if __name__ == "__main__":

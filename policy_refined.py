@@ -1,8 +1,9 @@
-"""The refined policy: changes a prompt, says what the change earned, and passes that on to the
-policy's update.
+"""The refined policy: changes a prompt, chooses a proposed answer, says what that earned, and passes it on to the
+policies' updates.
 
 Glue only: the decision and its learning are `human_rl_agent`'s, the scores `reward_shaping`'s. It
 never sees a target when it refines; targets enter `compute_reward` and `soft_reward` alone.
+Which proposal is `proposal_policy`'s.
 Import: ``from policy_refined import RefinedPolicy, prediction_stats``. Per batch: ``refine`` ->
 agent forward -> ``compute_reward`` / ``soft_reward`` -> main loss stepped -> ``update``.
 """
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from grid_accuracy_loss import grid_sizes, resize_grids, weighted_cell_mean
+from grid_accuracy_loss import exact_match, grid_sizes, resize_grids, weighted_cell_mean
 from human_rl_agent import ACTION_WIDTH, INITIAL_STD, HumanRLAgent, PolicyStep, draw_normal
 from loss_function import expected_steps
+from proposal_policy import Choice, ProposalPolicy
 from reward_shaping import Scores, hard_scores, shaped_reward, soft_scores
 
 Mode = Literal["on", "off", "random"]
@@ -95,6 +97,7 @@ class RefinedPolicy(nn.Module):
         self.rl = HumanRLAgent(
             projected + n_stats, action_width, generator=generator, **agent_options
         )
+        self.proposals = ProposalPolicy(projected + n_stats, generator=generator)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -107,7 +110,7 @@ class RefinedPolicy(nn.Module):
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Trained by `update` only; never hand them to the main optimizer."""
-        return list(self.rl.parameters())
+        return [*self.rl.parameters(), *self.proposals.parameters()]
 
     def state(self, summary: Tensor, stats: Tensor) -> Tensor:
         """The policy's state (batch, state): summary (batch, summary width) projected, then stats;
@@ -248,6 +251,51 @@ class RefinedPolicy(nn.Module):
                 )
             )
         return shaped_reward(scores[0], scores[1])
+
+    def proposal_rewards(
+        self,
+        own: Tensor,
+        proposed: Tensor,
+        size: Tensor,
+        target: Tensor,
+        inp: Tensor,
+        *,
+        own_size: Tensor,
+        target_size: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What each candidate would earn if the agent answered with it as it is, and whether it is exact: (batch, A + 1)
+        float32 and bool, number 0 the agent's own answer, which earns 0.
+
+        own (batch, rows, cols) and its size; proposed (batch, A, rows, cols) uint8 and size (batch, A, 2), 0 = none. The
+        reward is `compute_reward`'s but for d_rev, for which every candidate would have to be read backwards.
+        """
+        same_size = (own_size == target_size).all(-1)
+        canvas = (target.shape[1], target.shape[2])
+        shown = resize_grids(own.long(), own_size, target_size, canvas)
+        rewards = [torch.zeros(len(own), device=own.device)]
+        exact = [exact_match(shown, target, same_size)]
+        for a in range(proposed.shape[1]):
+            grids = proposed[:, a].long()
+            grids = torch.where(grids < 10, grids, -1)
+            is_there = (size[:, a] > 0).all(-1)
+            side = size[:, a].clamp(min=1)
+            reward, _ = self.compute_reward(
+                own,
+                grids,
+                target,
+                inp,
+                size_before=own_size,
+                size_after=side,
+                target_size=target_size,
+            )
+            right = resize_grids(grids, side, target_size, canvas)
+            rewards.append(torch.where(is_there, reward, 0.0))
+            exact.append(exact_match(right, target, is_there & (side == target_size).all(-1)))
+        return torch.stack(rewards, 1), torch.stack(exact, 1)
+
+    def learn_choice(self, choice: Choice, rewards: Tensor, exact: Tensor) -> dict[str, Tensor]:
+        """The choice among proposals learns from `proposal_rewards`; see `ProposalPolicy.learn`."""
+        return self.proposals.learn(choice, rewards, exact)
 
     def soft_reward(
         self,

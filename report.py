@@ -304,7 +304,7 @@ def answer_queries(
     with bar:
         for batch in batches:
             with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
-                output, _ = model.system.predict(batch.to(device), generator)
+                output = model.system.predict(batch.to(device), generator).before
             sizes = output.size.tolist()
             grids = [output.grids(s).cpu().numpy() for s in range(len(output.logits))]
             for row, (task_id, _, number_in_task) in enumerate(batch.pair_ids):

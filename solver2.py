@@ -1,8 +1,9 @@
 """Permanent memory: what the run keeps about tasks it has met.
 
-Task tokens (learned, one row per training task), a view token per dihedral view, and a bank of
-prompt summaries of tasks that went well, retrieved by likeness into later prompts. It stores
-prompt summaries of demonstrations only: no grid, no output, nothing of a test pair.
+Task tokens (learned, one row per training task), a view token per dihedral view, a bank of
+prompt summaries of tasks that went well, retrieved by likeness into later prompts, and a bank of which ways of fitting
+(arms) were right for which tasks, by a fingerprint that no colour permutation changes. It stores
+summaries and fingerprints of demonstrations only: no grid, no output, nothing of a test pair.
 `from solver2 import Solver2`.
 """
 
@@ -14,7 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset_arc import N_ARM_SLOTS
+from grid_features import N_CONTROL
+
 N_VIEWS = 8
+N_ALIKE = 16  # tasks whose arms are recalled
 
 
 class Solver2(nn.Module):
@@ -52,6 +57,14 @@ class Solver2(nn.Module):
         self.register_buffer("owners", torch.full((capacity,), -2, dtype=torch.long))
         self.register_buffer("scores", torch.zeros(capacity))
         self.register_buffer("counters", torch.zeros(2, dtype=torch.long))  # next slot, updates
+        self.fingerprints: Tensor
+        self.arm_owners: Tensor
+        self.arms_right: Tensor
+        self.arm_counter: Tensor
+        self.register_buffer("fingerprints", torch.zeros(capacity, N_CONTROL))
+        self.register_buffer("arm_owners", torch.full((capacity,), -2, dtype=torch.long))
+        self.register_buffer("arms_right", torch.full((capacity, N_ARM_SLOTS), -1.0))
+        self.register_buffer("arm_counter", torch.zeros(1, dtype=torch.long))
 
     def add_tasks(self, n: int) -> int:
         """Add rows for `n` new tasks, which start as unseen tasks do; returns the first row."""
@@ -59,6 +72,39 @@ class Solver2(nn.Module):
         new = self.unknown.detach().flatten().expand(n, -1)
         self.task_tokens = nn.Embedding.from_pretrained(torch.cat([rows, new]), freeze=False)
         return len(rows)
+
+    def recall(self, fingerprint: Tensor, task_index: Tensor) -> Tensor:
+        """How often each arm was right in the N_ALIKE stored tasks most like each query's, other tasks only:
+        (Q, N_ARM_SLOTS) float32 in [0, 1], -1 where no such task tried the arm.
+
+        fingerprint (Q, N_CONTROL) float32: mean control features of the demonstrations; task_index (Q,), -1 = unseen.
+        """
+        distance = torch.cdist(fingerprint.detach().float(), self.fingerprints)
+        known = (self.arm_owners >= -1) & (
+            (self.arm_owners[None] != task_index[:, None]) | (task_index[:, None] < 0)
+        )
+        nearest = distance.masked_fill(~known, math.inf).topk(N_ALIKE, dim=-1, largest=False)
+        right = self.arms_right[nearest.indices]  # (Q, N_ALIKE, arms)
+        tried = (right >= 0) & nearest.values.isfinite().unsqueeze(-1)
+        share = (right * tried).sum(1) / tried.sum(1).clamp(min=1)
+        found = torch.where(tried.any(1), share, -1.0)
+        return found if self.use_memory else torch.full_like(found, -1.0)
+
+    @torch.no_grad()
+    def store_arms(self, fingerprint: Tensor, task_index: Tensor, right: Tensor) -> None:
+        """Keep which arms were right for tasks (N,): right (N, N_ARM_SLOTS), share of their demonstrations, -1 = not
+        tried; fingerprint (N, N_CONTROL). A task that is already there is replaced; waits for no device."""
+        capacity = self.fingerprints.shape[0]
+        for row in range(fingerprint.shape[0]):  # a few tasks a batch
+            same = (self.arm_owners == task_index[row]) & (task_index[row] >= 0)
+            slot = torch.where(same.any(), same.long().argmax(), self.arm_counter[0] % capacity)
+            for bank, new in (
+                (self.fingerprints, fingerprint[row].float()),
+                (self.arm_owners, task_index[row]),
+                (self.arms_right, right[row].float()),
+            ):
+                bank.index_copy_(0, slot.view(1), new.unsqueeze(0))
+            self.arm_counter[0] += (~same.any()).long()
 
     @property
     def n_updates(self) -> int:

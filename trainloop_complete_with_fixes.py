@@ -70,6 +70,15 @@ def batch_pair(text: str) -> tuple[int, ...]:
     return numbers
 
 
+def task_counts(text: str) -> tuple[int, int]:
+    """An argparse type: N or N:M, whole numbers with 0 <= N <= M."""
+    parts = text.split(":")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    if len(numbers) != len(parts) or len(parts) > 2 or numbers[0] > numbers[-1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or N:M with whole numbers N <= M")
+    return numbers[0], numbers[-1]
+
+
 def build_parser() -> Parser:
     """All flags, grouped, each with its unit and default."""
     parser = Parser(
@@ -333,16 +342,31 @@ def build_parser() -> Parser:
         "--hypotheses",
         choices=("on", "off"),
         default="on",
-        help="exact rules fitted to the demonstrations, in a process beside training; their answers "
-        "vote in the final evaluation, by how many demonstrations they re-predict (default: "
-        "%(default)s)",
+        help="exact rules fitted to the demonstrations, in processes beside training: the policy "
+        "chooses among their answers, in training and in the final evaluation (default: %(default)s)",
+    )
+    scoring.add_argument(
+        "--acceptance",
+        choices=("full", "demonstrations", "off"),
+        help="what a refinement needs to be accepted in the final evaluation; full: its way of "
+        "fitting re-predicts every demonstration from the others; demonstrations: or more of their cells "
+        "than the network does, which costs about one view more; off: nothing (default: demonstrations; full with a "
+        "--time_budget below 8)",
+    )
+    scoring.add_argument(
+        "--hold_out",
+        type=number(whole, 2),
+        metavar="N",
+        help="leave every Nth training task out of training and validation; the final evaluation "
+        "reports them apart (default: none)",
     )
     scoring.add_argument(
         "--hypothesis_tasks",
-        type=number(whole, 1),
-        metavar="N",
-        help="take the hypotheses of the N smallest tasks, waiting for them; repeats the voting of a "
-        "--time_budget run (default: all; with --time_budget what is ready)",
+        type=task_counts,
+        metavar="N[:M]",
+        help="the policy chooses among the hypotheses of the N smallest tasks, those up to M vote "
+        "without it; waits for them; repeats the voting of a --time_budget run (default: all; with "
+        "--time_budget what is ready)",
     )
     scoring.add_argument(
         "--stop_confidence",
@@ -763,6 +787,7 @@ class Run:
         return {
             "scaler": self.scaler,
             "policy_optimizer": self.system.policy_rl.optimizer,
+            "choice_optimizer": self.system.policy_rl.proposals.optimizer,
             "average": self.average,
             "schedule": self.schedule,
             "progress": self.progress,
@@ -781,7 +806,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     import torch
 
     from arc_agent import AgentOutput
-    from arc_system import answer_stats
+    from arc_system import answer_stats, arms_right, fingerprint
     from curriculum import gradient_norm
     from grid_accuracy_loss import (
         cell_accuracy,
@@ -810,12 +835,13 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         with torch.set_grad_enabled(not refining):
             before: AgentOutput = system.answer(reading)
 
-        # 3. The policy changes the prompt; the agent answers again.
-        after, info, backward_before = before, None, None
+        # 3. The policy chooses among the ways to explain the demonstrations and changes the prompt;
+        #    the agent answers again.
+        after, refinement, backward_before = before, None, None
         if refining:
             generator = generator_for(run.device, *place, 2)
-            tokens, info = system.refine(reading, before, generator)
-            after = system.answer(reading, tokens)
+            refinement = system.refine(reading, before, generator)
+            after = system.answer(reading, refinement)
             with torch.no_grad():
                 backward_before = system.backward(reading, before)
         backward_after = system.backward(reading, after)
@@ -915,11 +941,29 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
                 f"{float(norm):.4g} (not finite; {progress.skipped} so far)"
             )
 
-    # 8. The policy learns from the hard reward: after the main step, own graph, own optimizer.
+    # 8. The policy learns from the hard reward: after the main step, own graph, own optimizer. The
+    #    choice learns from what each of its group of proposals would have earned.
     health: dict[str, Any] = {}
-    if info is not None:
+    choosing: dict[str, Any] = {}
+    if refinement is not None:
         after_state = system.policy_rl.state(reading.prompt.summary, answer_stats(after))
-        health = system.policy_rl.update(info, reward, after_state)
+        health = system.policy_rl.update(refinement.info, reward, after_state)
+        rewards, right = system.policy_rl.proposal_rewards(
+            grids_before,
+            batch.proposed,
+            batch.proposed_size,
+            target,
+            inp,
+            own_size=before.size,
+            target_size=targets.size,
+        )
+        if args.policy == "on" and batch.proposed.shape[1]:
+            choosing = system.policy_rl.learn_choice(refinement.choice, rewards, right)
+        choosing |= {
+            "proposed_frac": (batch.proposed_size > 0).all(-1).any(1).float().mean(),
+            "proposal_taken_frac": (refinement.choice.taken > 0).float().mean(),
+            "proposal_exact": right[:, 1:].any(1).float().mean(),
+        }
 
     # 9. Memory: tasks above the threshold are kept; at the epoch's end it follows the accuracy.
     accuracy = cell_accuracy(shown, target, size_right)
@@ -934,6 +978,8 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     keep = by_task > run.threshold.get_threshold()
     if system.solver2.use_memory:
         system.solver2.store(summary / counts[:, None], owner, by_task, keep)
+        if refinement is not None and batch.proposed.shape[1]:
+            system.solver2.store_arms(*arms_right(batch, fingerprint(batch), right[:, 1:]))
 
     # 10. The figures of the batch, waited for once.
     shown_figures = {
@@ -949,9 +995,10 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         "exact": exact.mean(),
         "size": size_right.float().mean(),
         "stored": keep.sum(),
-        "change": info.change_frac if info is not None else torch.zeros(()),
+        "change": refinement.info.change_frac if refinement is not None else torch.zeros(()),
         "qwen_heads_grad": heads_grad,
         **{ours: health[theirs] for theirs, ours in POLICY_FIGURES.items() if health},
+        **choosing,
     }
     values = [value.detach().float().to(run.device) for value in shown_figures.values()]
     result = dict(zip(shown_figures, torch.stack(values).tolist(), strict=True))
@@ -984,70 +1031,103 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the averaged weights on the given queries; targets meet predictions only in `score`.
 
-    fitter: hypotheses that vote beside the network, as far as they are fitted by the deadline; "alone" then holds
-    the counts of network and hypotheses by themselves.
+    fitter: hypotheses for the policy to choose from, as far as they are fitted when the voting starts; those fitted later,
+    by the deadline, vote without it. "alone" then holds the counts of network and hypotheses by themselves, "gains" what
+    the refinements won.
     """
     from tqdm import tqdm
 
     from dataset_arc import evaluation_views
-    from evaluation import joined, predict_tasks, score, scores_alone, without_outputs
-
-    ids = {task_id for task_id, _ in keys}
-    wanted = [task for task in tasks.train if task.task_id in ids]
-    bar = tqdm(
-        total=len(keys) * n_views, desc=title, unit="query", leave=False, disable=no_bar(run.args)
+    from evaluation import (
+        contested,
+        demonstration_scores,
+        gains,
+        joined,
+        predict_tasks,
+        proposals_for,
+        score,
+        scores_alone,
+        without_outputs,
     )
 
+    args = run.args
+    ids = {task_id for task_id, _ in keys}
+    wanted = [task for task in tasks.train if task.task_id in ids]
+    first, last = args.hypothesis_tasks or (None, None)
+
+    def collect(until: float | None, n_tasks: int | None) -> Any:
+        with tqdm(
+            total=fitter.n_tasks, desc="Hypotheses", unit="task", leave=False, disable=no_bar(args)
+        ) as fitting:
+
+            def ready(n: int) -> None:
+                fitting.update(n - fitting.n)
+                if run.stop is not None and run.stop.requested:
+                    raise StopRequested
+
+            found = fitter.collect(until, n_tasks, ready)
+        return {key: e for key, e in found.items() if key in keys}
+
+    explained: Any = {}
+    if fitter is not None:
+        at_once = deadline is not None and first is None
+        explained = collect(time.monotonic() if at_once else None, first)
+        first = fitter.n_first() if first is None else first
+    options = {
+        "task_index": run.stream.task_table,
+        "batch_size": 2 * args.batch_size,
+        "device": run.device,
+        "dtype": run.dtype,
+        "seed": args.seed,
+        "collator": run.collator,
+    }
+    own_scores = None
     n_done = n_batches = 0
-
-    def step(n: int) -> None:
-        nonlocal n_done, n_batches
-        n_done += n
-        n_batches += 1
-        bar.update(n)
-        if run.stop is not None and run.stop.requested:
-            raise StopRequested
-
     with run.average.applied():
+        if fitter is not None and args.acceptance == "demonstrations":
+            doubtful = contested(explained)
+            some = [task for task in wanted if task.task_id in doubtful]
+            own_scores = demonstration_scores(run.system, some, **options)
+        bar = tqdm(
+            total=len(keys) * n_views, desc=title, unit="query", leave=False, disable=no_bar(args)
+        )
+
+        def step(n: int) -> None:
+            nonlocal n_done, n_batches
+            n_done += n
+            n_batches += 1
+            bar.update(n)
+            if run.stop is not None and run.stop.requested:
+                raise StopRequested
+
         predictions = predict_tasks(
             run.system,
             without_outputs(wanted),
-            evaluation_views(n_views, run.args.seed),
-            task_index=task_table(tasks),
-            batch_size=2 * run.args.batch_size,
-            device=run.device,
-            dtype=run.dtype,
-            seed=run.args.seed,
-            collator=run.collator,
+            evaluation_views(n_views, args.seed),
             only=keys,
             deadline=deadline,
             max_batches=max_batches,
             progress=step,
+            proposals=proposals_for(explained),
+            own_scores=own_scores,
+            accept=args.acceptance != "off",
+            **options,
         )
-    bar.close()
+        bar.close()
     views_done = n_done / max(1, sum(len(task.tests) for task in wanted))
     done = {"views_done": round(views_done, 2), "batches_done": n_batches}
     if fitter is None:
         return {**score(predictions, wanted, slices), **done}
-    waited = None if run.args.hypothesis_tasks else deadline
-    with tqdm(
-        total=fitter.n_tasks, desc="Hypotheses", unit="task", leave=False, disable=no_bar(run.args)
-    ) as fitting:
-
-        def ready(n: int) -> None:
-            fitting.update(n - fitting.n)
-            if run.stop is not None and run.stop.requested:
-                raise StopRequested
-
-        explained = fitter.collect(waited, run.args.hypothesis_tasks, ready)
-    explained = {key: e for key, e in explained.items() if key in keys}
+    explained = collect(deadline if last is None else None, last)
     if fitter.failed:
-        run.log.say(f"Hypotheses: {fitter.failed}; {len(fitter.done)} tasks were fitted before")
+        run.log.say(f"Hypotheses: {fitter.failed}; {fitter.n_first()} tasks were fitted before")
     return {
         **score(joined(predictions, explained), wanted, slices),
         **done,
         "alone": scores_alone(predictions, explained, wanted),
-        "hypothesis_tasks": len(fitter.done),
+        "gains": gains(predictions, wanted),
+        "acceptance": args.acceptance,
+        "hypothesis_tasks": [first, len({task_id for task_id, _ in explained})],
         "hypothesis_queries": len(explained),
     }
 
@@ -1057,18 +1137,13 @@ def no_bar(args: argparse.Namespace) -> bool:
     return args.quiet or not sys.stderr.isatty()
 
 
-def task_table(tasks: Any) -> dict[str, int]:
-    """Row of the task-token table by task id: training tasks in their fixed order."""
-    return {task.task_id: row for row, task in enumerate(tasks.train)}
-
-
 def validation_keys(tasks: Any, limit: int | None, seed: int) -> set[Any]:
-    """The test queries with known outputs, or a fixed random `limit` of them."""
+    """The test queries of tasks with known outputs, or a fixed random `limit` of them."""
     import numpy as np
 
     keys = [
         (task.task_id, number)
-        for task in tasks.train
+        for task in tasks
         for number, pair in enumerate(task.tests)
         if pair.output is not None
     ]
@@ -1154,7 +1229,7 @@ FIXED_ARGUMENTS = (
     "qwen_train", "qwen_cache_interval", "width", "blocks", "agent_lr", "qwen_lr",
     "task_lr_factor", "optimizer", "weight_decay", "warmup_batches", "schedule", "decay_frac",
     "clip", "ema", "demonstrations", "prompt", "policy", "no_memory", "no_task_tokens", "no_efe_extras",
-    "no_hard_cells", "no_reward", "planning_steps",
+    "no_hard_cells", "no_reward", "planning_steps", "hypotheses", "hold_out",
 )  # fmt: skip
 
 
@@ -1168,6 +1243,18 @@ def run_config(run: Run) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------
 # Setting up
 # ---------------------------------------------------------------------------------------------
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def seen_tasks(tasks: Any, hold_out: int | None) -> tuple[Any, ...]:
+    """The training tasks, without every `hold_out`-th in their fixed order."""
+    return tuple(t for i, t in enumerate(tasks.train, start=1) if not hold_out or i % hold_out)
 
 
 def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
@@ -1184,6 +1271,13 @@ def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
         args.val_pairs = 100
     if args.cost_power is None:
         args.cost_power = 1.5 if short else 0.0
+    if args.acceptance is None:
+        brief = args.time_budget is not None and args.time_budget < 8
+        args.acceptance = "full" if brief else "demonstrations"
+    n_cores = cores()
+    args.workers = 1 if n_cores <= 4 else min(4, n_cores // 4)
+    if args.threads is None and on_cpu and args.hypotheses == "on":  # they want a core, too
+        args.threads = max(1, n_cores - args.workers)
 
 
 def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: float) -> Run:
@@ -1206,7 +1300,7 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
         heads=heads_of(args.width),
         blocks=args.blocks,
         planning_steps=args.planning_steps,
-        n_tasks=len(tasks.train),
+        n_tasks=len(seen_tasks(tasks, args.hold_out)),
         qwen_model=args.qwen_model,
         qwen_train=args.qwen_train,
         qwen_cache_interval=args.qwen_cache_interval,
@@ -1234,7 +1328,7 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
         scaler=torch.amp.GradScaler(device.split(":")[0], enabled=scaling),
         average=WeightAverage(params, args.ema),
         stream=TrainingStream(
-            tasks.train,
+            seen_tasks(tasks, args.hold_out),
             seed=args.seed,
             batch_size=args.batch_size,
             max_context=args.max_context,
@@ -1607,11 +1701,11 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     limit = args.val_pairs
     if args.max_batches:
         limit = min(limit or 10**9, args.max_batches * args.batch_size)
-    validation = validation_keys(tasks, limit, args.seed)
+    validation = validation_keys(seen_tasks(tasks, args.hold_out), limit, args.seed)
     plan = Plan(
         tasks=tasks,
         validation=validation,
-        final=validation if args.max_batches else validation_keys(tasks, None, args.seed),
+        final=validation if args.max_batches else validation_keys(tasks.train, None, args.seed),
         train_until=None,
         deadline=None,
     )
@@ -1639,7 +1733,12 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             if args.time_budget:  # of all processes of the run together
                 plan.deadline = run.started + 60 * args.time_budget
             atomic_write_json(folder / "config.json", full_config(run, tasks))
-            run_to_the_end(run, plan, persistence, slices_of(tasks))
+            slices: dict[str, Any] = dict(slices_of(tasks))
+            if args.hold_out:
+                seen = {task.task_id for task in seen_tasks(tasks, args.hold_out)}
+                slices["seen"] = {key for key in plan.final if key[0] in seen}
+                slices["held_out"] = plan.final - slices["seen"]
+            run_to_the_end(run, plan, persistence, slices)
             drive_s = DRIVE_WAIT_S
             return EXIT_DONE
         except StopRequested:
@@ -1649,6 +1748,14 @@ def run_training(args: argparse.Namespace, started: float) -> int:
                 run.fitter.close()
             persistence.close(drive_timeout_s=drive_s)
             run.log.close()
+
+
+def hypothesis_flags(args: argparse.Namespace, result: dict[str, Any]) -> str:
+    """What else repeats the voting of a run that the clock cut."""
+    if "hypothesis_tasks" not in result:
+        return ""
+    first, last = result["hypothesis_tasks"]
+    return f" --hypothesis_tasks {first}:{last} --acceptance {args.acceptance}"
 
 
 def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
@@ -1661,7 +1768,8 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
     if args.hypotheses == "on" and plan.final:  # they need nothing that is trained
         ids = {task_id for task_id, _ in plan.final}
         some = [task for task in plan.tasks.train if task.task_id in ids]
-        run.fitter = Fitter(without_outputs(some))
+        run.fitter = Fitter(without_outputs(some), args.workers)
+        run.stream.proposals = run.fitter if args.policy != "off" else None
     if progress.untrained_accuracy < 0 and plan.validation:
         begun = time.monotonic()
         untrained = evaluate(run, plan.tasks, plan.validation, 1, title="Untrained model")
@@ -1723,6 +1831,12 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
             run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}")
         for part, counts in result.get("alone", {}).items():
             run.log.say(f"       {part} alone: {counts['exact_at_2']}/{result['n']}")
+        if "gains" in result:
+            won = result["gains"]
+            run.log.say(
+                f"       refinements: reward {won['reward']:+.4f}, d_acc {won['d_acc']:+.4f} a query and view; "
+                f"{100 * won['accepted']:.1f}% accepted by the demonstrations"
+            )
         if run.fitter is not None:
             run.log.say(f"       hypotheses for {result['hypothesis_queries']}/{result['n']}")
         schedule = run.schedule
@@ -1732,7 +1846,7 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
                 "The same again, bit for bit on this CPU: in place of --time_budget, "
                 f"--schedule_batches {schedule.decay_start}:{schedule.stop_at}:{end_at} "
                 f"--eval_views {views} --vote_batches {result['batches_done']}"
-                + (f" --hypothesis_tasks {len(run.fitter.done)}" if run.fitter else "")
+                + hypothesis_flags(args, result)
             )
     run.log.say(f"Run: {run.log.folder}", important=True)
 

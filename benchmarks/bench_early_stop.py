@@ -74,7 +74,7 @@ def on_demonstrations(system: Any, tasks: Any, index: dict[str, int], args: Any)
         exact: list[bool] = []
         steps: list[int] = []
         for batch, targets in batches:
-            output, _ = system.predict(batch, torch.Generator(args.device).manual_seed(0))
+            output = system.predict(batch, torch.Generator(args.device).manual_seed(0)).before
             canvas = (targets.output.shape[1], targets.output.shape[2])
             shown = resize_grids(output.grids(), output.size, targets.size, canvas)
             right = exact_match(shown, targets.output, size_match(output.size, targets.size))

@@ -155,7 +155,9 @@ def answers_of(system: System, queries: Iterator[Query]) -> Answers:
     found: Answers = []
     generator = torch.Generator().manual_seed(0)
     for view_number, batch, targets in queries:
-        output, backward = system.predict(batch, generator)
+        answered = system.predict(batch, generator, backward=True)
+        output, backward = answered.before, answered.backward_before
+        assert backward is not None
         truth = system.backward_of(system.read(batch), targets.output, targets.size)
         grids = output.grids()
         own = scores_of(batch, grids, output.size, backward)

@@ -108,7 +108,7 @@ def test_outputs_in_sight_are_refused(task_set):
 def test_a_child_that_dies_is_said_and_what_it_had_is_kept(task_set):
     fitter = Fitter(without_outputs(task_set.train))
     try:
-        fitter._child.kill()
+        fitter._children[0].kill()
         found = fitter.collect(time.monotonic() + 30)
         assert fitter.failed is not None
         assert "exit code -9" in fitter.failed
@@ -126,7 +126,7 @@ def test_the_child_ends_with_its_parent_however_that_ends(tmp_path):
         "from evaluation import without_outputs\n"
         "from hypotheses import Fitter\n"
         f"fitter = Fitter(without_outputs(load_tasks({str(tmp_path / 't.json')!r}).train) * 50)\n"
-        "print(fitter._child.pid, flush=True)\n"
+        "print(fitter._children[0].pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     parent = subprocess.Popen(
@@ -163,7 +163,7 @@ def test_the_script_lets_hypotheses_vote_and_tells_each_part_alone(train):
     assert results["exact_at_2"] >= results["alone"]["hypotheses"]["exact_at_2"]
     assert f"hypotheses alone: {results['alone']['hypotheses']['exact_at_2']}/6" in outcome.out
     assert f"network alone: {results['alone']['network']['exact_at_2']}/6" in outcome.out
-    assert outcome.run.fitter._child.poll() is not None  # it is gone when the run is
+    assert outcome.run.fitter._children[0].poll() is not None  # it is gone when the run is
     off = train("--epochs", 1, runs="off")
     network_alone = json.loads((off.folder / "results.json").read_text(encoding="utf-8"))
     assert network_alone["exact_at_2"] == results["alone"]["network"]["exact_at_2"]
