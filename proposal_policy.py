@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dataset_arc import N_PROPOSAL_FACTS, PROPOSAL_FACTS, VERDICTS
+from dataset_arc import N_PROPOSAL_FACTS, PROPOSAL_FACTS
 from grid_features import COLOURS
 
 RELATION = (
