@@ -22,8 +22,13 @@ def batch(whole_batch):
 
 
 @torch.no_grad()
-def final_logits(system, batch):
-    return system.predict(batch, torch.Generator().manual_seed(0))[0].logits
+def final_logits(system, batch, seed=0):
+    """Of the answer after a refinement, as training sees it: tokens changed, a proposal taken."""
+    reading = system.read(batch)
+    before = system.answer(reading)
+    generator = torch.Generator().manual_seed(seed)
+    refinement = system.refine(reading, before, generator, deterministic=True)
+    return system.answer(reading, refinement).logits
 
 
 def test_the_modules_have_the_names_of_a_checkpoint(system):
@@ -57,10 +62,14 @@ def test_policy_off_leaves_the_answer_and_the_tokens_alone(batch):
     with torch.no_grad():
         reading = system.read(batch)
         before = system.answer(reading)
-        tokens, info = system.refine(reading, before, torch.Generator())
-        assert torch.equal(tokens, reading.prompt.tokens)
-        assert info.step is None
+        refinement = system.refine(reading, before, torch.Generator())
+        assert torch.equal(refinement.tokens, reading.prompt.tokens)
+        assert refinement.info.step is None
+        assert refinement.choice.taken.tolist() == [0] * batch.n_queries
         assert torch.equal(final_logits(system, batch), before.logits)
+        answered = system.predict(batch, torch.Generator())
+    assert answered.refinement is None
+    assert answered.after is answered.before
 
 
 def test_policy_on_changes_the_answer_and_random_does_so_by_the_generator(batch):
@@ -70,8 +79,7 @@ def test_policy_on_changes_the_answer_and_random_does_so_by_the_generator(batch)
     assert not torch.equal(final_logits(system, batch), before.logits)
     assert torch.equal(final_logits(system, batch), final_logits(system, batch))
     noisy = lively_system(policy="random")
-    with torch.no_grad():
-        a, b = (noisy.predict(batch, torch.Generator().manual_seed(s))[0].logits for s in (1, 2))
+    a, b = (final_logits(noisy, batch, seed) for seed in (1, 2))
     assert not torch.equal(a, b)
 
 

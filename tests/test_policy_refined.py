@@ -115,8 +115,12 @@ def test_parameter_groups_are_disjoint_and_complete() -> None:
     own = {id(p) for p in model.policy_parameters()}
     assert not main & own
     assert main | own == {id(p) for p in model.parameters()}
-    in_optimizer = {id(p) for group in model.optimizer.param_groups for p in group["params"]}
-    assert in_optimizer == own
+    steps = [
+        {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in (model.optimizer, model.proposals.optimizer)
+    ]
+    assert not steps[0] & steps[1]
+    assert steps[0] | steps[1] == own
 
 
 def test_dtype_is_kept_under_autocast() -> None:

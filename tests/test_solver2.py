@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
-from solver2 import N_VIEWS, Solver2
+from dataset_arc import N_ARM_SLOTS
+from grid_features import N_CONTROL
+from solver2 import N_ALIKE, N_VIEWS, Solver2
 
 WIDTH = 8
 
@@ -174,4 +176,8 @@ def test_state_dict_carries_the_bank(memory):
 
 def test_the_bank_has_no_room_for_grids(memory):
     shapes = {name: tuple(b.shape) for name, b in memory.named_buffers()}
-    assert shapes == {"keys": (4, WIDTH), "owners": (4,), "scores": (4,), "counters": (2,)}
+    assert shapes == {
+        **{"keys": (4, WIDTH), "owners": (4,), "scores": (4,), "counters": (2,)},
+        **{"fingerprints": (4, N_CONTROL), "arm_owners": (4,), "arm_counter": (1,)},
+        "arms_right": (4, N_ARM_SLOTS),
+    }
