@@ -90,7 +90,8 @@ def candidates_of(
     same = ((own[:, None] == colour) & inside).flatten(2).sum(-1)
     share = same / torch.maximum(n_cells, own_cells).clamp(min=1)
     picked = own_logits.gather(-1, colour.clamp(max=COLOURS - 1).permute(0, 2, 3, 1))
-    picked = (picked.permute(0, 3, 1, 2) * inside).flatten(2).sum(-1) / n_cells.clamp(min=1)
+    picked = picked.permute(0, 3, 1, 2).contiguous()  # summed in an order that A does not change
+    picked = (picked * inside).flatten(2).sum(-1) / n_cells.clamp(min=1)
     best = own_logits.amax(-1)
     sure = (best * own_inside).flatten(1).sum(-1) / own_cells.squeeze(1).clamp(min=1)
     least = best.masked_fill(~own_inside, 0.0).flatten(1).amin(-1)

@@ -83,7 +83,8 @@ class Solver2(nn.Module):
         known = (self.arm_owners >= -1) & (
             (self.arm_owners[None] != task_index[:, None]) | (task_index[:, None] < 0)
         )
-        nearest = distance.masked_fill(~known, math.inf).topk(N_ALIKE, dim=-1, largest=False)
+        n_alike = min(N_ALIKE, len(self.fingerprints))
+        nearest = distance.masked_fill(~known, math.inf).topk(n_alike, dim=-1, largest=False)
         right = self.arms_right[nearest.indices]  # (Q, N_ALIKE, arms)
         tried = (right >= 0) & nearest.values.isfinite().unsqueeze(-1)
         share = (right * tried).sum(1) / tried.sum(1).clamp(min=1)

@@ -1108,7 +1108,7 @@ def evaluate(
             deadline=deadline,
             max_batches=max_batches,
             progress=step,
-            proposals=proposals_for(explained),
+            proposals=proposals_for(explained) if args.demonstrations == "on" else None,
             own_scores=own_scores,
             accept=args.acceptance != "off",
             **options,
@@ -1765,11 +1765,12 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
     from model_persistence import atomic_write_json
 
     args, progress = run.args, run.progress
-    if args.hypotheses == "on" and plan.final:  # they need nothing that is trained
+    if args.hypotheses == "on":  # they need nothing that is trained, and no test output
         ids = {task_id for task_id, _ in plan.final}
         some = [task for task in plan.tasks.train if task.task_id in ids]
         run.fitter = Fitter(without_outputs(some), args.workers)
-        run.stream.proposals = run.fitter if args.policy != "off" else None
+        if args.policy != "off" and args.demonstrations == "on":  # else the ablation would leak
+            run.stream.proposals = run.fitter
     if progress.untrained_accuracy < 0 and plan.validation:
         begun = time.monotonic()
         untrained = evaluate(run, plan.tasks, plan.validation, 1, title="Untrained model")

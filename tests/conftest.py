@@ -6,6 +6,7 @@ Nothing here touches the network, the user's configuration or the folder that py
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -25,6 +26,7 @@ import torch
 
 import dataset_arc
 import trainloop_complete_with_fixes as trainloop
+from hypotheses import explain_demonstrations, pairs_of, proposals_of
 
 RULES: dict[str, Callable[[Any], Any]] = {
     "flip": lambda g: g[:, ::-1],
@@ -222,6 +224,41 @@ def whole_batch(task_set: Any) -> Any:
     """A training batch of two whole tasks, six queries."""
     stream = dataset_arc.TrainingStream(task_set.train, seed=0, batch_size=6)
     return next(batch for batch, _ in stream.epoch(0) if batch.n_tasks == 2)
+
+
+class Proposer:
+    """What the processes of a `Fitter` say of demonstrations, worked out in this one."""
+
+    def __init__(self) -> None:
+        self.made: dict[Any, Any] = {}
+
+    def ask(self, tasks: Sequence[Any]) -> None:
+        pass
+
+    def leave_one_out(self, task: Any) -> Any:
+        pairs = pairs_of(task)
+        key = tuple((g.shape, g.tobytes()) for pair in pairs for g in pair)
+        if key not in self.made:
+            self.made[key] = [proposals_of(e) for e in explain_demonstrations(pairs)]
+        return self.made[key]
+
+
+@pytest.fixture(scope="session")
+def proposing(task_set: Any) -> Any:
+    """(batch, targets): the whole batch with proposals for every query, most of them exact."""
+    stream = dataset_arc.TrainingStream(task_set.train, 0, 6, proposals=Proposer())
+    return next(both for both in stream.epoch(0) if both[0].n_tasks == 2)
+
+
+def taking(system: Any, reading: Any, taken: Sequence[int]) -> Any:
+    """A refinement that changes no token and takes these proposals (0 = none, else number + 1)."""
+    import arc_system
+
+    with torch.no_grad():
+        before = system.answer(reading)
+        made = system.refine(reading, before, torch.Generator(), deterministic=True)
+    proposal = arc_system.proposal_of(reading.batch, torch.tensor(taken))
+    return dataclasses.replace(made, tokens=reading.prompt.tokens, proposal=proposal)
 
 
 def lively_system(seed: int = 0, **options: Any) -> Any:

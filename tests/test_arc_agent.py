@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import lively_system, make_task, write_tasks
+from conftest import lively_system, make_task, taking, write_tasks
 
 import dataset_arc
 import grid_features
@@ -139,13 +139,13 @@ def test_steps_that_are_not_needed_are_not_computed(system, batch, monkeypatch):
 def test_an_early_stop_is_for_prediction_only(batch, monkeypatch):
     system = lively_system(stop_confidence=0.0)
     with torch.no_grad():
-        output, _ = system.predict(batch, torch.Generator())
+        output = system.predict(batch, torch.Generator()).before
     assert output.n_steps.tolist() == [1] * batch.n_queries
     with torch.no_grad():
         assert system.answer(system.read(batch)).n_steps.tolist() == [N_STEPS] * batch.n_queries
     always = lively_system(stop_confidence=1.0)
     with torch.no_grad():
-        output, _ = always.predict(batch, torch.Generator())
+        output = always.predict(batch, torch.Generator()).before
     assert output.n_steps.tolist() == [N_STEPS] * batch.n_queries
 
 
@@ -195,10 +195,11 @@ def test_a_bare_grid_of_impossible_shape_is_refused(system, shape):
 # ---------------------------------------------------------------- gradients
 
 
-def test_every_weight_is_reached_by_gradient(batch):
+def test_every_weight_is_reached_by_gradient(proposing):
+    batch, _ = proposing
     system = lively_system().train()
     reading = system.read(batch)
-    answer = system.answer(reading)
+    answer = system.answer(reading, taking(system, reading, [1, 0, 1, 1, 0, 1]))
     back = system.backward_of(reading, answer.grids(), answer.size)
     total = answer.logits.square().mean() + answer.confidence.square().mean()
     (total + answer.size_logits.square().mean() + back.square().mean()).backward()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
-from conftest import differing, lively_system
+from conftest import differing, lively_system, taking
 
 import arc_system
+import dataset_arc
 from arc_system import SystemConfig, answer_stats, build_system
+from dataset_arc import N_ARM_SLOTS, PROPOSAL_FACTS
 from policy_refined import N_STATS
+from proposal_policy import ARM_FACTS, RELATION
 from qwen_hybrid_prompt import ModelError
 
 NAMES = {"agent", "qwen", "solver2", "efe_loss", "policy_rl"}
@@ -22,8 +26,13 @@ def batch(whole_batch):
 
 
 @torch.no_grad()
-def final_logits(system, batch):
-    return system.predict(batch, torch.Generator().manual_seed(0))[0].logits
+def final_logits(system, batch, seed=0):
+    """Of the answer after a refinement, as training sees it: tokens changed, a proposal taken."""
+    reading = system.read(batch)
+    before = system.answer(reading)
+    generator = torch.Generator().manual_seed(seed)
+    refinement = system.refine(reading, before, generator, deterministic=True)
+    return system.answer(reading, refinement).logits
 
 
 def test_the_modules_have_the_names_of_a_checkpoint(system):
@@ -57,10 +66,14 @@ def test_policy_off_leaves_the_answer_and_the_tokens_alone(batch):
     with torch.no_grad():
         reading = system.read(batch)
         before = system.answer(reading)
-        tokens, info = system.refine(reading, before, torch.Generator())
-        assert torch.equal(tokens, reading.prompt.tokens)
-        assert info.step is None
+        refinement = system.refine(reading, before, torch.Generator())
+        assert torch.equal(refinement.tokens, reading.prompt.tokens)
+        assert refinement.info.step is None
+        assert refinement.choice.taken.tolist() == [0] * batch.n_queries
         assert torch.equal(final_logits(system, batch), before.logits)
+        answered = system.predict(batch, torch.Generator())
+    assert answered.refinement is None
+    assert answered.after is answered.before
 
 
 def test_policy_on_changes_the_answer_and_random_does_so_by_the_generator(batch):
@@ -70,8 +83,7 @@ def test_policy_on_changes_the_answer_and_random_does_so_by_the_generator(batch)
     assert not torch.equal(final_logits(system, batch), before.logits)
     assert torch.equal(final_logits(system, batch), final_logits(system, batch))
     noisy = lively_system(policy="random")
-    with torch.no_grad():
-        a, b = (noisy.predict(batch, torch.Generator().manual_seed(s))[0].logits for s in (1, 2))
+    a, b = (final_logits(noisy, batch, seed) for seed in (1, 2))
     assert not torch.equal(a, b)
 
 
@@ -182,3 +194,188 @@ def test_reading_twice_gives_the_same_bits(system, batch):
 def test_no_module_of_the_prediction_path_takes_targets():
     names = {f.name for f in dataclasses.fields(arc_system.Batch)}
     assert not {name for name in names if "target" in name or "query_output" in name}
+
+
+# ---------------------------------------------------------------- proposals
+
+
+@torch.no_grad()
+def answers(system, batch, taken):
+    """Before, and after the proposals of these numbers (0 = none) with the prompt as it was."""
+    reading = system.read(batch)
+    return system.answer(reading), system.answer(reading, taking(system, reading, taken))
+
+
+def test_a_proposal_reaches_cells_size_and_prompt(proposing):
+    """Breaks: no share of cells, of sizes, or no token in the prompt."""
+    batch, targets = proposing
+    system = lively_system()
+    reading = system.read(batch)
+    answer = system.answer(reading, taking(system, reading, [1] * batch.n_queries))
+    log_p = answer.logits[-1].gather(-1, targets.output.clamp(min=0).unsqueeze(-1)).sum()
+    size = answer.size_logits.gather(-1, (targets.size - 1).unsqueeze(-1)).sum()
+    (log_p + size).backward()
+    agent = system.agent
+    verdicts = batch.proposed_facts[:, 0, :5].argmax(-1).unique()
+    for gain in (agent.proposal_gain, agent.proposal_size_gain):
+        assert (gain.grad[verdicts] != 0).all()
+        others = torch.ones(5, dtype=torch.bool)
+        others[verdicts] = False
+        assert (gain.grad[others] == 0).all()
+    assert agent.proposal_token.weight.grad.abs().sum() > 0
+    assert agent.pointer.to_proposed.weight.grad.abs().sum() > 0
+
+
+def test_the_token_of_a_proposal_alone_changes_the_answer(proposing):
+    """Breaks: the prompt says nothing of what is proposed, or says it to the other queries."""
+    batch, _ = proposing
+    system = lively_system()
+    with torch.no_grad():
+        system.agent.proposal_gain.fill_(-60.0)  # no share of cells or sizes
+        system.agent.proposal_size_gain.fill_(-60.0)
+        system.agent.pointer.to_proposed.weight.zero_()
+    taken = [1, 0, 1, 0, 0, 1]
+    before, after = answers(system, batch, taken)
+    changed = (before.logits != after.logits).flatten(2).any(-1).any(0)
+    assert changed.tolist() == [bool(t) for t in taken]
+
+
+def test_keeping_the_own_answer_changes_no_bit(proposing):
+    """Breaks: a proposal that was not taken has a share, a size or a token; a query's taken by its
+    neighbours."""
+    batch, _ = proposing
+    system = lively_system()
+    with torch.no_grad():
+        system.agent.proposal_gain.fill_(9.0)
+    before, after = answers(system, batch, [0] * batch.n_queries)
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.size_logits, after.size_logits)
+    before, after = answers(system, batch, [0, 1, 0, 0, 0, 1])
+    kept = [0, 2, 3, 4]
+    assert torch.equal(before.logits[:, kept], after.logits[:, kept])
+    assert torch.equal(before.size[kept], after.size[kept])
+    assert not torch.equal(before.logits[:, [1, 5]], after.logits[:, [1, 5]])
+
+
+def test_a_full_verdict_that_is_accepted_decides_answer_and_size(proposing):
+    """Breaks: gain or size gain not applied, of another verdict, or another query's proposal taken."""
+    batch, _ = proposing
+    system = lively_system()
+    with torch.no_grad():
+        system.agent.proposal_gain[0], system.agent.proposal_size_gain[0] = 12.0, 12.0
+        system.policy_rl.proposals.prior[0] = 20.0  # a full verdict is preferred
+    answered = system.predict(batch, torch.Generator())
+    full = batch.proposed_facts[:, 0, 0] > 0
+    assert 2 <= int(full.sum()) < batch.n_queries
+    assert (answered.refinement.choice.taken > 0).tolist() == full.tolist()
+    for row in full.nonzero().flatten().tolist():
+        rows, cols = batch.proposed_size[row, 0].tolist()
+        assert answered.after.size[row].tolist() == [rows, cols]
+        shown = answered.after.grids()[row, :rows, :cols]
+        assert torch.equal(shown, batch.proposed[row, 0, :rows, :cols].long())
+        assert not torch.equal(shown, answered.before.grids()[row, :rows, :cols])
+    kept = ~full
+    assert torch.equal(answered.after.logits[:, kept], answered.before.logits[:, kept])
+    assert torch.equal(answered.after.size[kept], answered.before.size[kept])
+
+
+def test_the_demonstrations_accept_and_refuse(proposing):
+    """Breaks: acceptance always true, never, or blind to the network's own score."""
+    batch, _ = proposing
+    facts = batch.proposed_facts.clone()
+    facts[..., :5] = 0.0
+    facts[..., 1] = 1.0  # half a verdict
+    facts[..., PROPOSAL_FACTS.index("cells_right")] = 0.7
+    batch = dataclasses.replace(batch, proposed_facts=facts)
+    system = lively_system()
+    with torch.no_grad():
+        system.policy_rl.proposals.prior[1] = 20.0
+
+    def taken(**options):
+        answered = system.predict(batch, torch.Generator(), **options)
+        return (answered.refinement.choice.taken > 0).tolist()
+
+    nan = float("nan")
+    own = torch.tensor([0.69, 0.71, 0.0, 1.0, 0.7, nan])
+    assert taken(own_score=own) == [True, False, True, False, False, False]
+    assert taken() == [False] * 6
+    assert taken(own_score=own, accept=False) == [True] * 6
+
+
+def test_a_refused_refinement_leaves_the_prediction_as_it_was(batch):
+    """Breaks: changed tokens in an answer that no demonstration accepted."""
+    system = lively_system()
+    answered = system.predict(batch, torch.Generator(), backward=True)
+    assert answered.after is answered.before
+    assert answered.backward is answered.backward_before
+    assert not torch.equal(final_logits(system, batch), answered.before.logits)
+
+
+def test_both_answers_of_a_prediction_are_read_backwards(proposing):
+    """Breaks: the backward reading of the answer before in place of the one after."""
+    batch, _ = proposing
+    system = lively_system()
+    with torch.no_grad():
+        system.agent.proposal_gain[0], system.agent.proposal_size_gain[0] = 12.0, 12.0
+        system.policy_rl.proposals.prior[0] = 20.0
+    answered = system.predict(batch, torch.Generator(), backward=True)
+    reading = system.read(batch)
+    with torch.no_grad():
+        for output, told in (
+            (answered.before, answered.backward_before),
+            (answered.after, answered.backward),
+        ):
+            assert torch.equal(told, system.backward_of(reading, output.grids(), output.size))
+    assert not torch.equal(answered.backward, answered.backward_before)
+
+
+def test_what_is_recalled_reaches_the_choice(proposing):
+    """Breaks: recall of another fingerprint, or not handed to the candidates."""
+    batch, _ = proposing
+    system = lively_system()
+    index = torch.tensor([90])
+    prints = arc_system.fingerprint(batch)
+
+    def recalled():
+        reading = system.read(batch)
+        with torch.no_grad():
+            before = system.answer(reading)
+        choice = system.refine(reading, before, None, deterministic=True).choice
+        return choice.candidates.relation[..., RELATION.index("recalled")]
+
+    assert (recalled() == 0).all()
+    system.solver2.store_arms(prints[:1], index, torch.full((1, N_ARM_SLOTS), 0.625))
+    there = batch.proposed_size[:, 0, 0] > 0
+    assert (recalled()[there, 1] == 0.625).all()
+
+
+def test_fingerprints_are_blind_to_colours_and_to_the_query(task_set):
+    """Breaks: colours in the fingerprint (memory would know a task in one view only), the query in it."""
+    task = task_set.train[0]
+    shifted = dataset_arc.View(0, (0, 4, 5, 6, 7, 8, 9, 3, 1, 2))
+    a, b = (next(dataset_arc.evaluation_batches([task], view)) for view in (dataset_arc.View(), shifted))
+    assert torch.equal(arc_system.fingerprint(a), arc_system.fingerprint(b))
+    other = dataset_arc.Pair(np.zeros((9, 9), np.uint8), None)
+    c = next(dataset_arc.evaluation_batches([dataclasses.replace(task, tests=(other,))]))
+    assert torch.equal(arc_system.fingerprint(a), arc_system.fingerprint(c))
+    another = next(dataset_arc.evaluation_batches([task_set.train[1]]))
+    assert not torch.equal(arc_system.fingerprint(a), arc_system.fingerprint(another))
+
+
+def test_memory_is_told_per_task_and_arm_the_share_that_was_right(proposing):
+    """Breaks: right over all queries in place of those where the arm proposed; tasks mixed up."""
+    batch, _ = proposing
+    facts = torch.zeros_like(batch.proposed_facts)
+    right = torch.zeros(facts.shape[:2], dtype=torch.bool)
+    first = batch.query_task == 0
+    q = first.nonzero().flatten().tolist()
+    facts[q[0], 0, ARM_FACTS.start] = facts[q[1], 0, ARM_FACTS.start] = 1.0
+    right[q[0], 0] = True
+    facts[~first, 0, ARM_FACTS.start + 1] = 1.0
+    right[~first, 0] = True
+    prints = torch.rand(batch.n_queries, 3)
+    batch = dataclasses.replace(batch, proposed_facts=facts)
+    mean, owner, share = arc_system.arms_right(batch, prints, right)
+    assert owner.tolist() == [int(batch.task_index[q[0]]), int(batch.task_index[~first][0])]
+    torch.testing.assert_close(mean[0], prints[first].mean(0))
+    assert share[:, :3].tolist() == [[0.5, -1.0, -1.0], [-1.0, 1.0, -1.0]]

@@ -123,9 +123,9 @@ def test_small_tasks_get_all_their_views_before_large_ones_their_second(system, 
         def __getattr__(self, name):
             return getattr(system, name)
 
-        def predict(self, batch, generator):
+        def predict(self, batch, generator, **options):
             order.extend(task_id for task_id, _, _ in batch.pair_ids)
-            return system.predict(batch, generator)
+            return system.predict(batch, generator, **options)
 
     predict_tasks(Spy(), hidden, views, deadline=time.monotonic() + 600)
     n = len(keys_of(hidden))
@@ -194,7 +194,7 @@ class Oracle:
     def train(self, mode=True):
         return self
 
-    def predict(self, batch, generator):
+    def predict(self, batch, generator, **options):
         n = batch.n_queries
         grids, sizes = [], []
         for row in range(n):
@@ -212,7 +212,10 @@ class Oracle:
             logits=torch.zeros(5, n, 30, 30, 10),
             n_steps=torch.tensor([2] * n),
         )
-        return output, torch.zeros(*batch.query_input.shape, 10)
+        told = torch.zeros(*batch.query_input.shape, 10)
+        return SimpleNamespace(
+            before=output, after=output, refinement=None, backward=told, backward_before=told
+        )
 
 
 @pytest.mark.parametrize("rule", [np.rot90, np.flipud, lambda g: g[:1, :2], lambda g: g])

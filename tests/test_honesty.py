@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import differing, lively_system, make_tasks, write_tasks
+from conftest import Proposer, differing, lively_system, make_tasks, write_tasks
 
+import arc_system
 import dataset_arc
 import evaluation
-import trainloop_complete_with_fixes as trainloop
 from dataset_arc import Pair, TrainingStream, View, evaluation_batches, evaluation_views
 from evaluation import predict_tasks, without_outputs
+from grid_features import N_CONTROL
 
 SIDE = 12  # of the real tasks used here
 
@@ -35,7 +36,7 @@ def real_tasks():
 
 @pytest.fixture(scope="module")
 def lively():
-    """No weight at zero, so that no path is closed; memory holds an entry."""
+    """No weight at zero, so that no path is closed; memory holds entries."""
     system = lively_system(n_tasks=40)
     generator = torch.Generator().manual_seed(3)
     system.solver2.store(
@@ -43,6 +44,11 @@ def lively():
         torch.tensor([0, 5, 9, -1]),
         torch.ones(4),
         torch.ones(4, dtype=torch.bool),
+    )
+    system.solver2.store_arms(
+        torch.rand(4, N_CONTROL, generator=generator),
+        torch.tensor([0, 5, 9, -1]),
+        torch.rand(4, dataset_arc.N_ARM_SLOTS, generator=generator),
     )
     return system
 
@@ -52,9 +58,21 @@ def everything_said(system, batch, generator_seed=1):
     """All that the system says about each query of a batch."""
     reading = system.read(batch)
     before = system.answer(reading)
-    tokens, info = system.refine(reading, before, torch.Generator().manual_seed(generator_seed))
-    after = system.answer(reading, tokens)
+    refinement = system.refine(reading, before, torch.Generator().manual_seed(generator_seed))
+    after = system.answer(reading, refinement)
+    tokens, info, choice = refinement.tokens, refinement.info, refinement.choice
+    answered = system.predict(batch, torch.Generator().manual_seed(generator_seed))
+    offered = [(size > 0).all(-1) for size in batch.proposed_size]
+    mask = choice.candidates.mask
     return {
+        "predicted": answered.after.logits.transpose(0, 1),
+        "drawn": choice.drawn,
+        "chances": [x[m] for x, m in zip(choice.chance, mask, strict=True)],
+        "relations": [x[m] for x, m in zip(choice.candidates.relation, mask, strict=True)],
+        "proposed": [x[m] for x, m in zip(batch.proposed, offered, strict=True)],
+        "proposed size": [x[m] for x, m in zip(batch.proposed_size, offered, strict=True)],
+        "facts": [x[m] for x, m in zip(batch.proposed_facts, offered, strict=True)],
+        "recalled": system.solver2.recall(arc_system.fingerprint(batch), batch.task_index),
         "before": before.logits.transpose(0, 1),
         "after": after.logits.transpose(0, 1),
         "size logits": after.size_logits,
@@ -95,14 +113,14 @@ def with_output(tasks, number, demonstration, output):
 @pytest.mark.parametrize("kind", ["cells", "size"])
 def test_an_own_output_changes_no_bit_of_its_answer_in_training_batches(real_tasks, lively, kind):
     """Leave-one-out: the other queries of the batch see the changed pair, this one must not."""
-    collator = dataset_arc.Collator()
+    collator, proposer = dataset_arc.Collator(), Proposer()
 
     def stream(tasks):
-        return TrainingStream(tasks, seed=0, batch_size=8, collator=collator)
+        return TrainingStream(tasks, 0, 8, collator=collator, proposals=proposer)
 
     rng = np.random.default_rng(0 if kind == "cells" else 1)
     plain = stream(real_tasks)
-    others_changed = 0
+    others_changed = others_told = n_taken = 0
     for _ in range(12):
         number = int(rng.integers(len(real_tasks)))
         task = real_tasks[number]
@@ -122,7 +140,11 @@ def test_an_own_output_changes_no_bit_of_its_answer_in_training_batches(real_tas
             for name in a:
                 assert differing(a[name][row], b[name][row_b]) == [], (kind, query, name)
             others_changed += not torch.equal(a["prompt"], b["prompt"])
+            others_told += differing(a["proposed"], b["proposed"]) != []
+            n_taken += int(a["drawn"][row, 0]) > 0
     assert others_changed > 4  # the change was there for the neighbours to see
+    assert others_told > 4  # and changed what was proposed to them
+    assert n_taken > 2
 
 
 def test_training_with_another_own_output_starts_from_the_same_prediction(train, tasks_file):
@@ -134,6 +156,7 @@ def test_training_with_another_own_output_starts_from_the_same_prediction(train,
             raw["t0_flip"]["train"][1]["output"] = [[7] * 2] * 9
         path = write_tasks(tasks_file.parent / f"{name}.json", raw)
         run = train("--dry_run", data=path).run
+        run.stream.proposals = Proposer()
         position, row = occurrences(run.stream, ("t0_flip", "train", 1))[0]
         batch, targets = run.stream.batch(0, position)
         said = everything_said(run.system.train(False), batch)
@@ -225,7 +248,7 @@ def learned_state(outcome):
     """The final weights, optimizers, averages and counters of a run, from its checkpoint."""
     file = outcome.checkpoint()
     progress = {k: v for k, v in file["extra"]["progress"].items() if k not in MEASURED}
-    names = ("policy_optimizer", "average", "threshold", "schedule")
+    names = ("policy_optimizer", "choice_optimizer", "average", "threshold", "schedule")
     return {
         **{name: file[name] for name in LEARNED},
         **{name: file["extra"][name] for name in names},
@@ -241,21 +264,25 @@ def test_noise_for_all_test_outputs_gives_the_same_training_run(train, tmp_path,
         assert all(pair.output is None for task in tasks for pair in task.tests)
         found = real_predict(system, tasks, *args, **options)
         said = {k: [g.tolist() for g in p.attempts()] for k, p in found.items()}
+        both = evaluation.refined(found)
+        said |= {(*k, "both"): [g.tolist() for g in p.attempts()] for k, p in both.items()}
         predicted.setdefault(name, []).append(said)
         return found
 
     monkeypatch.setattr(evaluation, "predict_tasks", spy)
     outcomes = {}
     for name, path in variants(tmp_path).items():
-        outcomes[name] = train("--epochs", 1, data=path, runs=name)
+        outcomes[name] = train("--epochs", 1, "--hypotheses", "on", data=path, runs=name)
         assert outcomes[name].code == 0, outcomes[name].err
     batches = {name: outcome.figures() for name, outcome in outcomes.items()}
     states = {name: learned_state(outcome) for name, outcome in outcomes.items()}
     for name in ("noise", "none"):
         assert batches[name] == batches["true"]
+        assert all(row["proposed_frac"] > 0 for row in batches[name])
         assert differing(states["true"], states[name]) == []
-    # Untrained, after the epoch, and at the end: the same grids, judged differently.
-    assert len(predicted["true"]) == 3
+    # Untrained, after the epoch, the doubtful tasks' demonstrations, and at the end: the same
+    # grids, judged differently.
+    assert len(predicted["true"]) == 4
     assert predicted["noise"] == predicted["true"]
     results = [json.loads((outcomes[n].folder / "results.json").read_text()) for n in predicted]
     assert results[0]["cell_accuracy"] > results[1]["cell_accuracy"]
@@ -266,7 +293,7 @@ def test_noise_for_all_test_outputs_gives_the_same_training_run(train, tmp_path,
     for name in ("true", "none"):
         run = outcomes[name].run
         tasks = without_outputs(dataset_arc.load_tasks(tmp_path / f"{name}.json").train)
-        table = trainloop.task_table(dataset_arc.load_tasks(tmp_path / f"{name}.json"))
+        table = run.stream.task_table
         found = predict_tasks(run.system, tasks, [View()], task_index=table)
         said[name] = {k: [g.tolist() for g in p.attempts()] for k, p in found.items()}
     assert len(said["none"]) == 12

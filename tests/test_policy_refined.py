@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dataset_arc import N_PROPOSAL_FACTS
 from loss_function import EFELoss, combined_loss
 from policy_refined import N_STATS, RefinedPolicy, prediction_stats
+from proposal_policy import RELATION, Candidates, Choice
 
 BATCH, TOKENS, WIDTH = 6, 5, 24
 
@@ -115,8 +117,12 @@ def test_parameter_groups_are_disjoint_and_complete() -> None:
     own = {id(p) for p in model.policy_parameters()}
     assert not main & own
     assert main | own == {id(p) for p in model.parameters()}
-    in_optimizer = {id(p) for group in model.optimizer.param_groups for p in group["params"]}
-    assert in_optimizer == own
+    steps = [
+        {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in (model.optimizer, model.proposals.optimizer)
+    ]
+    assert not steps[0] & steps[1]
+    assert steps[0] | steps[1] == own
 
 
 def test_dtype_is_kept_under_autocast() -> None:
@@ -349,3 +355,92 @@ def test_prediction_stats() -> None:
         inside,
     )
     torch.testing.assert_close(moved, stats)
+
+
+# ---------------------------------------------------------------- what candidates would earn
+
+
+def offered(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Own answers 4 x 5, proposals (BATCH, 3, 5, 6) uint8, their sizes; query 0 has two."""
+    g = torch.Generator().manual_seed(seed)
+    size = torch.tensor([[[4, 5], [2, 3], [4, 5]]] * BATCH)
+    size[0, 2] = 0
+    proposed = torch.full((BATCH, 3, 5, 6), 255, dtype=torch.uint8)
+    for q in range(BATCH):
+        for a, (rows, cols) in enumerate(size[q].tolist()):
+            cells = torch.randint(0, 10, (rows, cols), generator=g)
+            proposed[q, a, :rows, :cols] = cells.to(torch.uint8)
+    return grids(7), proposed, size
+
+
+def test_a_candidate_earns_what_answering_with_it_would() -> None:
+    """Breaks: rewards of candidates 0, of another candidate, or against another own answer; sizes of
+    candidates taken after the resize."""
+    model = policy()
+    own, proposed, size = offered()
+    target = torch.where(proposed[:, 0] < 10, proposed[:, 0].long(), -1)
+    target_size, own_size = size[:, 0], torch.tensor([[4, 5]] * BATCH)
+    inp = grids(9)
+    rewards, exact = model.proposal_rewards(
+        own, proposed, size, target, inp, own_size=own_size, target_size=target_size
+    )
+    assert rewards.shape == exact.shape == (BATCH, 4)
+    assert (rewards[:, 0] == 0).all()
+    for q in range(BATCH):
+        for a, (rows, cols) in enumerate(size[q].tolist()):
+            if not rows:
+                assert rewards[q, a + 1] == 0
+                assert not exact[q, a + 1]
+                continue
+            answer = proposed[q, a, :rows, :cols].long()
+            wanted = target[q, :4, :5]
+            one, parts = model.compute_reward(own[q, :4, :5], answer, wanted, inp[q, :4, :5])
+            assert float(parts["d_rev"]) == 0
+            assert float(rewards[q, a + 1]) == pytest.approx(float(one), abs=1e-6)
+            same = answer.shape == wanted.shape and torch.equal(answer, wanted)
+            assert bool(exact[q, a + 1]) == same
+    assert (rewards[:, 1] > 0.3).all()  # the right one
+    assert exact[:, 1].all()
+    assert (rewards[:, 2] != 0).all()
+
+
+def test_a_right_own_answer_is_exact_and_every_other_candidate_loses() -> None:
+    """Breaks: exactness of the own answer never said, or without its size."""
+    model = policy()
+    own, proposed, size = offered(3)
+    sizes = torch.tensor([[4, 5]] * BATCH)
+    given = {"own_size": sizes, "target_size": sizes}
+    rewards, exact = model.proposal_rewards(own, proposed, size, own, grids(9), **given)
+    assert exact[:, 0].all()
+    assert not exact[:, 1:].any()
+    assert (rewards[1:, 1:] < 0).all()
+    large = own.repeat_interleave(2, 1).repeat_interleave(2, 2)  # the same picture, too large
+    given = {"own_size": 2 * sizes, "target_size": sizes}
+    _, exact = model.proposal_rewards(large, proposed, size, own, grids(9), **given)
+    assert not exact[:, 0].any()
+
+
+def test_the_choice_learns_through_the_policy_with_its_own_optimizer() -> None:
+    """Breaks: learn_choice that does nothing, or moves the other policy."""
+    model = policy()
+    facts = torch.zeros(BATCH, 1, N_PROPOSAL_FACTS)
+    facts[..., 0] = 1.0
+    width = model.proposals.context.in_features
+    mask = torch.ones(BATCH, 2, dtype=torch.bool)
+    relation = torch.zeros(BATCH, 2, len(RELATION))
+    asked = Candidates(facts, relation, torch.zeros(BATCH, width), mask)
+    choice = Choice(asked, torch.tensor([[0, 1, 1, 0]] * BATCH), torch.zeros(BATCH, 2))
+    names = [name for name, _ in model.named_parameters()]
+    before = [p.detach().clone() for p in model.parameters()]
+    figures = model.learn_choice(choice, torch.tensor([[0.0, 1.0]] * BATCH), mask)
+    moved = {
+        name
+        for name, old, new in zip(names, before, model.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert moved
+    assert all(name.startswith("proposals.") for name in moved)
+    assert set(figures) == {
+        "proposal_loss", "proposal_sure_loss", "proposal_entropy", "group_zero_frac",
+        "proposal_best_frac",
+    }  # fmt: skip

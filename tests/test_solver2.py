@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
-from solver2 import N_VIEWS, Solver2
+from dataset_arc import N_ARM_SLOTS
+from grid_features import N_CONTROL
+from solver2 import N_ALIKE, N_VIEWS, Solver2
 
 WIDTH = 8
 
@@ -174,4 +176,81 @@ def test_state_dict_carries_the_bank(memory):
 
 def test_the_bank_has_no_room_for_grids(memory):
     shapes = {name: tuple(b.shape) for name, b in memory.named_buffers()}
-    assert shapes == {"keys": (4, WIDTH), "owners": (4,), "scores": (4,), "counters": (2,)}
+    assert shapes == {
+        **{"keys": (4, WIDTH), "owners": (4,), "scores": (4,), "counters": (2,)},
+        **{"fingerprints": (4, N_CONTROL), "arm_owners": (4,), "arm_counter": (1,)},
+        "arms_right": (4, N_ARM_SLOTS),
+    }
+
+
+# ---------------------------------------------------------------- which arms were right for tasks alike
+
+
+def prints(*places):
+    """Fingerprints (N, N_CONTROL) far apart, one per place."""
+    found = torch.zeros(len(places), N_CONTROL)
+    found[range(len(places)), list(places)] = 10.0
+    return found
+
+
+def shares(*values):
+    """(N, N_ARM_SLOTS): these for arm 0, arm 1 ..., -1 for the rest."""
+    found = torch.full((len(values), N_ARM_SLOTS), -1.0)
+    for row, of_task in enumerate(values):
+        found[row, : len(of_task)] = torch.tensor(of_task)
+    return found
+
+
+def test_recall_is_right_over_tried_of_the_tasks_alike():
+    """Breaks: untried arms counted as wrong, or as 0; entries of the empty bank counted."""
+    memory = Solver2(9, WIDTH, capacity=64)
+    nothing = memory.recall(prints(0), long(8))
+    assert nothing.tolist() == [[-1.0] * N_ARM_SLOTS]
+    memory.store_arms(prints(0, 1, 2), long(0, 1, 2), shares([1.0, 0.5], [0.0, -1.0], [0.5]))
+    found = memory.recall(prints(0), long(8))[0]
+    assert found[0] == pytest.approx(0.5)
+    assert found[1] == pytest.approx(0.5)
+    assert (found[2:] == -1).all()
+
+
+def test_recall_asks_the_tasks_most_alike_alone():
+    """Breaks: the farthest asked, or all."""
+    memory = Solver2(99, WIDTH, capacity=64)
+    near = prints(*[0] * N_ALIKE) + 0.01 * torch.arange(N_ALIKE)[:, None]
+    memory.store_arms(prints(*[5] * 20), torch.arange(20), shares(*[[0.0]] * 20))
+    memory.store_arms(near, 20 + torch.arange(N_ALIKE), shares(*[[1.0]] * N_ALIKE))
+    assert memory.recall(prints(0, 5), long(90, 91))[:, 0].tolist() == [1.0, 0.0]
+
+
+def test_a_task_s_own_arms_are_never_recalled():
+    """Breaks: the own task among the tasks alike."""
+    memory = Solver2(9, WIDTH, capacity=64)
+    memory.store_arms(prints(0, 1), long(3, 4), shares([1.0], [0.0]))
+    assert memory.recall(prints(0, 0, 0), long(3, 4, -1))[:, 0].tolist() == [0.0, 1.0, 0.5]
+    alone = Solver2(9, WIDTH, capacity=64)
+    alone.store_arms(prints(0), long(3), shares([1.0]))
+    assert alone.recall(prints(0), long(3))[0, 0] == -1
+    assert Solver2(9, WIDTH, use_memory=False).recall(prints(0), long(3))[0, 0] == -1
+
+
+def test_without_memory_no_arm_is_recalled():
+    """Breaks: --no_memory that remembers."""
+    memory = Solver2(9, WIDTH, use_memory=False)
+    memory.store_arms(prints(0), long(3), shares([1.0]))
+    assert (memory.recall(prints(0), long(4)) == -1).all()
+
+
+def test_a_task_that_comes_again_replaces_its_arms_and_a_full_bank_the_oldest():
+    """Breaks: entries doubled, so that a task that comes often outweighs the others."""
+    memory = Solver2(99, WIDTH, capacity=4)
+    memory.store_arms(prints(0, 1), long(3, 4), shares([1.0], [1.0]))
+    memory.store_arms(prints(2), long(3), shares([0.0]))
+    assert memory.arm_owners.tolist() == [3, 4, -2, -2]
+    assert torch.equal(memory.fingerprints[:2], prints(2, 1))
+    assert memory.arms_right[:, 0].tolist() == [0.0, 1.0, -1.0, -1.0]
+    assert int(memory.arm_counter) == 2
+    memory.store_arms(prints(3, 4, 5), long(-1, -1, 8), shares([0.5], [0.5], [0.25]))
+    assert memory.arm_owners.tolist() == [8, 4, -1, -1]  # the unseen replace nothing of theirs
+    other = Solver2(99, WIDTH, capacity=4)
+    other.load_state_dict(copy.deepcopy(memory.state_dict()))
+    assert torch.equal(other.recall(prints(1), long(7)), memory.recall(prints(1), long(7)))

@@ -699,10 +699,10 @@ def test_max_batches_caps_training_and_validation(train):
 
 def test_the_validation_subset_is_fixed_by_the_seed(train):
     tasks = dataset_arc.load_tasks(train.data)
-    keys = trainloop.validation_keys(tasks, 3, 0)
-    assert keys == trainloop.validation_keys(tasks, 3, 0)
+    keys = trainloop.validation_keys(tasks.train, 3, 0)
+    assert keys == trainloop.validation_keys(tasks.train, 3, 0)
     assert len(keys) == 3
-    assert any(trainloop.validation_keys(tasks, 3, seed) != keys for seed in range(1, 9))
+    assert any(trainloop.validation_keys(tasks.train, 3, seed) != keys for seed in range(1, 9))
 
 
 def test_dry_run_writes_nothing(train):
@@ -1357,7 +1357,7 @@ def test_evaluation_uses_the_averaged_weights_and_puts_the_own_back(fresh_run, m
 
     monkeypatch.setattr(evaluation, "predict_tasks", predict)
     tasks = dataset_arc.load_tasks(run.args.data)
-    trainloop.evaluate(run, tasks, trainloop.validation_keys(tasks, None, 0), 1)
+    trainloop.evaluate(run, tasks, trainloop.validation_keys(tasks.train, None, 0), 1)
     assert any(not torch.equal(seen[n], own[f"agent.{n}"]) for n in seen)
     assert differing(weights(run), own) == []
 
@@ -1387,7 +1387,7 @@ def test_it_overfits_eight_small_tasks_to_every_pair_exactly(train):
         run.system.train(False)
         for position in range(run.stream.n_batches(0)):
             batch, targets = run.stream.batch(0, position)
-            answer, _ = run.system.predict(batch, torch.Generator())
+            answer = run.system.predict(batch, torch.Generator()).before
             for row, query in enumerate(batch.pair_ids):
                 rows, cols = (int(v) for v in targets.size[row])
                 assert targets.fits[row]

@@ -136,14 +136,20 @@ def ready(train: Script) -> Callable[..., Step]:
 
 
 def say(run: Any, *changes: Callable[[Any], Any]) -> None:
-    """The agent's answers of a step, in turn, as `changes` make them."""
-    real = run.system.answer
+    """The agent's answers of a step, in turn, as `changes` make them; the policy decides by the
+    agent's own, which lies on the batch's canvas."""
+    real, real_refine = run.system.answer, run.system.refine
     turn = iter(changes)
+    own: list[Any] = []
 
-    def answer(reading: Any, tokens: Any = None, **given: Any) -> Any:
-        return next(turn)(real(reading, tokens, **given))
+    def answer(reading: Any, refinement: Any = None, **given: Any) -> Any:
+        own.append(real(reading, refinement, **given))
+        return next(turn)(own[-1])
 
-    run.system.answer = answer
+    def refine(reading: Any, before: Any, generator: Any, **given: Any) -> Any:
+        return real_refine(reading, own[0], generator, **given)
+
+    run.system.answer, run.system.refine = answer, refine
 
 
 def showing(grids: torch.Tensor, size: torch.Tensor) -> Callable[[Any], Any]:
@@ -174,13 +180,13 @@ def test_the_second_answer_reads_the_refined_tokens(ready):
     step = ready()
     step.take()
     first, second = step.calls["answer"]
-    refined, info = step.one("refine").result
+    refined = step.one("refine").result
     plain = step.one("read").result.prompt.tokens
-    assert first.given.get("tokens") is None
-    assert torch.equal(second.given["tokens"], refined)
-    assert not torch.equal(refined, plain)
+    assert first.given.get("refinement") is None
+    assert second.given["refinement"] is refined
+    assert not torch.equal(refined.tokens, plain)
     assert not torch.equal(first.result.logits, second.result.logits)
-    assert info.step is not None
+    assert refined.info.step is not None
 
 
 def test_training_takes_every_planning_step(ready):
@@ -221,7 +227,7 @@ def test_the_policy_s_noise_follows_seed_epoch_and_batch(ready):
         step.run.args.seed = seed
         step.run.progress.epoch, step.run.progress.batch = epoch, batch
         step.take()
-        actions.append(step.calls["refine"][-1].result[1].action)
+        actions.append(step.calls["refine"][-1].result.info.action)
         kept.append(step.calls["read"][-1].given["keep_task"].tolist())
     assert torch.equal(actions[0], actions[-1])
     for i in range(4):
@@ -524,7 +530,7 @@ def test_mixed_precision_is_on_where_it_was_asked_for(ready, task_set, amp, dtyp
     seen: list[Any] = []
 
     def prepare(run, _):
-        for name in ("read", "answer", "refine", "backward"):
+        for name in ("read", "answer", "refine", "backward", "backward_of"):
             real = getattr(run.system, name)
 
             def call(*args, real=real, **options):
@@ -535,10 +541,10 @@ def test_mixed_precision_is_on_where_it_was_asked_for(ready, task_set, amp, dtyp
 
     step = ready("--amp", amp, prepare=prepare)
     step.take()
-    assert len(seen) >= 6
+    assert len(seen) >= 7
     assert set(seen) == {dtype or False}
     seen.clear()
-    keys = trainloop.validation_keys(task_set, None, 0)
+    keys = trainloop.validation_keys(task_set.train, None, 0)
     trainloop.evaluate(step.run, task_set, keys, 1)
     assert len(seen) >= 4
     assert set(seen) == {dtype or False}
@@ -807,7 +813,7 @@ def test_evaluation_knows_the_training_tasks_the_views_and_the_seed(
         return real(system, tasks, views, **options)
 
     monkeypatch.setattr(evaluation, "predict_tasks", predict)
-    keys = trainloop.validation_keys(task_set, None, seed)
+    keys = trainloop.validation_keys(task_set.train, None, seed)
     result = trainloop.evaluate(step.run, task_set, keys, 3, max_batches=1)
     assert given["views"] == dataset_arc.evaluation_views(3, seed)
     assert given["seed"] == seed
@@ -823,14 +829,17 @@ def test_evaluation_knows_the_training_tasks_the_views_and_the_seed(
     assert result["batches_done"] == len(asked) == 1  # --vote_batches: the first view alone
 
 
-def test_predictions_do_not_hang_on_the_generator_with_the_policy_on(whole_batch):
-    """Breaks: evaluation samples an action in place of taking the mean."""
+def test_predictions_do_not_hang_on_the_generator_with_the_policy_on(proposing):
+    """Breaks: evaluation samples an action or a proposal in place of taking the preferred one."""
     system = lively_system()
     a, b = (
-        system.predict(whole_batch, torch.Generator().manual_seed(seed))[0].logits
+        system.predict(proposing[0], torch.Generator().manual_seed(seed), accept=False)
         for seed in (1, 2)
     )
-    assert torch.equal(a, b)
+    assert torch.equal(a.after.logits, b.after.logits)
+    assert torch.equal(a.refinement.tokens, b.refinement.tokens)
+    assert torch.equal(a.refinement.choice.taken, b.refinement.choice.taken)
+    assert not torch.equal(a.after.logits, a.before.logits)
 
 
 # ---------------------------------------------------------------- seeds
