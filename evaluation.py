@@ -40,12 +40,9 @@ REVERSIBLE_WEIGHT = 0.0
 EARLIER_WEIGHT = 1e-3  # the answers of earlier planning steps only break ties and fill attempt 2
 N_ATTEMPTS = 2
 NETWORK = 0.3  # guess: how likely an unanimous network is exact, where no policy judged it
-# What a grid gains on the refined ballot by the share of the network's views that gave it, beyond FEW: views that agree
-# are right more often than any one of them believes. Chosen on demonstrations of tasks that were held out, told from each
-# other (197 queries: 88 / 95 exact in one / two attempts with it, 87 / 94 without).
-AGREED, FEW = 0.5, 0.25
-# Guess: of a proposal's chance, where the agent answered otherwise with it in sight.
-OVERRULED = 0.9
+OVERRULED = (
+    0.9  # guess: of a proposal's chance, where the agent answered otherwise with it in sight
+)
 N_COST_GROUPS = 12  # of tasks, by size: in a hurry, each gets all its views in turn
 
 
@@ -293,20 +290,8 @@ def contested(explained: Mapping[Key, Explained]) -> set[str]:
 
 
 def refined(predictions: Mapping[Key, Prediction]) -> dict[Key, Prediction]:
-    """The ballots in which refined answers and proposals voted, by their mean chance over the views and by how many views
-    agreed; the network's alone where no policy ran."""
-    return {
-        key: p if p.refined is None else _counted(p, p.refined) for key, p in predictions.items()
-    }
-
-
-def _counted(network: Prediction, ballot: Prediction) -> Prediction:
-    found = Prediction(views=ballot.views, steps=ballot.steps)
-    for key, c in ballot.candidates.items():
-        same = network.candidates.get(key)
-        share = 0.0 if same is None else same.votes / network.views
-        found.add(c.grid, c.weight / ballot.views + AGREED * max(0.0, share - FEW), c.votes)
-    return found
+    """The ballots in which refined answers and proposals voted, the network's alone where no policy ran."""
+    return {key: p if p.refined is None else p.refined for key, p in predictions.items()}
 
 
 def gains(predictions: Mapping[Key, Prediction], tasks: Iterable[Task]) -> dict[str, float]:
@@ -423,7 +408,7 @@ def joined(
         ):
             asked = {(*h.answer.shape, h.answer.tobytes()) for h in _hypotheses(explained, key)}
             if asked <= set(network.refined.candidates):
-                found[key] = _counted(network, network.refined)
+                found[key] = network.refined
                 continue
         both = Prediction(views=network.views, steps=network.steps)
         total = sum(c.weight for c in network.candidates.values())
