@@ -8,6 +8,7 @@ refined answers and the proposals vote too. It trains nothing and writes no file
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -331,6 +332,13 @@ def gains(predictions: Mapping[Key, Prediction], tasks: Iterable[Task]) -> dict[
         "reward": reward,
         **parts,
     }
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """Two-sided exact McNemar test: how likely so uneven a split of won + lost differing queries is by chance."""
+    n = won + lost
+    tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / 2**n
+    return min(1.0, 2.0 * tail)
 
 
 def _work(

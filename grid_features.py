@@ -653,19 +653,29 @@ def _best_axis(g: Grid) -> int:
     go to the one nearest the middle, cols - 1.
     """
     cols = g.shape[1]
-    best, best_score = cols - 1, -1.0
-    for s in range(cols // 2, cols - 1 + (cols + 1) // 2):
-        low, high = max(0, s - cols + 1), min(cols - 1, s)
-        a = g[:, low : (s + 1) // 2]
-        b = g[:, high : s // 2 : -1]
-        if a.size == 0:
-            continue
-        both = np.count_nonzero(a.astype(bool) & b.astype(bool))
-        right = np.count_nonzero((a == b) & (a > 0))
-        score = 3.0 * right - 2.0 * both
-        if score > best_score or (score == best_score and abs(s - cols + 1) < abs(best - cols + 1)):
-            best, best_score = s, score
-    return best
+    tried, mirrored = _axes(cols)
+    padded = np.zeros((g.shape[0], cols + 1), np.uint8)
+    padded[:, :cols] = g
+    image = padded[:, mirrored]  # (rows, axes, cols), 0 where the mirror image lies outside
+    filled = g > 0
+    here = filled[:, None]
+    # Every pair of columns is met twice, the axis itself once, where it agrees with itself.
+    both = np.count_nonzero(here & (image > 0), axis=(0, 2))
+    right = np.count_nonzero(here & (image == g[:, None]), axis=(0, 2))
+    on_axis = np.where(tried % 2 == 0, filled.sum(0)[tried // 2], 0)
+    score = 3 * (right - on_axis) - 2 * (both - on_axis)
+    if score.max() < -1:
+        return cols - 1
+    return int(tried[np.lexsort((np.abs(tried - cols + 1), -score))[0]])
+
+
+@cache
+def _axes(cols: int) -> tuple[Ints, Ints]:
+    """Doubled centre columns in the middle half (axes,), and for each the column of every column's
+    mirror image (axes, cols), `cols` where there is none."""
+    tried = np.arange(cols // 2, cols - 1 + (cols + 1) // 2)
+    mirrored = tried[:, None] - np.arange(cols)
+    return tried, np.where((mirrored >= 0) & (mirrored < cols), mirrored, cols)
 
 
 def _reflect(g: Grid, s: int) -> Grid:
@@ -1183,6 +1193,16 @@ def analyse(grid: NDArray[np.integer]) -> GridAnalysis:
     go to the colour that comes first in raster order, never to a colour number.
     Raises ValueError for a wrong shape or colour.
     """
+    return _analysed(grid, planes_only=False)
+
+
+def analyse_planes(grid: NDArray[np.integer]) -> tuple[Grid, Grid]:
+    """`planes` and `sizes` of analyse(grid) alone, in about three quarters of its time."""
+    found = _analysed(grid, planes_only=True)
+    return found.planes, found.sizes
+
+
+def _analysed(grid: NDArray[np.integer], planes_only: bool) -> GridAnalysis:
     raw = np.asarray(grid)
     if raw.ndim != 2 or not 0 < raw.shape[0] <= MAX_SIDE or not 0 < raw.shape[1] <= MAX_SIDE:
         raise ValueError(f"grid shape {raw.shape}: expected (rows, cols) with 1..{MAX_SIDE} each")
@@ -1242,6 +1262,15 @@ def analyse(grid: NDArray[np.integer]) -> GridAnalysis:
     _put_blocks(bank, g)
     cell_rank, seg_r, seg_c = _put_cells(bank, g)
 
+    if planes_only:
+        nothing = np.zeros((0, 0, 0), np.uint8)
+        return GridAnalysis(
+            planes=_recoloured(bank.planes, back),
+            sizes=bank.sizes,
+            cells=nothing,
+            size_values=np.zeros((2, 0), np.uint8),
+            background=int(back[0]),
+        )
     return GridAnalysis(
         planes=_recoloured(bank.planes, back),
         sizes=bank.sizes,

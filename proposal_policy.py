@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dataset_arc import N_PROPOSAL_FACTS, PROPOSAL_FACTS, VERDICTS
+from dataset_arc import N_PROPOSAL_FACTS, PROPOSAL_FACTS
 from grid_features import COLOURS
 
 RELATION = (
@@ -30,7 +30,6 @@ REWARD_SCALE = 5.0  # as the other policy's
 # (benchmarks/bench_hypotheses.py --leave_one_out: 42 of 47, 21 of 32, 5 of 20 and 13 of 97; untried and own are guesses).
 PRIOR = {"full": 0.9, "half": 0.65, "some": 0.25, "none": 0.1, "untried": 0.03}
 OWN_PRIOR = 0.2
-_VERDICT = slice(0, len(VERDICTS))
 _CELLS = PROPOSAL_FACTS.index("cells_right")
 ARM_FACTS = slice(PROPOSAL_FACTS.index("arm_0"), N_PROPOSAL_FACTS)
 
@@ -130,6 +129,17 @@ def acceptable(facts: Tensor, own_score: Tensor | None) -> Tensor:
     return full | (facts[..., _CELLS] > own_score[:, None])
 
 
+def _log_odds(p: float) -> float:
+    return math.log(p / (1.0 - p))
+
+
+# Weights that the linear part starts from; those beside the log-odds keep the order of rule_list where verdicts tie.
+START = {
+    **{verdict: _log_odds(p) for verdict, p in PRIOR.items()},
+    "is_kept": _log_odds(OWN_PRIOR), "rank": -4.0, "explains": 0.5, "n_rules": -1.0, "n_arms": 2.0,
+}  # fmt: skip
+
+
 class ProposalPolicy(nn.Module):
     """Scores candidates; has its own optimizer, stepped in `learn` alone.
 
@@ -152,19 +162,21 @@ class ProposalPolicy(nn.Module):
             bound = 1.0 / math.sqrt(layer.in_features)
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             nn.init.zeros_(layer.bias)
+        # Beside the hidden layer a linear one, which starts from what is known of verdicts and ranks.
+        self.wide = nn.Linear(N_PROPOSAL_FACTS + len(RELATION), 2, bias=False)
         with torch.no_grad():
-            self.out.weight.mul_(0.01)
-        odds = [_log_odds(p) for p in (*(PRIOR[v] for v in VERDICTS), OWN_PRIOR)]
-        self.prior = nn.Parameter(torch.tensor(odds)[:, None].repeat(1, 2))
+            self.out.weight.mul_(0.1)
+            self.wide.weight.zero_()
+            for name, odds in START.items():
+                self.wide.weight[:, (*PROPOSAL_FACTS, *RELATION).index(name)] = odds
         self.optimizer = torch.optim.Adam(self.parameters(), lr=lr)
 
     def forward(self, candidates: Candidates) -> tuple[Tensor, Tensor]:
         """(log-probabilities of choosing, log-odds of being exact), both (Q, A + 1) float32."""
         facts = functional.pad(candidates.facts.float(), (0, 0, 1, 0))
-        x = self.candidate(torch.cat([facts, candidates.relation], dim=-1))
-        x = functional.silu(x + self.context(candidates.state).unsqueeze(1))
-        kind = torch.cat([facts[..., _VERDICT], candidates.relation[..., :1]], dim=-1)
-        preference, sure = (self.out(x) + kind @ self.prior).unbind(-1)
+        seen = torch.cat([facts, candidates.relation], dim=-1)
+        x = functional.silu(self.candidate(seen) + self.context(candidates.state).unsqueeze(1))
+        preference, sure = (self.out(x) + self.wide(seen)).unbind(-1)
         return preference.masked_fill(~candidates.mask, -1e4).log_softmax(-1), sure
 
     @torch.no_grad()
@@ -248,7 +260,3 @@ class ProposalPolicy(nn.Module):
             "group_zero_frac": 1.0 - live.float().mean(),
             "proposal_best_frac": first_is_best.float().mean(),
         }
-
-
-def _log_odds(p: float) -> float:
-    return math.log(p / (1.0 - p))

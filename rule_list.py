@@ -192,12 +192,39 @@ def _mixed(words: Words, key: int) -> Words:
         return h.sum(1, dtype=np.uint64)
 
 
-def _touches(a: Words, b: Words) -> Bools:
-    """Which rows of a (n, width) share a bit with which rows of b (m, width): (n, m)."""
-    out = np.zeros((a.shape[0], b.shape[0]), bool)
-    for x, y in zip(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), strict=True):
-        out |= (x[:, None] & y) != 0
-    return out
+def _most_apart(gain: NDArray[np.float32], above: float, a: Words, b: Words) -> tuple[float, Ints]:
+    """The greatest gain (n, m) above a bound among rows of a (n, width) and b (m, width) that share
+    no bit, and the flat places that have it, rising; 0 and none."""
+    free = gain > above
+    words = np.flatnonzero(b.any(0))
+    # Words with most of b's bits first: nearly every pair that shares a bit is gone after a few.
+    words = words[np.argsort(-np.bitwise_count(b[:, words]).sum(0, dtype=np.int64), kind="stable")]
+    for w in words[:_DENSE].tolist():
+        free &= (a[:, w, None] & b[:, w]) == 0
+    places = np.flatnonzero(free)
+    if not places.size:
+        return 0.0, places
+    value = gain.ravel()[places]
+    rest = words[_DENSE:]
+    if not rest.size:
+        return float(value.max()), places[value == value.max()]
+    a, b = a[:, rest], b[:, rest]
+    below, high = np.inf, float(value.max())
+    while high > above:
+        low = max(above, 0.6 * high)
+        band = np.flatnonzero((value >= low) & (value < below))
+        for first, last in ((0, 2), (2, rest.size)):
+            i, j = np.divmod(places[band], b.shape[0])
+            shared = a[i, first:last] & b[j, first:last]
+            band = band[~shared.any(1)]
+        if band.size:
+            most = value[band].max()
+            return float(most), places[band[value[band] == most]]
+        below = high = low
+    return 0.0, places[:0]
+
+
+_DENSE = 3  # words compared for all pairs at once
 
 
 # ---------------------------------------------------------------- facts
@@ -652,13 +679,10 @@ def _count_facts(analysis: GridAnalysis, shape: tuple[int, int]) -> Grid:
 
 # An extra group is a function of one grid: planes uint8 (n, 30, 30) and sizes uint8 (n, 2), (0, 0)
 # for a source without an opinion on the size. n and the names depend on the group alone.
-# The outer sources of "deep": those that gave new sources right on most demonstration cells (measured).
+# The inner sources of "deep": those of which another source is the answer to some demonstrations (measured).
 _DEEP = tuple(
     SOURCE_INDEX[name]
     for name in (
-        "fliplr",
-        "rot90",
-        "outline",
         "fill_best_symmetry",
         "crop_largest_component",
         "crop_largest_object",
@@ -881,12 +905,10 @@ class _Space:
         support = self.support[s].sum(0)[facts]
         inside, good = holds.astype(np.float32), right.astype(np.float32)
         search = _Search(self, s, facts, pointers, support)
-        pure = search.pure()
+        covered = inside.T @ good
         exceptions: list[tuple[tuple[int, ...], int]] = []
         while len(owner) and len(exceptions) < max_rules:
-            covered = inside.T @ good
-            clean = covered * pure
-            most = clean.max()
+            most, fact, pointer = search.clean(covered)
             chosen: tuple[tuple[int, ...], int] | None = None
             if arm.facts > 1 and most < max(1, 0.34 * len(owner)):
                 chosen = search.best(inside, good, covered, most)
@@ -894,7 +916,6 @@ class _Space:
                 hopeless = most * (max_rules - len(exceptions)) < len(owner)
                 if most < 1 or (hopeless and not arm.always_tried):
                     break  # no list of this length explains what is left
-                fact, pointer = np.nonzero(clean >= most)
                 shown_in = np.zeros(fact.size)
                 for k in s:
                     mine = owner == k
@@ -904,12 +925,17 @@ class _Space:
                 best = int(tie.argmax())
                 chosen = ((int(fact[best]),), int(pointer[best]))
             which, to = chosen
-            left = ~holds[:, list(which)].all(1)
+            gone = holds[:, list(which)].all(1)
+            left = ~gone
             if arm.shadow:
                 search.leave_out(which)
-                pure = search.pure()
-            owner, holds, inside, good = owner[left], holds[left], inside[left], good[left]
             exceptions.append((tuple(int(self.facts[facts[f]]) for f in which), int(pointers[to])))
+            few = 2 * np.count_nonzero(gone) < gone.size
+            if few:
+                covered -= inside[gone].T @ good[gone]
+            owner, holds, inside, good = owner[left], holds[left], inside[left], good[left]
+            if not few:
+                covered = inside.T @ good
         return RuleList(default, tuple(exceptions), not len(owner))
 
     def answer(self, rules: RuleList, grid: int, shape: tuple[int, int]) -> Grid:
@@ -943,7 +969,9 @@ class _Space:
         return "; ".join(parts)
 
 
-_FIRST_FACTS = 12  # of an exception of two, the first facts tried; 6 answered the same 102 of 405
+_FIRST_FACTS = (
+    12  # of an exception of two, the first facts tried; 6 lost 8 of 547 left-out demonstrations
+)
 _PAIR_POINTERS = 12
 
 
@@ -961,10 +989,12 @@ class _Search:
         """The cells of an exception are settled: from now on nothing is wrong there."""
         self.wrong = self.wrong & ~np.bitwise_and.reduce(self.facts[list(which)], axis=0)
 
-    def pure(self) -> Bools:
-        """Which pointers are right wherever which fact holds: (facts, pointers)."""
-        words = np.flatnonzero(self.wrong.any(0))
-        return ~_touches(self.facts[:, words], self.wrong[:, words])
+    def clean(self, covered: NDArray[np.float32]) -> tuple[float, Ints, Ints]:
+        """The most cells left, of `covered` (facts, pointers), that a fact and a pointer right
+        wherever it holds explain, and all such facts (n,) and pointers (n,); 0 and none."""
+        most, top = _most_apart(covered, 0.5, self.facts, self.wrong)
+        fact, pointer = np.divmod(top, covered.shape[1])
+        return most, fact, pointer
 
     def best(
         self,
@@ -979,25 +1009,22 @@ class _Search:
         precise = some / np.maximum(1, self.support[:, None])
         enough = some >= max(2, 0.34 * len(inside))
         promise = (some * enough * np.sqrt(precise)).max(1)
-        found = None
-        for first in np.argsort(-promise, kind="stable")[:_FIRST_FACTS].tolist():
-            if promise[first] <= 0:
-                break
-            least = max(beat + 0.5, 1.5)
-            able = pointers[some[first] > least]
-            if not able.size:
-                continue
-            here = np.flatnonzero(inside[:, first])
-            gain = inside[here].T @ good[here[:, None], able]
-            hopeful = np.flatnonzero(gain.max(1) > least)
-            bad = self.facts[first] & self.wrong[able]
-            words = np.flatnonzero(bad.any(0))
-            gain = gain[hopeful] * ~_touches(self.facts[hopeful[:, None], words], bad[:, words])
-            if gain.size and gain.max() > least:
-                second, which = np.unravel_index(int(gain.argmax()), gain.shape)
-                beat = float(gain.max())
-                found = ((first, int(hopeful[second])), int(able[which]))
-        return found
+        firsts = np.argsort(-promise, kind="stable")[:_FIRST_FACTS]
+        least = max(beat, 1) + 0.5
+        firsts = firsts[(promise[firsts] > 0) & (some[firsts] > least).any(1)]
+        if not firsts.size:
+            return None
+        seconds = np.flatnonzero((some > least).any(1))
+        both = inside[:, firsts, None] * good[:, None, pointers]
+        gain = inside[:, seconds].T @ both.reshape(len(inside), -1)
+        bad = (self.facts[firsts, None] & self.wrong[pointers]).reshape(gain.shape[1], -1)
+        most, top = _most_apart(gain, least, self.facts[seconds], bad)
+        if not most:
+            return None
+        second, other = np.divmod(top, gain.shape[1])
+        first, pointer = np.divmod(other, pointers.size)
+        k = int(np.lexsort((pointer, second, first))[0])
+        return (int(firsts[first[k]]), int(seconds[second[k]])), int(pointers[pointer[k]])
 
 
 # ---------------------------------------------------------------- a task
@@ -1027,12 +1054,15 @@ class _Problem:
         self._spaces: dict[Any, _Space] = {}
         self._fits: dict[Any, RuleList] = {}
         self._groups: dict[tuple[int, Group], tuple[Grid, Grid]] = {}
+        self._analysed: dict[bytes, GridAnalysis] = {}
         self._deep: dict[bytes, tuple[Grid, Grid]] = {}
+        self._base: dict[tuple[int, tuple[int, int]], tuple[Grid, Grid]] = {}
         self._kept: dict[tuple[str, ...], _Extras] = {}
         self._objects: dict[int, tuple[Grid, Grid, Grid]] = {}
         for grid, analysis in zip(self.grids, self.seen, strict=True):
-            self._deep[bytes(grid.shape) + grid.tobytes()] = analysis.planes, analysis.sizes
-        self._shares: dict[Group, tuple[NDArray[np.float64], Words]] = {}
+            self._deep[_key(grid)] = analysis.planes, analysis.sizes
+            self._analysed[_key(grid)] = analysis
+        self._shares: dict[Group, tuple[NDArray[np.float64], Words] | None] = {}
 
     # ---- extra sources
 
@@ -1049,26 +1079,60 @@ class _Problem:
         inner = _whole(self.seen[grid].planes[k])
         if inner is None:
             return _NOTHING
-        key = bytes(inner.shape) + inner.tobytes()
+        key = _key(inner)
         if key not in self._deep:
-            deeper = grid_features.analyse(inner)
-            self._deep[key] = deeper.planes, deeper.sizes
+            self._deep[key] = grid_features.analyse_planes(inner)
         return self._deep[key]
+
+    def analysed(self, grid: Grid) -> GridAnalysis:
+        key = _key(grid)
+        if key not in self._analysed:
+            self._analysed[key] = grid_features.analyse(grid)
+        return self._analysed[key]
+
+    def base(self, grid: int, shape: tuple[int, int]) -> tuple[Grid, Grid]:
+        """Sources and cell features (n, cells) of a grid at a shape."""
+        key = (grid, shape)
+        if key not in self._base:
+            a = self.seen[grid]
+            self._base[key] = _placed(a.planes, shape, OUTSIDE), _placed(a.cells, shape, _ABSENT)
+        return self._base[key]
 
     def objects(self, grid: int) -> tuple[Grid, Grid, Grid]:
         if grid not in self._objects:
             self._objects[grid] = _object_bank(self.grids[grid])
         return self._objects[grid]
 
-    def _share(self, group: Group) -> tuple[NDArray[np.float64], Words]:
-        """Per demonstration and source of a group: right cells, and a hash of what is shown."""
+    def _share(self, group: Group) -> tuple[NDArray[np.float64], Words] | None:
+        """Per demonstration and source of a group: right cells, and a hash of what is shown.
+
+        None where no source is right on enough cells of any subset; then the demonstrations after
+        the first ones that show this were not looked at.
+        """
         if group not in self._shares:
-            right, hashes = [], []
-            for k, out in enumerate(self.outputs):
+            cells = np.array([o.size for o in self.outputs], np.float64)
+            member = np.array([[k in s for k in range(self.n)] for s in self._subsets()], float)
+            enough = _EXTRA_SHARE * (member @ cells)
+            order = np.argsort(-cells, kind="stable").tolist()
+            right: dict[int, Ints] = {}
+            hashes: dict[int, Words] = {}
+            self._shares[group] = None
+            for k in order:
+                out = self.outputs[k]
                 shown = _placed(self.group(k, group)[0], out.shape, OUTSIDE)
-                right.append((shown == out.ravel()).sum(1))
-                hashes.append(_mixed(_bytes_as_words(shown), k))
-            self._shares[group] = np.array(right, np.float64), np.stack(hashes)
+                right[k] = (shown == out.ravel()).sum(1)
+                hashes[k] = _mixed(_bytes_as_words(shown), k)
+                seen = list(right)
+                sure = member[:, seen] @ np.stack([right[j] for j in seen])  # (subsets, sources)
+                most = sure + np.delete(member, seen, 1) @ np.delete(cells, seen)[:, None]
+                if not (most >= enough[:, None] - 1e-6).any():
+                    break
+            else:
+                everyone = range(self.n)
+                self._shares[group] = (
+                    np.array([right[k] for k in everyone], np.float64),
+                    np.stack([hashes[k] for k in everyone]),
+                )
         return self._shares[group]
 
     def _extras(self, names: tuple[str, ...]) -> _Extras:
@@ -1079,18 +1143,20 @@ class _Problem:
         groups = _groups(names)
         share, hashes, at = [], [], []
         for group in groups:
-            right, shown = self._share(group)
-            share.append(right)
-            hashes.append(shown)
-            at += [(group, j) for j in range(right.shape[1])]
+            found = self._share(group)
+            if found is None:
+                continue
+            share.append(found[0])
+            hashes.append(found[1])
+            at += [(group, j) for j in range(found[0].shape[1])]
         cells = np.array([o.size for o in self.outputs], np.float64)
         base = np.stack(
             [
-                _mixed(_bytes_as_words(_placed(a.planes, o.shape, OUTSIDE)), k)
-                for k, (a, o) in enumerate(zip(self.seen, self.outputs, strict=False))
+                _mixed(_bytes_as_words(self.base(k, o.shape)[0]), k)
+                for k, o in enumerate(self.outputs)
             ]
         )
-        right = np.concatenate(share, 1)
+        right = np.concatenate([np.zeros((self.n, 0)), *share], 1)
         shown = np.concatenate([base, *hashes], 1)
         kept: dict[Subset, Ints] = {}
         for subset in subsets:
@@ -1129,23 +1195,26 @@ class _Problem:
         if arm.second:
             names += [f"answer's {name}" for name in SOURCE_NAMES]
             features += [f"answer's {name}" for name in CELL_FEATURE_NAMES]
-        again: dict[int, GridAnalysis] = {}
+        made: dict[tuple[int, tuple[int, int]], Grid] = {}
 
         def values(grid: int, shape: tuple[int, int]) -> Grid:
-            a = self.seen[grid]
-            parts = [_placed(a.planes, shape, OUTSIDE)]
+            if (grid, shape) not in made:
+                made[grid, shape] = make(grid, shape)
+            return made[grid, shape]
+
+        def make(grid: int, shape: tuple[int, int]) -> Grid:
+            planes, features = self.base(grid, shape)
+            parts, cells = [planes], [features]
             if n_extra:
                 planes = np.stack([self.group(grid, g)[0][j] for g, j in extras.sources])
                 parts.append(_placed(planes, shape, OUTSIDE))
-            cells = [_placed(a.cells, shape, _ABSENT)]
             if arm.objects:
                 cells.append(_placed(self.objects(grid)[2], shape, _ABSENT))
-                cells.append(_count_facts(a, shape))
+                cells.append(_count_facts(self.seen[grid], shape))
             if first is not None:
-                if grid not in again:
-                    again[grid] = grid_features.analyse(first[grid])
-                parts.append(_placed(again[grid].planes, shape, OUTSIDE))
-                cells.append(_placed(again[grid].cells, shape, _ABSENT))
+                again = self.analysed(first[grid])
+                parts.append(_placed(again.planes, shape, OUTSIDE))
+                cells.append(_placed(again.cells, shape, _ABSENT))
             return np.concatenate([*parts, *cells, _positions(shape)])
 
         table = _table([*names, *features], len(names), len(features), arm.compare)
@@ -1381,6 +1450,10 @@ _NOTHING: tuple[Grid, Grid] = (
     np.full((N_SOURCES, MAX_SIDE, MAX_SIDE), OUTSIDE, np.uint8),
     np.zeros((N_SOURCES, 2), np.uint8),
 )
+
+
+def _key(grid: Grid) -> bytes:
+    return bytes(grid.shape) + grid.tobytes()
 
 
 def _bytes_as_words(rows: Grid) -> Words:
