@@ -263,7 +263,7 @@ def test_a_full_verdict_that_is_accepted_decides_answer_and_size(proposing):
     system = lively_system()
     with torch.no_grad():
         system.agent.proposal_gain[0], system.agent.proposal_size_gain[0] = 12.0, 12.0
-        system.policy_rl.proposals.prior[0] = 20.0  # a full verdict is preferred
+        system.policy_rl.proposals.wide.weight[0, 0] = 20.0  # a full verdict is preferred
     answered = system.predict(batch, torch.Generator())
     full = batch.proposed_facts[:, 0, 0] > 0
     assert 2 <= int(full.sum()) < batch.n_queries
@@ -289,7 +289,7 @@ def test_the_demonstrations_accept_and_refuse(proposing):
     batch = dataclasses.replace(batch, proposed_facts=facts)
     system = lively_system()
     with torch.no_grad():
-        system.policy_rl.proposals.prior[1] = 20.0
+        system.policy_rl.proposals.wide.weight[0, 1] = 20.0
 
     def taken(**options):
         answered = system.predict(batch, torch.Generator(), **options)
@@ -317,7 +317,7 @@ def test_both_answers_of_a_prediction_are_read_backwards(proposing):
     system = lively_system()
     with torch.no_grad():
         system.agent.proposal_gain[0], system.agent.proposal_size_gain[0] = 12.0, 12.0
-        system.policy_rl.proposals.prior[0] = 20.0
+        system.policy_rl.proposals.wide.weight[0, 0] = 20.0
     answered = system.predict(batch, torch.Generator(), backward=True)
     reading = system.read(batch)
     with torch.no_grad():

@@ -928,3 +928,124 @@ def test_prefetched_batches_are_the_same(stream):
     for (a, x), (b, y) in zip(plain, ahead, strict=True):
         assert_same(a, b)
         assert_same(x, y)
+
+
+# ---------------------------------------------------------------- proposals
+
+
+class Offers:
+    """Proposes, per demonstration, its own output and grids that say which demonstration it is."""
+
+    def __init__(self, extra=(), none=()):
+        self.asked, self.extra, self.none = [], extra, none
+
+    def ask(self, tasks):
+        self.asked.append([t.task_id for t in tasks])
+
+    def leave_one_out(self, task):
+        return [
+            None if i in self.none else self.offer(p.output, *self.extra)
+            for i, p in enumerate(task.demonstrations)
+        ]
+
+    def offer(self, *grids):
+        facts = np.zeros((len(grids), da.N_PROPOSAL_FACTS), np.float32)
+        facts[:, 0] = [g.sum() + 1 for g in grids]
+        return da.Proposals(tuple(grids), facts)
+
+
+def shown(batch, q, a):
+    """A proposal of a batch in the task's own colours and orientation."""
+    rows, cols = batch.proposed_size[q, a].tolist()
+    canvas = batch.proposed[q, a].numpy()
+    assert (canvas[rows:] == da.OUTSIDE).all()
+    assert (canvas[:, cols:] == da.OUTSIDE).all()
+    return batch.views[q].invert(canvas[:rows, :cols])
+
+
+def test_proposals_are_shown_in_the_batch_s_view(collator):
+    """Breaks: the view (dihedral or colours) not applied; another query's proposals or facts."""
+    tasks = small_tasks()
+    stream = da.TrainingStream(tasks, 0, 6, collator=collator, proposals=Offers())
+    dihedrals, n = set(), 0
+    for epoch in range(6):
+        for batch, targets in stream.epoch(epoch):
+            for q, (task_id, _, i) in enumerate(batch.pair_ids):
+                pair = next(t for t in tasks if t.task_id == task_id).demonstrations[i]
+                if not targets.fits[q]:
+                    continue
+                n += 1
+                dihedrals.add(batch.views[q].dihedral)
+                assert np.array_equal(shown(batch, q, 0), pair.output)
+                assert batch.proposed_size[q, 0].tolist() == targets.size[q].tolist()
+                rows, cols = targets.size[q].tolist()
+                target = targets.output[q, :rows, :cols]
+                assert torch.equal(batch.proposed[q, 0, :rows, :cols].long(), target)
+                assert batch.proposed_facts[q, 0, 0] == pair.output.sum() + 1
+    assert len(dihedrals) == 8
+    assert n > 40
+
+
+def test_what_a_training_canvas_cannot_hold_is_left_out(collator):
+    """Breaks: a proposal cut to the canvas, or one that stretches it (the canvas would tell)."""
+    tasks = small_tasks()
+    large = np.ones((30, 30), np.uint8)
+    plain = da.TrainingStream(tasks, 0, 6, collator=collator)
+    offering = da.TrainingStream(tasks, 0, 6, collator=collator, proposals=Offers((large,)))
+    n_left_out = 0
+    for position in range(plain.n_batches(0)):
+        (a, ta), (b, tb) = plain.batch(0, position), offering.batch(0, position)
+        if plain._plan(0)[position].query is not None:
+            continue  # what no canvas of its task holds is asked on one that its context calls for
+        assert a.query_sources.shape == b.query_sources.shape
+        assert torch.equal(a.query_canvas, b.query_canvas)
+        assert torch.equal(ta.output, tb.output)
+        assert a.proposed.shape[:2] == (a.n_queries, 0)
+        gone = b.proposed_size[:, 1].eq(0).all(-1)
+        n_left_out += int(gone.sum())
+        assert (b.proposed[:, 1][gone] == da.OUTSIDE).all()
+        assert (b.proposed_facts[:, 1][gone] == 0).all()
+        assert (b.proposed_size[:, 0] > 0).all() or not tb.fits.all()
+    assert n_left_out > 5
+
+
+def test_queries_without_proposals_have_none(collator):
+    """Breaks: None of one query taken for the next one's."""
+    tasks = small_tasks()
+    stream = da.TrainingStream(tasks, 0, 6, collator=collator, proposals=Offers(none=(1,)))
+    for batch, targets in stream.epoch(0):
+        for q, (_, _, i) in enumerate(batch.pair_ids):
+            if not targets.fits[q]:
+                continue
+            n = 0 if not batch.proposed.shape[1] else int((batch.proposed_size[q] > 0).all(-1).sum())
+            assert n == (i != 1)
+
+
+def test_proposals_are_asked_for_before_their_turn(collator):
+    """Breaks: training waits for each batch's proposals in turn."""
+    tasks = small_tasks()
+    offers = Offers()
+    stream = da.TrainingStream(tasks, 0, 3, collator=collator, proposals=offers)
+    stream.batch(0, 0)
+    ids = [p[0] for i in range(min(5, stream.n_batches(0))) for p in stream.pair_ids(0, i)]
+    assert list(dict.fromkeys(offers.asked[0])) == list(dict.fromkeys(ids))
+    assert len(set(ids)) > 1
+
+
+def test_the_canvas_of_an_evaluation_grows_with_its_proposals(collator):
+    """Breaks: large proposals cut or left out at prediction; a proposal under another query's number,
+    in another view."""
+    tasks = [make_task("t", same_size(2, (3, 4), (4, 3)), tests=((3, 3), (4, 4)))]
+    large = np.arange(9 * 12, dtype=np.uint8).reshape(9, 12) % 10
+    small = grid(2, 2, seed=5)
+    offers = {("t", 1): Offers().offer(large, small)}
+    for view in da.evaluation_views(8):
+        (batch,) = da.evaluation_batches(tasks, view, proposals=offers, collator=collator)
+        assert batch.proposed.shape[:2] == (2, 2)
+        assert sorted(batch.proposed.shape[2:]) == sorted(batch.query_sources.shape[2:])
+        assert batch.proposed_size[0].tolist() == [[0, 0], [0, 0]]
+        assert np.array_equal(shown(batch, 1, 0), large)
+        assert np.array_equal(shown(batch, 1, 1), small)
+        assert batch.query_canvas.max() <= 8  # the bound of the agent's own size stays
+    (none,) = da.evaluation_batches(tasks, collator=collator)
+    assert none.proposed.shape[1] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -11,16 +12,27 @@ import pytest
 import torch
 
 import dataset_arc
-from dataset_arc import Pair, Task, View, evaluation_views
+import rule_list
+from dataset_arc import Pair, Proposals, Task, View, evaluation_views
 from evaluation import (
+    OVERRULED,
     REVERSIBLE_WEIGHT,
     SURE_WEIGHT,
+    Change,
     Prediction,
+    contested,
+    demonstration_scores,
+    gains,
+    joined,
     predict_tasks,
+    proposals_for,
+    refined,
     reversibility,
     score,
     without_outputs,
 )
+from proposal_policy import PRIOR
+from rule_list import Explained, Hypothesis, Verdict
 
 
 def grid(*rows):
@@ -322,3 +334,236 @@ def test_reversibility_is_what_is_told_beyond_what_is_shown():
     half = torch.where(sure > -1, -np.log(2.0), sure)
     got = reversibility(batch, grids, batch.query_input_size, torch.stack([sure[0], half[1]]))
     assert got.tolist() == pytest.approx([0.5, 0.75])  # a copy; told by half, nothing shown
+
+
+# ---------------------------------------------------------------- refinements and both ballots
+
+
+def change(before, after, told=(0.0, 0.0), accepted=True):
+    return Change(before, after, *told, accepted)
+
+
+def test_gains_by_hand():
+    """Breaks: before and after exchanged, cells compared across sizes, accepted ones alone averaged,
+    another weight of a part."""
+    found = {("a", 0): Prediction(), ("b", 0): Prediction(), ("z", 0): Prediction()}
+    found["a", 0].changes = [
+        change(WRONG, RIGHT, (0.2, 0.6)),  # a cell and a colour: +0.25 each
+        change(OFF, RIGHT, (0.5, 0.5)),  # 1 x 3 to 2 x 2
+    ]
+    same = change(WRONG, WRONG, (0.3, 0.3), accepted=False)
+    found["b", 0].changes = [dataclasses.replace(same, after=same.before), change(RIGHT, WRONG)]
+    found["z", 0].changes = [change(WRONG, RIGHT)]  # no output is known
+    tasks = [task("a", RIGHT), task("b", RIGHT), task("c", RIGHT)]
+    parts = gains(found, tasks)
+    assert parts["n"] == 4
+    assert parts["accepted"] == 3 / 4
+    # OFF: 1 x 3 of 2 x 2: sides 1/2 and 2/3; colours 1, 2 and 3 of four quarters: 3/4
+    assert parts["d_acc"] == pytest.approx((0.25 + 1.0 + 0 - 0.25) / 4)
+    assert parts["d_size"] == pytest.approx((0 + (1 - 7 / 12) + 0 + 0) / 4)
+    assert parts["d_color"] == pytest.approx((0.25 + 0.25 + 0 - 0.25) / 4)
+    assert parts["d_rev"] == pytest.approx(0.4 / 4)
+    assert parts["reward"] == pytest.approx(
+        parts["d_acc"] + 0.5 * (parts["d_size"] + parts["d_color"] + parts["d_rev"])
+    )
+    assert gains({}, tasks)["reward"] == 0.0
+
+
+class Chooser:
+    """A system whose own answer is WRONG for every query, refined to `answer` where it takes one."""
+
+    def __init__(self, taken, answer, chances):
+        self.agent = SimpleNamespace(training=False)
+        self.taken, self.answer, self.chances = taken, answer, chances
+        self.seen: list[Any] = []
+
+    def train(self, mode=True):
+        return self
+
+    def predict(self, batch, generator, **options):
+        self.seen.append((batch, options))
+        n = batch.n_queries
+
+        def output(grid):
+            canvas = torch.full((n, 8, 8), -1, dtype=torch.long)
+            sizes = []
+            for row, view in enumerate(batch.views):
+                seen = torch.from_numpy(view.apply(grid).astype(int))
+                sizes.append(list(seen.shape))
+                canvas[row, : seen.shape[0], : seen.shape[1]] = seen
+            return SimpleNamespace(
+                grids=lambda step=-1: canvas,
+                size=torch.tensor(sizes),
+                logits=torch.zeros(2, n, 8, 8, 10),
+                n_steps=torch.tensor([2] * n),
+            )
+
+        told = torch.zeros(*batch.query_input.shape, 10)
+        choice = SimpleNamespace(
+            taken=torch.tensor([self.taken] * n), chance=torch.tensor([self.chances] * n)
+        )
+        after = output(self.answer) if self.taken else output(WRONG)
+        refinement = SimpleNamespace(choice=choice)
+        return SimpleNamespace(
+            before=output(WRONG), after=after, refinement=refinement, backward=told,
+            backward_before=told,
+        )  # fmt: skip
+
+
+def offers(*grids):
+    facts = np.zeros((len(grids), dataset_arc.N_PROPOSAL_FACTS), np.float32)
+    return {("a", 0): Proposals(tuple(grids), facts)}
+
+
+def ballots(chooser, proposals, n_views=8):
+    hidden = without_outputs([task("a", RIGHT)])
+    system: Any = chooser
+    return predict_tasks(system, hidden, evaluation_views(n_views), proposals=proposals)["a", 0]
+
+
+def weights_of(prediction):
+    return {g: c.weight for g, c in
+            ((c.grid.tobytes(), c) for c in prediction.candidates.values())}  # fmt: skip
+
+
+def test_both_ballots_are_in_the_task_s_own_view_and_apart():
+    """Breaks: proposals or refined answers not inverted; the network's ballot told of proposals."""
+    found = ballots(Chooser(1, RIGHT, [0.2, 0.7, 0.1]), offers(RIGHT, OFF))
+    assert {c.grid.tobytes() for c in found.candidates.values()} == {WRONG.tobytes()}
+    both = found.refined
+    assert {c.grid.tobytes() for c in both.candidates.values()} == {
+        WRONG.tobytes(), RIGHT.tobytes(), OFF.tobytes(),
+    }  # fmt: skip
+    assert [g.tolist() for g in both.attempts()] == [RIGHT.tolist(), WRONG.tolist()]
+    weight = weights_of(both)
+    assert weight[RIGHT.tobytes()] == pytest.approx(8 * 0.7)
+    assert weight[OFF.tobytes()] == pytest.approx(8 * 0.1)
+    assert weight[WRONG.tobytes()] == pytest.approx(8 * 0.2, rel=0.02)
+    assert both.views == found.views == 8
+    assert len(found.changes) == 8
+    for c in found.changes:
+        assert c.accepted
+        assert np.array_equal(c.before, WRONG)
+        assert np.array_equal(c.after, RIGHT)
+    predictions = {("a", 0): found}
+    assert refined(predictions)["a", 0] is both
+    bare = {("a", 0): Prediction()}
+    assert refined(bare)["a", 0] is bare["a", 0]
+
+
+def test_an_answer_that_overrules_its_proposal_outweighs_it():
+    """Breaks: OVERRULED not applied, applied to every proposal, or the refined answer without its vote."""
+    found = ballots(Chooser(1, OFF, [0.2, 0.6, 0.5]), offers(RIGHT, grid([7])), 1)
+    weight = weights_of(found.refined)
+    assert weight[OFF.tobytes()] == pytest.approx(0.6)
+    assert weight[RIGHT.tobytes()] == pytest.approx(0.6 * OVERRULED)
+    assert weight[grid([7]).tobytes()] == pytest.approx(0.5)
+    kept = ballots(Chooser(0, OFF, [0.2, 0.6, 0.5]), offers(RIGHT, grid([7])), 1)
+    weight = weights_of(kept.refined)
+    assert OFF.tobytes() not in weight
+    assert weight[RIGHT.tobytes()] == pytest.approx(0.6)
+    assert not kept.changes[0].accepted
+
+
+def test_a_grid_that_several_say_counts_once_with_the_best_chance():
+    """Breaks: agreement counted twice, or the last said in place of the best."""
+    found = ballots(Chooser(0, RIGHT, [0.3, 0.6]), offers(WRONG), 2)
+    weight = weights_of(found.refined)
+    assert weight[WRONG.tobytes()] == pytest.approx(2 * 0.6, rel=0.01)
+
+
+def test_two_attempts_are_two_grids_wherever_there_are_two(system, hidden, task_set):
+    """Breaks: an attempt given away to the same grid."""
+    explained_tasks = fitted(hidden)
+    found = predict_tasks(
+        system, hidden, evaluation_views(2), proposals=proposals_for(explained_tasks)
+    )
+    for ballot in (*found.values(), *refined(found).values()):
+        attempts = ballot.attempts()
+        grids = {(g.shape, g.tobytes()) for g in attempts}
+        assert len(grids) == len(attempts) == min(2, len(ballot.candidates))
+    assert any(len(p.attempts()) == 2 for p in refined(found).values())
+    both = joined(found, explained_tasks)
+    for key, p in both.items():
+        assert p is refined(found)[key]  # they have voted
+    assert score(both, task_set.train)["exact_at_2"] >= 4
+
+
+def fitted(tasks):
+    return {
+        (t.task_id, i): e
+        for t in tasks
+        for i, e in enumerate(
+            rule_list.fit_task(
+                [(p.input, p.output) for p in t.demonstrations], [p.input for p in t.tests]
+            )
+        )
+    }
+
+
+def test_hypotheses_that_came_late_vote_without_the_policy():
+    """Breaks: late hypotheses lost, or those that voted counted again."""
+    found = {("a", 0): ballots(Chooser(0, RIGHT, [0.4, 0.6]), offers(OFF), 2)}
+    asked, late = (
+        Hypothesis("pairs", g, Verdict(3, 3, 1.0), True, 1, "identity", "own") for g in (OFF, RIGHT)
+    )
+    in_time = joined(found, {("a", 0): Explained((asked,), 10, ())})
+    assert in_time["a", 0] is found["a", 0].refined
+    both = joined(found, {("a", 0): Explained((asked, late), 10, ())})["a", 0]
+    assert [g.tolist() for g in both.attempts()] == [OFF.tolist(), RIGHT.tolist()]
+    assert weights_of(both)[RIGHT.tobytes()] == pytest.approx(PRIOR["full"])
+    unasked = joined({("a", 0): ballots(Chooser(0, RIGHT, [0.4]), {}, 2)},
+                     {("a", 0): Explained((late,), 10, ())})  # fmt: skip
+    assert unasked["a", 0].attempts()[0].tolist() == RIGHT.tolist()
+    assert len(unasked["a", 0].attempts()) == 2
+
+
+def test_the_system_is_told_how_well_it_does_on_the_demonstrations():
+    """Breaks: own scores not handed on, of another task, 0 where nothing was measured."""
+    chooser: Any = Chooser(0, RIGHT, [0.4])
+    tasks = without_outputs([task("a", RIGHT), task("b", RIGHT)])
+    predict_tasks(chooser, tasks, [View()], own_scores={"b": 0.25}, accept=False)
+    ((batch, options),) = chooser.seen
+    given = dict(zip((i[0] for i in batch.pair_ids), options["own_score"].tolist(), strict=True))
+    assert given["b"] == 0.25
+    assert np.isnan(given["a"])
+    assert options["accept"] is False
+    predict_tasks(chooser, tasks, [View()])
+    assert chooser.seen[-1][1]["accept"] is True
+    assert chooser.seen[-1][1]["own_score"].isnan().all()
+
+
+def test_demonstrations_are_scored_from_the_others_alone(system, task_set):
+    """Breaks: the demonstration among its own context, the refined answer scored, one score for all."""
+    tasks = without_outputs(task_set.train[:3])
+    index = {task.task_id: i for i, task in enumerate(tasks)}
+    found = demonstration_scores(system, tasks, task_index=index)
+    for t in tasks:
+        shares = []
+        for k, pair in enumerate(t.demonstrations):
+            others = (*t.demonstrations[:k], *t.demonstrations[k + 1 :])
+            bare = Task(t.task_id, others, (Pair(pair.input, None),))
+            said = predict_tasks(system, [bare], [View()], task_index=index)[t.task_id, 0]
+            grid_said = said.attempts(1)[0]
+            same = grid_said.shape == pair.output.shape
+            shares.append(float((grid_said == pair.output).mean()) if same else 0.0)
+        assert found[t.task_id] == pytest.approx(np.mean(shares))
+    lone = Task("one", tasks[0].demonstrations[:1], tasks[0].tests)
+    assert demonstration_scores(system, [lone]) == {}
+
+
+def test_contested_are_tasks_of_which_the_demonstrations_are_in_two_minds():
+    """Breaks: the network asked for every task, or where a full verdict decides."""
+
+    def said(*verdicts):
+        hypotheses = [
+            Hypothesis("pairs", RIGHT, Verdict(n, 3, n / 3), True, 1, "identity", "own")
+            for n in verdicts
+        ]
+        return Explained(tuple(hypotheses), 10, ())
+
+    explained = {
+        ("full", 0): said(3, 1), ("some", 0): said(1, 0), ("none", 0): said(0, 0),
+        ("late", 0): said(0), ("late", 1): said(2), ("no", 0): said(),
+    }  # fmt: skip
+    assert contested(explained) == {"some", "late"}

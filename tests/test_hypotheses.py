@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_task, make_tasks, write_tasks
+from conftest import Proposer, make_task, make_tasks, write_tasks
 
 import dataset_arc
 import rule_list
 from evaluation import NETWORK, Prediction, alone, joined, score, trust, without_outputs
-from hypotheses import Fitter, by_size
+from hypotheses import MAX_PROPOSALS, Fitter, by_size, proposals_of
 from proposal_policy import PRIOR
 from rule_list import Explained, Hypothesis, Verdict
 
@@ -191,3 +192,139 @@ def test_another_test_output_changes_no_hypothesis(tmp_path):
             {key: [h.answer.tobytes() for h in e.hypotheses] for key, e in found.items()}
         )
     assert answers[0] == answers[1]
+
+
+# ---------------------------------------------------------------- demonstrations, for training
+
+
+def same_proposals(a, b):
+    """Two lists of `Proposals` or None, bit for bit."""
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            assert len(x.grids) == len(y.grids)
+            assert all(map(np.array_equal, x.grids, y.grids))
+            assert np.array_equal(x.facts, y.facts)
+    return True
+
+
+def test_a_demonstration_is_explained_from_the_others_alone(task_set):
+    """Breaks: proposals of training made with the own pair, or of another demonstration."""
+    for task in task_set.train:
+        made = Proposer().leave_one_out(task)
+        for k, pair in enumerate(task.demonstrations):
+            other = dataclasses.replace(pair, output=9 - pair.output[:1])
+            pairs = (*task.demonstrations[:k], other, *task.demonstrations[k + 1 :])
+            changed = Proposer().leave_one_out(dataclasses.replace(task, demonstrations=pairs))
+            same_proposals([made[k]], [changed[k]])
+    flip = Proposer().leave_one_out(task_set.train[0])
+    for pair, offer in zip(task_set.train[0].demonstrations, flip, strict=True):
+        assert np.array_equal(offer.grids[0], pair.output)
+
+
+def test_equal_answers_make_one_proposal_with_the_best_verdict():
+    """Breaks: proposals twice, facts of the worst, arms of one, verdicts in the wrong place."""
+    found = proposals_of(
+        Explained(
+            (
+                Hypothesis("pairs", A, Verdict(3, 3, 0.95), True, 2, "identity", "own"),
+                Hypothesis("plain", B, Verdict(1, 3, 0.5), False, 1, "identity", "own"),
+                Hypothesis("objects", A, Verdict(0, 3, 0.1), True, 3, "identity", "own"),
+            ),
+            10,
+            (),
+        )
+    )
+    assert [g.ravel()[0] for g in found.grids] == [1, 2]
+    facts = dict(zip(dataset_arc.PROPOSAL_FACTS, found.facts.T.tolist(), strict=True))
+    assert facts["full"] == [1, 0]
+    assert facts["some"] == [0, 1]
+    assert facts["share_right"] == pytest.approx([1, 1 / 3])
+    assert facts["cells_right"] == pytest.approx([0.95, 0.5])
+    assert facts["n_tried"] == [3 / 8, 3 / 8]
+    assert facts["explains"] == [1, 0]
+    assert facts["n_rules"] == [2 / 8, 1 / 8]
+    assert facts["n_arms"] == [2 / 8, 1 / 8]
+    assert facts["rank"] == pytest.approx([0, 1 / MAX_PROPOSALS])
+    arms = list(rule_list.ARMS)
+    wanted = {"pairs": [1, 0], "plain": [0, 1], "objects": [1, 0]}
+    for i, arm in enumerate(arms):
+        assert facts[f"arm_{i}"] == wanted.get(arm, [0, 0]), arm
+    assert proposals_of(Explained((), 10, ())) is None
+    assert len(arms) <= dataset_arc.N_ARM_SLOTS
+
+
+def test_what_training_asks_for_comes_before_the_tests(task_set):
+    """Breaks: training waits for all test inputs."""
+    hidden = without_outputs(task_set.train)
+    fitter = Fitter(hidden, 0)  # nobody works: the order of the work is looked at
+    try:
+        fitter.ask(hidden[3:5])
+        fitter.ask(hidden[:1] + hidden[3:4])
+        work = [fitter._next() for _ in range(4)]
+        assert [kind for kind, _ in work] == ["demonstrations"] * 3 + ["tests"]
+        assert [w[0] for _, w in work[:3]] == [t.task_id for t in (*hidden[3:5], hidden[0])]
+        assert work[3][1][0] == by_size(hidden)[0].task_id
+    finally:
+        fitter.close()
+
+
+def test_the_children_give_what_is_worked_out_here_also_when_they_are_gone(task_set):
+    """Breaks: proposals that depend on who made them, or a wait for ever."""
+    hidden = without_outputs(task_set.train)
+    wanted = {task.task_id: Proposer().leave_one_out(task) for task in hidden}
+    fitter = Fitter(hidden, 2)
+    try:
+        for task in hidden[::-1]:
+            same_proposals(fitter.leave_one_out(task), wanted[task.task_id])
+        assert set(fitter._proposed) == set(wanted)
+    finally:
+        fitter.close()
+    closed = Fitter(hidden)
+    closed.close()
+    same_proposals(closed.leave_one_out(hidden[2]), wanted[hidden[2].task_id])
+    killed = Fitter(hidden)
+    try:
+        for child in killed._children:
+            child.kill()
+        for task in hidden:
+            same_proposals(killed.leave_one_out(task), wanted[task.task_id])
+    finally:
+        killed.close()
+
+
+def test_a_worker_that_dies_hands_its_work_on(task_set):
+    """Breaks: the dead worker's task lost, so that the rest waits behind its gap."""
+    hidden = without_outputs(task_set.train)
+    fitter = Fitter(hidden * 3, 2)
+    try:
+        fitter._children[0].kill()
+        found = fitter.collect(time.monotonic() + 60)
+        assert fitter.failed is None
+        assert {key[0] for key in found} == {task.task_id for task in hidden}
+        assert fitter.n_first() == 3 * len(hidden)
+        fitter._children[1].kill()
+        fitter._children[1].wait()
+        same_proposals(fitter.leave_one_out(hidden[0]), Proposer().leave_one_out(hidden[0]))
+    finally:
+        fitter.close()
+
+
+def test_what_is_collected_has_no_gap(task_set):
+    """Breaks: tasks fitted out of turn are taken, and no number of tasks repeats the run."""
+    hidden = without_outputs(task_set.train)
+    order = [task.task_id for task in by_size(hidden)]
+    fitter = Fitter(hidden, 0)
+    try:
+        made = explained(hypothesis(A, 3))
+        for i in (0, 1, 3):
+            fitter.done[order[i]] = [made]
+        found = fitter.collect(time.monotonic())
+        assert [key[0] for key in found] == order[:2]
+        assert fitter.n_first() == 2
+        fitter.done[order[2]] = [made]
+        assert [key[0] for key in fitter.collect(time.monotonic())] == order[:4]
+        assert [key[0] for key in fitter.collect(None, 3)] == order[:3]
+    finally:
+        fitter.close()
