@@ -1017,7 +1017,11 @@ def test_queries_without_proposals_have_none(collator):
         for q, (_, _, i) in enumerate(batch.pair_ids):
             if not targets.fits[q]:
                 continue
-            n = 0 if not batch.proposed.shape[1] else int((batch.proposed_size[q] > 0).all(-1).sum())
+            n = (
+                0
+                if not batch.proposed.shape[1]
+                else int((batch.proposed_size[q] > 0).all(-1).sum())
+            )
             assert n == (i != 1)
 
 
