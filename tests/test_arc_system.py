@@ -353,7 +353,9 @@ def test_fingerprints_are_blind_to_colours_and_to_the_query(task_set):
     """Breaks: colours in the fingerprint (memory would know a task in one view only), the query in it."""
     task = task_set.train[0]
     shifted = dataset_arc.View(0, (0, 4, 5, 6, 7, 8, 9, 3, 1, 2))
-    a, b = (next(dataset_arc.evaluation_batches([task], view)) for view in (dataset_arc.View(), shifted))
+    a, b = (
+        next(dataset_arc.evaluation_batches([task], view)) for view in (dataset_arc.View(), shifted)
+    )
     assert torch.equal(arc_system.fingerprint(a), arc_system.fingerprint(b))
     other = dataset_arc.Pair(np.zeros((9, 9), np.uint8), None)
     c = next(dataset_arc.evaluation_batches([dataclasses.replace(task, tests=(other,))]))

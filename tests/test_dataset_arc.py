@@ -1017,7 +1017,11 @@ def test_queries_without_proposals_have_none(collator):
         for q, (_, _, i) in enumerate(batch.pair_ids):
             if not targets.fits[q]:
                 continue
-            n = 0 if not batch.proposed.shape[1] else int((batch.proposed_size[q] > 0).all(-1).sum())
+            n = (
+                0
+                if not batch.proposed.shape[1]
+                else int((batch.proposed_size[q] > 0).all(-1).sum())
+            )
             assert n == (i != 1)
 
 
@@ -1046,6 +1050,8 @@ def test_the_canvas_of_an_evaluation_grows_with_its_proposals(collator):
         assert batch.proposed_size[0].tolist() == [[0, 0], [0, 0]]
         assert np.array_equal(shown(batch, 1, 0), large)
         assert np.array_equal(shown(batch, 1, 1), small)
+        facts = batch.proposed_facts[1, :, 0].tolist()
+        assert facts == [large.sum() + 1, small.sum() + 1]
         assert batch.query_canvas.max() <= 8  # the bound of the agent's own size stays
     (none,) = da.evaluation_batches(tasks, collator=collator)
     assert none.proposed.shape[1] == 0

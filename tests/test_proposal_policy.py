@@ -133,7 +133,11 @@ def test_what_is_not_allowed_is_not_chosen():
     choice = policy().choose(asked, deterministic=True, allowed=allowed)
     assert choice.taken.tolist() == [2, 0, 1]
     draws = torch.cat(
-        [policy().choose(asked, generator(s), mode="random", allowed=allowed).drawn for s in range(9)], 1
+        [
+            policy().choose(asked, generator(s), mode="random", allowed=allowed).drawn
+            for s in range(9)
+        ],
+        1,
     )
     assert [sorted(set(row.tolist())) for row in draws] == [[0, 2], [0], [0, 1]]
 
@@ -152,7 +156,9 @@ def test_modes_generators_and_masks():
     counts = torch.bincount(on.drawn.flatten(), minlength=4)
     assert counts[2] == 0
     assert counts[1] > 5 * counts[0] > counts[3]
-    alike = policy().choose(asked, generator(1), mode="random").drawn.flatten().bincount(minlength=4)
+    alike = (
+        policy().choose(asked, generator(1), mode="random").drawn.flatten().bincount(minlength=4)
+    )
     assert alike[2] == 0
     assert all(200 < alike[i] < 340 for i in (0, 1, 3))
     assert policy().choose(asked, generator(1), mode="off").drawn.eq(0).all()
@@ -223,7 +229,9 @@ def test_rewards_that_do_not_differ_teach_no_choice():
     model = policy(lr=1e-2)
     asked = candidates(*[("full", "none")] * 8)
     choice = Choice(asked, torch.tensor([[0, 1, 2, 1]] * 8), torch.zeros(8, 3))
-    flat = torch.where(asked.mask, 0.0, 7.0)  # what a masked candidate would earn counts for nothing
+    flat = torch.where(
+        asked.mask, 0.0, 7.0
+    )  # what a masked candidate would earn counts for nothing
     figures = model.learn(choice, flat, torch.zeros_like(asked.mask))
     assert float(figures["group_zero_frac"]) == 1.0
     assert float(figures["proposal_loss"]) == 0.0
