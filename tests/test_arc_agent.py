@@ -512,3 +512,21 @@ def test_weights_are_a_function_of_the_seed():
 
 def test_pointers_are_sources_and_colours():
     assert N_POINTERS == grid_features.N_SOURCES + grid_features.COLOURS
+
+
+def test_a_proposal_larger_than_the_bound_of_the_own_answer_can_be_answered_with(system, task_set):
+    """Breaks: the size of an accepted proposal cut to what the demonstrations call for."""
+    task = [t for t in task_set.train if t.task_id.endswith("same")]
+    facts = np.zeros((1, dataset_arc.N_PROPOSAL_FACTS), np.float32)
+    facts[0, 0] = 1.0
+    large = np.full((25, 27), 3, np.uint8)
+    offer = {(task[0].task_id, 0): dataset_arc.Proposals((large,), facts)}
+    batch = next(dataset_arc.evaluation_batches(task, proposals=offer))
+    assert (batch.query_canvas < torch.tensor(large.shape)).all()
+    sure = lively_system()
+    with torch.no_grad():
+        sure.agent.proposal_gain[0] = sure.agent.proposal_size_gain[0] = 20.0
+        reading = sure.read(batch)
+        answer = sure.answer(reading, taking(sure, reading, [1]))
+    assert answer.size.tolist() == [[25, 27]]
+    assert (answer.grids()[0, :25, :27] == 3).all()

@@ -1050,6 +1050,8 @@ def test_the_canvas_of_an_evaluation_grows_with_its_proposals(collator):
         assert batch.proposed_size[0].tolist() == [[0, 0], [0, 0]]
         assert np.array_equal(shown(batch, 1, 0), large)
         assert np.array_equal(shown(batch, 1, 1), small)
+        facts = batch.proposed_facts[1, :, 0].tolist()
+        assert facts == [large.sum() + 1, small.sum() + 1]
         assert batch.query_canvas.max() <= 8  # the bound of the agent's own size stays
     (none,) = da.evaluation_batches(tasks, collator=collator)
     assert none.proposed.shape[1] == 0

@@ -5,6 +5,7 @@ Most tests call `main` in this process; those about process start and signals st
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -368,6 +369,83 @@ def test_the_printed_command_is_enough_to_go_on_whatever_the_flags_were(train):
     assert "Resume: EXACT" in out.getvalue()
     assert losses_of(stopped.folder) == losses_of(whole.folder)
     assert len(losses_of(whole.folder)) > 2
+
+
+CHOICE_FIGURES = (
+    "proposal_loss", "proposal_sure_loss", "proposal_entropy", "group_zero_frac",
+    "proposal_best_frac", "proposed_frac", "proposal_taken_frac", "proposal_exact",
+)  # fmt: skip
+
+
+def test_a_resume_is_bit_identical_with_hypotheses_and_any_number_of_processes(train, monkeypatch):
+    """Breaks: training that depends on which hypotheses are ready; the choice's optimizer not saved."""
+    flags = ("--epochs", 1, "--hypotheses", "on")
+    whole = train(*flags, runs="whole")
+    assert whole.code == 0, whole.err
+    assert whole.run.args.workers == len(whole.run.fitter._children) == 1
+    for row in whole.rows("batch"):
+        for name in CHOICE_FIGURES:
+            assert math.isfinite(row[name]), name
+    assert any(row["proposal_taken_frac"] > 0 for row in whole.rows("batch"))
+
+    context, wrapped = stop_in(trainloop, "train_step", 3)
+    with context as patch:
+        patch.setattr(trainloop, "train_step", wrapped)
+        stopped = train(*flags)
+    assert stopped.code == 130, stopped.err
+    monkeypatch.setattr(trainloop, "cores", lambda: 12)
+    resumed = train("--resume", stopped.folder, *flags)
+    assert resumed.code == 0, resumed.err
+    assert len(resumed.run.fitter._children) == 3
+    assert "Resume: EXACT" in resumed.out
+    assert "choice_optimizer" in full_state(whole)
+    assert_same_end(resumed, whole)
+    results = [
+        {**json.loads((o.folder / "results.json").read_text()), "minutes": 0}
+        for o in (whole, resumed)
+    ]
+    assert results[0] == results[1]
+
+
+def test_tasks_held_out_reach_neither_training_nor_validation_and_are_told_apart(train):
+    """Breaks: held-out tasks in a batch, in validation or in the task table; no slices of them."""
+    outcome = train("--epochs", 1, "--hold_out", 3, "--eval_views", 1)
+    assert outcome.code == 0, outcome.err
+    seen = ["t0_flip", "t1_turn", "t3_crop", "t4_double"]
+    stream = outcome.run.stream
+    assert [task.task_id for task in stream.tasks] == seen
+    assert stream.task_table == {name: i for i, name in enumerate(seen)}
+    asked = {q[0] for p in range(stream.n_batches(0)) for q in stream.pair_ids(0, p)}
+    assert asked == set(seen)
+    assert len(outcome.run.system.solver2.task_tokens.weight) == 4
+    assert re.search(r"\[Epoch 0\] Val Accuracy: \d\.\d{4} \(\d/4\)", outcome.out)
+    results = json.loads((outcome.folder / "results.json").read_text())
+    assert results["n"] == 6
+    slices = results["slices"]
+    assert (slices["seen"]["n"], slices["held_out"]["n"]) == (4, 2)
+    for name in ("exact_at_1", "exact_at_2"):
+        assert slices["seen"][name] + slices["held_out"][name] == results[name]
+    plain = train("--max_batches", 1, "--eval_views", 1, runs="plain")
+    assert "held_out" not in json.loads((plain.folder / "results.json").read_text())["slices"]
+
+
+def test_ablated_demonstrations_take_the_proposals_away_too(train):
+    """Breaks: `--demonstrations off` that still answers with rules fitted to them."""
+    outcome = train(
+        "--max_batches", 1, "--hypotheses", "on", "--demonstrations", "off", "--eval_views", 1
+    )
+    assert outcome.code == 0, outcome.err
+    assert all(row["proposed_frac"] == 0 for row in outcome.rows("batch"))
+    results = json.loads((outcome.folder / "results.json").read_text())
+    assert results["gains"]["accepted"] == 0
+
+
+@pytest.mark.parametrize("text", ["3:2", "a", "1:2:3", "-1", ":", ""])
+def test_hypothesis_tasks_are_one_or_two_numbers_in_order(train, text):
+    assert trainloop.task_counts("4") == (4, 4)
+    assert trainloop.task_counts("0:7") == (0, 7)
+    with pytest.raises(argparse.ArgumentTypeError, match="is not N or N:M"):
+        trainloop.task_counts(text)
 
 
 def test_a_run_folder_that_is_gone_comes_back_from_drive(train, reference, tmp_path):
@@ -737,18 +815,18 @@ def test_a_run_that_time_cut_short_is_repeated_and_resumed_to_the_same_batch(tra
 
 def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(train):
     begun = time.monotonic()
-    outcome = train("--time_budget", 0.5, "--seed", 3)
+    outcome = train("--time_budget", 0.5, "--seed", 3, "--hypotheses", "on")
     assert outcome.code == 0, outcome.err
     assert time.monotonic() - begun < 45
     results = json.loads((outcome.folder / "results.json").read_text())
     again = re.search(
         r"in place of --time_budget, (--schedule_batches \d+:\d+:\d+ --eval_views \d+ "
-        r"--vote_batches \d+)$",
+        r"--vote_batches \d+ --hypothesis_tasks \d+:\d+ --acceptance full)$",
         outcome.out,
         re.MULTILINE,
     )
     assert again, outcome.out
-    repeated = train(*again[1].split(), "--seed", 3)
+    repeated = train(*again[1].split(), "--seed", 3, "--hypotheses", "on")
     assert repeated.code == 0, repeated.err
     same = json.loads((repeated.folder / "results.json").read_text())
     assert {**same, "minutes": 0} == {**results, "minutes": 0}
@@ -855,6 +933,7 @@ def test_every_figure_of_metrics_is_explained_and_no_other(reference):
     named = set(re.findall(r"`(\w+)`", text)) - {"kind", "start", "batch", "epoch", "null"}
     named -= {"train_step", "random", "off", "policy_", "untrained"}
     written = {key for kind in ("batch", "epoch") for row in reference.rows(kind) for key in row}
+    written |= set(CHOICE_FIGURES)  # with hypotheses, see the test of a resume with them
     assert written - named - {"kind", "epoch", "batch"} == set()
     assert named - written == set()
 

@@ -16,19 +16,21 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import Script, differing, lively_system, make_tasks, write_tasks
+from conftest import Proposer, Script, differing, lively_system, make_tasks, write_tasks
 from torch.nn import functional
 
 import dataset_arc
 import evaluation
+import rule_list
 import trainloop_complete_with_fixes as trainloop
-from arc_system import answer_stats
+from arc_system import answer_stats, arms_right, fingerprint
 from grid_features import N_CONTROL
 from loss_function import PARTS
 from qwen_hybrid_prompt import build_qwen_prompt
@@ -102,16 +104,18 @@ Prepare = Callable[[Any, Any], None]
 
 @pytest.fixture
 def ready(train: Script) -> Callable[..., Step]:
-    """`ready(*flags)`: a stirred run and a batch of two whole tasks; calls are watched.
+    """`ready(*flags)`: a stirred run and a batch of two whole tasks, with proposals if `proposing`;
+    calls are watched.
 
     `prepare(run, targets)` may replace parts before the watching starts.
     """
 
-    def make(*flags: Any, prepare: Prepare | None = None) -> Step:
+    def make(*flags: Any, prepare: Prepare | None = None, proposing: bool = False) -> Step:
         outcome = train("--dry_run", *flags)
         assert outcome.code == 0, outcome.err
         run = outcome.run
         stir(run.system)
+        run.stream.proposals = Proposer() if proposing else None
         for position in range(run.stream.n_batches(0)):
             batch, targets = run.stream.batch(0, position)
             if batch.n_tasks == 2 and targets.fits.all():
@@ -124,9 +128,12 @@ def ready(train: Script) -> Callable[..., Step]:
         system = run.system
         for owner, names in (
             (system, ("read", "answer", "refine", "backward")),
-            (system.policy_rl, ("compute_reward", "soft_reward", "update")),
+            (
+                system.policy_rl,
+                ("compute_reward", "soft_reward", "update", "proposal_rewards", "learn_choice"),
+            ),
             (system.efe_loss, ("forward",)),
-            (system.solver2, ("store", "tokens")),
+            (system.solver2, ("store", "tokens", "store_arms", "recall")),
         ):
             for name in names:
                 watch(owner, name, calls)
@@ -251,6 +258,194 @@ def test_half_of_the_tasks_go_without_their_tokens_as_a_whole(ready):
         assert torch.equal(step.calls["tokens"][-1].given["keep_task"], keep)
     assert 4 <= sum(draws) <= 12
     assert len({tuple(draws[i : i + 2]) for i in range(0, 16, 2)}) > 2
+
+
+# ---------------------------------------------------------------- the choice among proposals
+
+
+def test_the_choice_learns_from_what_every_candidate_would_have_earned(ready):
+    """Breaks: candidates compared with the second answer, another target or size; rewards or exactness
+    not those that are learnt from; the choice never learns."""
+    step = ready(proposing=True)
+    chooser = step.run.system.policy_rl.proposals
+    before = [p.detach().clone() for p in chooser.parameters()]
+    figures = step.take()
+    first = step.calls["answer"][0].result
+    given, (rewards, exact) = step.one("proposal_rewards")
+    batch, targets = step.batch, step.targets
+    assert torch.equal(given["own"], first.grids())
+    assert torch.equal(given["own_size"], first.size)
+    assert torch.equal(given["proposed"], batch.proposed)
+    assert torch.equal(given["size"], batch.proposed_size)
+    assert torch.equal(given["target"], targets.output)
+    assert torch.equal(given["target_size"], targets.size)
+    assert torch.equal(given["inp"], batch.query_input)
+    learnt = step.one("learn_choice").given
+    assert learnt["rewards"] is rewards
+    assert learnt["exact"] is exact
+    choice = step.one("refine").result.choice
+    assert learnt["choice"] is choice
+    assert any(not torch.equal(a, b) for a, b in zip(before, chooser.parameters(), strict=True))
+    there = (batch.proposed_size > 0).all(-1)
+    assert figures["proposed_frac"] == pytest.approx(float(there.any(1).float().mean()))
+    assert figures["proposal_taken_frac"] == pytest.approx(float((choice.taken > 0).float().mean()))
+    assert figures["proposal_exact"] == pytest.approx(float(exact[:, 1:].any(1).float().mean()))
+    assert figures["proposal_exact"] >= 0.5
+    for name, value in step.one("learn_choice").result.items():
+        assert figures[name] == pytest.approx(float(value)), name
+
+
+@pytest.mark.parametrize("flags", [("--policy", "random"), ("--policy", "off")])
+def test_a_policy_that_is_not_on_learns_no_choice(ready, flags):
+    """Breaks: the ablation that goes on learning."""
+    step = ready(*flags, proposing=True)
+    before = [p.detach().clone() for p in step.run.system.policy_rl.proposals.parameters()]
+    step.take()
+    after = step.run.system.policy_rl.proposals.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_second_answer_takes_what_was_drawn(ready):
+    """Breaks: the first draw not carried out, or another one; the proposal of another query."""
+    step = ready(proposing=True)
+    step.take()
+    refinement = step.one("refine").result
+    taken = refinement.choice.drawn[:, 0]
+    assert len(taken.unique()) > 1
+    for row, number in enumerate(taken.tolist()):
+        size = step.batch.proposed_size[row, number - 1] if number else torch.zeros(2).long()
+        assert torch.equal(refinement.proposal.size[row], size)
+        rows, cols = size.tolist()
+        if number:
+            shown = refinement.proposal.colours[row, :rows, :cols]
+            wanted = step.batch.proposed[row, number - 1, :rows, :cols].long()
+            assert torch.equal(shown, wanted)
+            facts = step.batch.proposed_facts[row, number - 1]
+            assert torch.equal(refinement.proposal.facts[row], facts)
+        else:
+            assert (refinement.proposal.colours[row] == -1).all()
+    assert step.calls["answer"][1].given["refinement"] is refinement
+
+
+def test_the_choice_follows_seed_epoch_and_batch(ready):
+    """Breaks: draws from a constant generator."""
+    step = ready("--planning_steps", 1, proposing=True)
+    step.keep_gradients()
+    step.run.system.policy_rl.update = lambda *_: {}
+    step.run.system.policy_rl.learn_choice = lambda *_: {}
+    drawn = []
+    for seed, epoch, batch in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
+        step.run.args.seed = seed
+        step.run.progress.epoch, step.run.progress.batch = epoch, batch
+        step.take()
+        drawn.append(step.calls["refine"][-1].result.choice.drawn.tolist())
+    assert drawn[0] == drawn[-1]
+    assert len({str(d) for d in drawn}) >= 3
+
+
+def test_memory_is_told_which_arms_were_right(ready):
+    """Breaks: arms stored without being asked, under another task, or the own answer among them."""
+    step = ready(proposing=True)
+    step.take()
+    exact = step.one("proposal_rewards").result[1]
+    given = step.one("store_arms").given
+    assert set(given["task_index"].tolist()) == set(step.batch.task_index.tolist())
+    wanted = arms_right(step.batch, fingerprint(step.batch), exact[:, 1:])
+    for name, value in zip(("fingerprint", "task_index", "right"), wanted, strict=True):
+        assert torch.equal(given[name], value), name
+    assert given["right"].max() == 1.0
+    recall = step.one("recall").given
+    assert torch.equal(recall["fingerprint"], fingerprint(step.batch))
+    assert torch.equal(recall["task_index"], step.batch.task_index)
+    without = ready("--no_memory", proposing=True)
+    without.take()
+    assert "store_arms" not in without.calls
+
+
+class Fitted:
+    """A fitter with everything done, but `n_late` tasks that come after the voting has begun."""
+
+    failed = None
+
+    def __init__(self, tasks, n_late=0):
+        self.asked = []
+        self.found = {
+            (t.task_id, i): e
+            for t in tasks
+            for i, e in enumerate(
+                rule_list.fit_task(
+                    [(p.input, p.output) for p in t.demonstrations], [p.input for p in t.tests]
+                )
+            )
+        }
+        self.n_tasks, self.n_late = len(tasks), n_late
+
+    def collect(self, deadline=None, n_tasks=None, waiting=None):
+        n = self.n_tasks - (self.n_late if not self.asked and n_tasks is None else 0)
+        self.asked.append((deadline, n_tasks))
+        return dict(list(self.found.items())[: n if n_tasks is None else n_tasks])
+
+    def n_first(self):
+        return self.n_tasks - self.n_late
+
+
+@pytest.fixture
+def scored(ready, task_set, monkeypatch):
+    """`scored(fitter, *flags)`: (results of `evaluate`, what `predict_tasks` was given each time)."""
+
+    def make(fitter, *flags, **options):
+        step = ready(*flags)
+        given = []
+        real = evaluation.predict_tasks
+
+        def predict(system, tasks, views, **rest):
+            given.append({**rest, "tasks": tasks})
+            return real(system, tasks, views, **rest)
+
+        monkeypatch.setattr(evaluation, "predict_tasks", predict)
+        keys = trainloop.validation_keys(task_set.train, None, 0)
+        result = trainloop.evaluate(step.run, task_set, keys, 1, fitter=fitter, **options)
+        monkeypatch.setattr(evaluation, "predict_tasks", real)
+        return result, given
+
+    return make
+
+
+def test_acceptance_asks_what_it_says(scored, task_set):
+    """Breaks: --acceptance not passed on; the network asked where its score is not needed, or not asked."""
+    fitter = Fitted(task_set.train)
+    doubtful = evaluation.contested(fitter.found)
+    assert 0 < len(doubtful) < 6
+    result, given = scored(fitter, "--acceptance", "demonstrations")
+    asked, voted = given
+    assert {t.task_id.split("/")[0] for t in asked["tasks"]} == doubtful
+    assert set(voted["own_scores"]) == doubtful
+    assert voted["accept"]
+    assert asked.get("proposals") is None
+    assert result["acceptance"] == "demonstrations"
+    for kind, accept in (("full", True), ("off", False)):
+        _, (voted,) = scored(fitter, "--acceptance", kind)
+        assert voted["own_scores"] is None
+        assert voted["accept"] == accept
+        assert set(voted["proposals"]) == {k for k, e in fitter.found.items() if e.hypotheses}
+
+
+def test_hypotheses_that_come_late_vote_and_both_numbers_are_told(scored, task_set):
+    """Breaks: late hypotheses lost; the run's numbers do not repeat it."""
+    until = time.monotonic() + 600
+    fitter = Fitted(task_set.train, n_late=2)
+    result, (voted,) = scored(fitter, "--acceptance", "full", deadline=until)
+    assert len(voted["proposals"]) <= 4
+    assert [n for _, n in fitter.asked] == [None, None]
+    assert fitter.asked[0][0] <= time.monotonic()  # the voting waits for nothing
+    assert fitter.asked[1][0] == until
+    assert result["hypothesis_tasks"] == [4, 6]
+    assert result["hypothesis_queries"] == 6
+    again = Fitted(task_set.train)
+    same, (voted_again,) = scored(again, "--acceptance", "full", "--hypothesis_tasks", "4:6")
+    assert [n for _, n in again.asked] == [4, 6]
+    assert set(voted_again["proposals"]) == set(voted["proposals"])
+    assert same == result
 
 
 # ---------------------------------------------------------------- the reward's four parts
