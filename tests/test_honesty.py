@@ -103,7 +103,7 @@ def test_an_own_output_changes_no_bit_of_its_answer_in_training_batches(real_tas
     rng = np.random.default_rng(0 if kind == "cells" else 1)
     plain = stream(real_tasks)
     others_changed = 0
-    for _ in range(12):
+    for _ in range(8):
         number = int(rng.integers(len(real_tasks)))
         task = real_tasks[number]
         demonstration = int(rng.integers(len(task.demonstrations)))
@@ -122,7 +122,7 @@ def test_an_own_output_changes_no_bit_of_its_answer_in_training_batches(real_tas
             for name in a:
                 assert differing(a[name][row], b[name][row_b]) == [], (kind, query, name)
             others_changed += not torch.equal(a["prompt"], b["prompt"])
-    assert others_changed > 4  # the change was there for the neighbours to see
+    assert others_changed > 3  # the change was there for the neighbours to see
 
 
 def test_training_with_another_own_output_starts_from_the_same_prediction(train, tasks_file):
@@ -200,7 +200,7 @@ def test_none_of_the_1076_test_pairs_is_in_the_training_stream():
 
 def variants(tmp_path):
     """The same tasks with true, random and no test outputs."""
-    raw = make_tasks(n_tests=2)
+    raw = make_tasks(("flip", "recolour", "double"), n_tests=2)
     noisy, bare = copy.deepcopy(raw), copy.deepcopy(raw)
     rng = random.Random(0)
     for task in noisy.values():
@@ -269,7 +269,7 @@ def test_noise_for_all_test_outputs_gives_the_same_training_run(train, tmp_path,
         table = trainloop.task_table(dataset_arc.load_tasks(tmp_path / f"{name}.json"))
         found = predict_tasks(run.system, tasks, [View()], task_index=table)
         said[name] = {k: [g.tolist() for g in p.attempts()] for k, p in found.items()}
-    assert len(said["none"]) == 12
+    assert len(said["none"]) == 6
     assert said["true"] == said["none"]
 
 
