@@ -223,10 +223,11 @@ class Oracle:
             logits=torch.zeros(5, n, 30, 30, 10),
             n_steps=torch.tensor([2] * n),
         )
-        told = torch.zeros(*batch.query_input.shape, 10)
+        nobody = torch.zeros(0, dtype=torch.long)
         return SimpleNamespace(
-            before=output, after=output, refinement=None, backward=told, backward_before=told
-        )
+            before=output, after=output, refinement=None, again=nobody, backward_before=None,
+            backward_after=None,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", [np.rot90, np.flipud, lambda g: g[:1, :2], lambda g: g])
@@ -410,8 +411,8 @@ class Chooser:
         after = output(self.answer) if self.taken else output(WRONG)
         refinement = SimpleNamespace(choice=choice)
         return SimpleNamespace(
-            before=output(WRONG), after=after, refinement=refinement, backward=told,
-            backward_before=told,
+            before=output(WRONG), after=after, refinement=refinement, again=torch.arange(n),
+            backward_before=told, backward_after=told,
         )  # fmt: skip
 
 
