@@ -106,8 +106,15 @@ def build_parser() -> Parser:
         "--hypotheses",
         choices=("on", "off"),
         default="on",
-        help="exact rules fitted to the demonstrations vote beside the network (default: "
-        "%(default)s)",
+        help="exact rules fitted to the demonstrations, from whose answers the policy chooses "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--acceptance",
+        choices=("demonstrations", "full", "off"),
+        default="demonstrations",
+        help="what a refinement needs; demonstrations: its way of fitting re-predicts more of them from the others "
+        "than the network does; full: all of them; off: nothing (default: %(default)s)",
     )
     parser.add_argument(
         "--adapt_seconds",
@@ -276,7 +283,16 @@ def run_prediction(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from dataset_arc import evaluation_views, load_tasks, slices_of
-    from evaluation import joined, predict_tasks, scores_alone, without_outputs
+    from evaluation import (
+        contested,
+        demonstration_scores,
+        gains,
+        joined,
+        predict_tasks,
+        proposals_for,
+        scores_alone,
+        without_outputs,
+    )
     from hypotheses import Fitter
     from model_persistence import atomic_write_bytes, atomic_write_json
 
@@ -330,9 +346,32 @@ def run_prediction(args: argparse.Namespace) -> int:
         for line in adaptation_report(adapted):
             say(line)
 
+    explained: dict[Key, Any] = {}
+    if fitter is not None:
+        with tqdm(
+            total=len(chosen), desc="Hypotheses", unit="task", leave=False, disable=hide_bar
+        ) as fitting:
+            explained = fitter.collect(waiting=lambda n: fitting.update(n - fitting.n))
+        fitter.close()
+        if fitter.failed:
+            print(
+                f"warning: hypotheses for {fitter.n_first()} of {len(chosen)} tasks only: "
+                f"{fitter.failed}",
+                file=sys.stderr,
+            )
+    offered, doubtful = proposals_for(explained), contested(explained)
+
     def answers_of(
         system: System, tasks: Sequence[Task], task_index: dict[str, int], title: str
     ) -> dict[Key, Prediction]:
+        how: dict[str, Any] = {
+            "task_index": task_index, "device": device, "dtype": dtype, "seed": model.seed,
+            "batch_size": args.batch_size or (BATCH_CPU if on_cpu else BATCH_GPU),
+        }  # fmt: skip
+        own_scores = None
+        if args.acceptance == "demonstrations":
+            some = [task for task in tasks if task.task_id in doubtful]
+            own_scores = demonstration_scores(system, some, **how)
         with tqdm(
             total=sum(len(task.tests) for task in tasks) * n_views,
             desc=title,
@@ -344,32 +383,19 @@ def run_prediction(args: argparse.Namespace) -> int:
                 system,
                 without_outputs(tasks),
                 evaluation_views(n_views, model.seed),
-                task_index=task_index,
-                batch_size=args.batch_size or (BATCH_CPU if on_cpu else BATCH_GPU),
-                device=device,
-                dtype=dtype,
-                seed=model.seed,
                 progress=bar.update,
+                proposals=offered,
+                own_scores=own_scores,
+                accept=args.acceptance != "off",
+                **how,
             )
 
     predictions = answers_of(model.system, chosen, model.task_index, "Predicting")
     if adapted is not None and adapted.accepted:
         some = [task for task in chosen if task.task_id in adapted.accepted]
         predictions |= answers_of(adapted.system, some, adapted.task_index, "Predicting again")
-    network, explained = predictions, None
-    if fitter is not None:
-        with tqdm(
-            total=len(chosen), desc="Hypotheses", unit="task", leave=False, disable=hide_bar
-        ) as fitting:
-            explained = fitter.collect(waiting=lambda n: fitting.update(n - fitting.n))
-        fitter.close()
-        if fitter.failed:
-            print(
-                f"warning: hypotheses for {len(fitter.done)} of {len(chosen)} tasks only: "
-                f"{fitter.failed}",
-                file=sys.stderr,
-            )
-        predictions = joined(predictions, explained)
+    network = predictions
+    predictions = joined(predictions, explained)
     answers = submission(predictions, chosen)
     write(args.out, lambda path: atomic_write_bytes(path, json.dumps(answers).encode()))
     say(f"Wrote {args.out}: {n_inputs} answers in {time.monotonic() - started:.1f} s")
@@ -380,10 +406,18 @@ def run_prediction(args: argparse.Namespace) -> int:
             say(line)
         for line in totals:
             say(line, important=True)
-        figures["alone"] = {} if explained is None else scores_alone(network, explained, chosen)
+        figures["alone"] = scores_alone(network, explained, chosen) if explained else {}
+        figures["gains"] = gains(network, chosen)
         for part, counts in figures["alone"].items():
             say(
                 f"  {part} alone: {counts['exact_at_2']}/{figures['n']} ({counts['exact_at_1']} in one)",
+                important=True,
+            )
+        if explained and figures["n"]:
+            won = figures["gains"]
+            say(
+                f"  refinements: reward {won['reward']:+.4f}, d_acc {won['d_acc']:+.4f} a query and view; "
+                f"{100 * won['accepted']:.1f}% accepted by the demonstrations",
                 important=True,
             )
         if args.score_json:
