@@ -1,41 +1,74 @@
-"""Test-time training: fit a trained system to tasks it has never met, on their demonstrations alone.
+"""Test-time training: fit a trained system to tasks it has never met, on their demonstrations alone,
+and say for which of them that helped.
 
 Each unseen task gets a row of task tokens; then every demonstration is asked in turn, told from the
 others, in random views, while tokens (and, if wanted, weights) learn from the EFE loss and the
 policy from its reward. Unlike training it never drops a task's tokens, stores no memories, and has
-no soft reward in its loss. No test input or output is looked at, and nothing is written: the
-checkpoint stays as it is. `from adaptation import adapt`.
+no soft reward in its loss. No test input or output is looked at, and nothing is written: the system
+that is given stays as it is, what learns is a copy.
+
+*Accepted* is a task whose demonstrations are then told from each other better than before: more of
+them exactly, or as many and more cells, by one view each at the size that the system itself predicts.
+No demonstration is judged by weights that have trained on it: the demonstrations are dealt into FOLDS
+folds, a copy trains without the fold that it is judged on, and only a last copy, which answers, trains
+on all. So the measure is not flattered by what was learnt by heart; it is about a system with fewer
+demonstrations than the one that answers, and of two to six pairs: a rise can be chance, as can a fall.
+`from adaptation import adapt`.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from arc_system import System, answer_stats
-from dataset_arc import Batch, Targets, Task, TrainingStream, generator
-from grid_accuracy_loss import exact_match, resize_grids, resize_logits
+from dataset_arc import Batch, Targets, Task, TrainingStream, View, generator
+from evaluation import outcomes, predict_tasks, without_outputs
+from grid_accuracy_loss import resize_logits
 
 PARTS = ("tokens", "all")
 TOKEN_LR_FACTOR = 10.0  # as in training
 CLIP = 1.0
+FOLDS = 3  # of two, one would leave a task of three demonstrations, the usual number, a single pair
+MEASURE_SHARE = 1 / 6  # of the seconds, before training; as much again after it, the rest trains
+MEASURED_AT_ONCE = 8  # tasks; a guess
+ASKED_AT_ONCE = 16  # queries
+Told = tuple[bool, float]  # an answer: whether it is exact, share of right cells
+
+
+class Measure(NamedTuple):
+    """How well a task's demonstrations were told from each other; the greater the better."""
+
+    exact: int = 0
+    cells: float = 0.0  # mean share of right cells, 0 at a wrong size
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """task_index: rows of the task table, old and new; n_batches: done, those whose gradient was not
-    finite included; exact_first, exact_last: share of leave-one-out queries answered right in their
-    first and last quarter. These are trained on, so the last says little about tests."""
+    """system: the one that has trained on all demonstrations, for the accepted tasks alone (the given
+    one where there are none); task_index: rows of its task table, old and new; before, after: the
+    measures of every task that was adapted; n_batches: done in all trainings, those whose gradient was
+    not finite included; n_late: tasks for which there was no time."""
 
+    system: System
     task_index: dict[str, int]
-    n_batches: int
-    exact_first: float
-    exact_last: float
+    before: dict[str, Measure] = field(default_factory=dict)
+    after: dict[str, Measure] = field(default_factory=dict)
+    n_batches: int = 0
+    n_late: int = 0
+
+    @property
+    def accepted(self) -> frozenset[str]:
+        """Ids of the tasks that are better answered by the adapted system, by its own measure."""
+        return frozenset(t for t, before in self.before.items() if self.after[t] > before)
 
 
 def adapt(
@@ -53,44 +86,164 @@ def adapt(
     dtype: torch.dtype | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Adapted:
-    """Train `system`, in place, on the demonstrations of those `tasks` that have no row yet.
+    """Train copies of `system` on the demonstrations of those `tasks` that have no row yet, and judge.
 
-    Ends after `seconds` or after `n_batches`, whichever is given; the learning rate falls to 0 by
-    then, so n_batches repeats a run bit for bit on a CPU. parts: what learns, "tokens" of the new
-    tasks or "all" weights but the language model's; the policy learns in both cases. lr: of the weights;
-    tokens take ten times as much. progress gets the share done. Tasks with one demonstration have
-    nothing to learn from and stay unseen. Raises ValueError for other parts or no end.
+    Ends after `seconds`, measuring included, or each training after `n_batches`, whichever is given;
+    the learning rate falls to 0 by then, so n_batches repeats a run bit for bit on a CPU. Of `seconds`
+    a sixth is for measuring the tasks, small ones first; those it does not get to are left alone. parts: what
+    learns, "tokens" of the new tasks or "all" weights but the language model's; the policy learns in
+    both cases. lr: of the weights; tokens take ten times as much. progress gets the share done. Tasks
+    with one demonstration have nothing to learn from and stay unseen. Raises ValueError for other
+    parts or no end.
     """
     if parts not in PARTS or (seconds is None) == (n_batches is None):
         raise ValueError(f"parts is one of {PARTS}, and one of seconds and n_batches is given")
     unseen = [t for t in tasks if t.task_id not in task_index and len(t.demonstrations) > 1]
     index = dict(task_index)
     if not unseen:
-        return Adapted(index, 0, 0.0, 0.0)
-    first_row = system.solver2.add_tasks(len(unseen))
-    index |= {task.task_id: first_row + i for i, task in enumerate(unseen)}
-    stream = TrainingStream(unseen, seed, batch_size, task_table=index)
-    frozen, optimizer = _what_learns(system, parts, lr)
+        return Adapted(system, index)
+    unseen.sort(key=_largest_grid)
+    begun = time.monotonic()
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "seed": seed}
+
+    def left(share: float = 0.0) -> float:
+        """Seconds until this share of them is left; without end where batches are counted."""
+        return begun + (1 - share) * seconds - time.monotonic() if seconds else math.inf
+
+    def tell(share: float) -> None:
+        if progress is not None:
+            progress(1 - max(0.0, left()) / seconds if seconds else share)
+
+    told: dict[str, list[Told]] = {}
+    while len(told) < len(unseen) and (not told or left(1 - MEASURE_SHARE) > 0):
+        some = unseen[len(told) : len(told) + MEASURED_AT_ONCE]
+        told |= _told_from_others(system, some, {}, range(FOLDS), **how)
+        tell(0.0)
+    measuring_s = time.monotonic() - begun
+    chosen = unseen[: len(told)]
+    before = {task_id: _measure(answers) for task_id, answers in told.items()}
+    first_row = len(system.solver2.task_tokens.weight)
+    index |= {task.task_id: first_row + i for i, task in enumerate(chosen)}
+    told = {task.task_id: [] for task in chosen}
+    n_done = 0
+
+    def trained(number: int, some: Sequence[Task]) -> System:
+        """A copy that has trained on these tasks. The trainings share what measuring leaves."""
+        nonlocal n_done
+        learner = _copy(system, len(chosen))
+        share_s = (left() - measuring_s * (FOLDS - number) / FOLDS) / (FOLDS + 1 - number)
+        n_done += _train(
+            learner,
+            TrainingStream(some, seed, batch_size, task_table=index),
+            _what_learns(learner, parts, lr),
+            until=time.monotonic() + share_s,
+            n_batches=n_batches,
+            progress=lambda share: tell((number + share) / (FOLDS + 1)),
+            **how,
+        )
+        return learner
+
+    for fold in range(FOLDS):
+        judge = trained(fold, [_without(task, fold) for task in chosen])
+        for task_id, more in _told_from_others(judge, chosen, index, [fold], **how).items():
+            told[task_id] += more
+    after = {task_id: _measure(answers) for task_id, answers in told.items()}
+    better = any(after[task_id] > before[task_id] for task_id in before)
+    answering = trained(FOLDS, chosen) if better else system
+    return Adapted(answering, index, before, after, n_done, len(unseen) - len(chosen))
+
+
+def _largest_grid(task: Task) -> int:
+    """Of its demonstrations, in cells."""
+    grids = [g for pair in task.demonstrations for g in (pair.input, pair.output)]
+    return max(grid.size for grid in grids if grid is not None)
+
+
+def _without(task: Task, fold: int) -> Task:
+    """The task without the demonstrations of a fold."""
+    kept = [pair for i, pair in enumerate(task.demonstrations) if i % FOLDS != fold]
+    return dataclasses.replace(task, demonstrations=tuple(kept))
+
+
+def _told_from_others(
+    system: System,
+    tasks: Sequence[Task],
+    task_index: dict[str, int],
+    folds: Iterable[int],
+    **how: Any,
+) -> dict[str, list[Told]]:
+    """How the demonstrations of these folds come out, each predicted from all others of its task.
+
+    One of a task at a time: an output that is asked for is in no batch as another query's context.
+    """
+    found: dict[str, list[Told]] = {task.task_id: [] for task in tasks}
+    longest = max(len(task.demonstrations) for task in tasks)
+    for number in (n for fold in folds for n in range(fold, longest, FOLDS)):
+        asked = [
+            dataclasses.replace(
+                task, demonstrations=(*d[:number], *d[number + 1 :]), tests=(d[number],)
+            )
+            for task in tasks
+            if number < len(d := task.demonstrations)
+        ]
+        answers = predict_tasks(
+            system,
+            without_outputs(asked),
+            [View()],
+            task_index=task_index,
+            batch_size=ASKED_AT_ONCE,
+            **how,
+        )
+        for (task_id, _), outcome in outcomes(answers, asked).items():
+            found[task_id].append((outcome.attempt_1, outcome.cells))
+    return found
+
+
+def _measure(answers: Sequence[Told]) -> Measure:
+    exact, cells = zip(*answers, strict=True)
+    return Measure(sum(exact), sum(cells) / len(cells))
+
+
+def _copy(system: System, n_new: int) -> System:
+    """The system with rows for new tasks. It shares the language model, which stands still."""
+    backbone = system.qwen.backbone
+    copied = copy.deepcopy(system, {id(backbone): backbone})
+    copied.solver2.add_tasks(n_new)
+    return copied
+
+
+def _train(
+    system: System,
+    stream: TrainingStream,
+    what: tuple[list[torch.nn.Parameter], torch.optim.Optimizer],
+    *,
+    until: float,
+    n_batches: int | None,
+    progress: Callable[[float], None],
+    device: str,
+    dtype: torch.dtype | None,
+    seed: int,
+) -> int:
+    """Train in place, at least one batch if there is any; the number of batches done."""
+    frozen, optimizer = what
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    exact: list[torch.Tensor] = []
     begun = time.monotonic()
     was_training = system.agent.training
+    n_done = 0
     system.train(True)
     for p in frozen:
         p.requires_grad_(False)
     try:
-        for number, (place, batch, targets) in enumerate(_forever(stream, seed)):
-            done = (
-                number / n_batches if n_batches else (time.monotonic() - begun) / (seconds or 1.0)
-            )
-            if number and done >= 1.0:
+        for place, batch, targets in _forever(stream, seed):
+            now = time.monotonic()
+            done = n_done / n_batches if n_batches else (now - begun) / max(until - begun, 1e-9)
+            if n_done and done >= 1.0:
                 break
-            if progress is not None:
-                progress(done)
+            progress(min(1.0, done))
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * max(0.0, 1.0 - done)
             rng = torch.Generator(device=device).manual_seed(int(generator(*place).integers(2**62)))
-            loss, right, learn_policy = _leave_one_out(
+            loss, learn_policy = _leave_one_out(
                 system, batch.to(device), targets.to(device), rng, device, dtype
             )
             loss.backward()
@@ -100,14 +253,12 @@ def adapt(
             system.policy_rl.zero_grad(set_to_none=True)
             optimizer.zero_grad(set_to_none=True)
             learn_policy()
-            exact.append(right)
+            n_done += 1
     finally:
         for p in frozen:
             p.requires_grad_(True)
         system.train(was_training)
-    quarter = max(1, len(exact) // 4)
-    shares = [float(torch.cat(part).mean()) for part in (exact[:quarter], exact[-quarter:])]
-    return Adapted(index, len(exact), *shares)
+    return n_done
 
 
 def _leave_one_out(
@@ -117,8 +268,8 @@ def _leave_one_out(
     rng: torch.Generator,
     device: str,
     dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
-    """(loss, exact (Q,) float, the policy's update to be called after the step) of one batch."""
+) -> tuple[torch.Tensor, Callable[[], None]]:
+    """(loss, the policy's update to be called after the step) of one batch."""
     refining = system.config.policy != "off"
     with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
         reading = system.read(batch)
@@ -144,8 +295,6 @@ def _leave_one_out(
         backward_logits_true=backward_true,
         inp=batch.query_input,
     )
-    shown = resize_grids(after.grids(), after.size, targets.size, canvas)
-    right = exact_match(shown, target, size_right).float()
 
     def learn_policy() -> None:
         if info is None:
@@ -162,12 +311,12 @@ def _leave_one_out(
         state = system.policy_rl.state(reading.prompt.summary, answer_stats(after))
         system.policy_rl.update(info, reward, state)
 
-    return efe["total"], right, learn_policy
+    return efe["total"], learn_policy
 
 
 def _forever(stream: TrainingStream, seed: int) -> Iterator[tuple[tuple[int, ...], Batch, Targets]]:
-    """((seed, epoch, position), batch, targets) without end."""
-    for epoch in itertools.count():
+    """((seed, epoch, position), batch, targets) without end; nothing where no task has two pairs."""
+    for epoch in itertools.count() if stream.tasks else ():
         for position in range(stream.n_batches(epoch)):
             yield (seed, epoch, position), *stream.batch(epoch, position)
 

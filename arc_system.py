@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,13 +81,15 @@ class Refinement:
 @dataclass
 class Answered:
     """A prediction: the agent's own answer, the answer after the refinement (the same where none was accepted), what was
-    refined (None: policy off) and, where asked for, the backward model's log-probabilities given each."""
+    refined (None: policy off), and which queries answered again (n,) int64, in whose order the backward model's
+    log-probabilities (n, rows, cols, 10) given each answer are; None where no query did."""
 
     before: AgentOutput
     after: AgentOutput
     refinement: Refinement | None
-    backward: Tensor | None
-    backward_before: Tensor | None
+    again: Tensor
+    backward_before: Tensor | None = None
+    backward_after: Tensor | None = None
 
 
 @dataclass
@@ -216,32 +219,31 @@ class System:
         *,
         own_score: Tensor | None = None,
         accept: bool = True,
-        backward: bool = False,
     ) -> Answered:
         """The agent's own answer to a batch, and the refined one; for evaluation. A query's planning ends at
-        the step whose confidence reaches `config.stop_confidence`.
+        the step whose confidence reaches `config.stop_confidence`. Only queries with an accepted proposal answer again.
 
         own_score (Q,): mean share of right cells of the agent's own answers to the demonstrations, each predicted from the
         others, NaN = not measured; accept=False takes what the policy prefers without asking the demonstrations.
         """
         reading = self.read(batch)
         stop = self.config.stop_confidence if self.config.stop_confidence < 1 else None
-        before = after = self.answer(reading, stop=stop)
-        refinement = None
-        if self.config.policy != "off":
-            allowed = acceptable(batch.proposed_facts, own_score) if accept else None
-            refinement = self.refine(
-                reading, before, generator, deterministic=True, allowed=allowed
-            )
-            if refinement.proposal is not None and bool(refinement.proposal.given.any()):
-                after = self.answer(reading, refinement, stop=stop)
-                after = where_given(refinement.proposal.given, after, before)
-        told = told_before = None
-        if backward:
-            told = told_before = self.backward_of(reading, before.grids(), before.size)
-            if after is not before:
-                told = self.backward_of(reading, after.grids(), after.size)
-        return Answered(before, after, refinement, told, told_before)
+        before = self.answer(reading, stop=stop)
+        nobody = torch.zeros(0, dtype=torch.long, device=before.size.device)
+        if self.config.policy == "off":
+            return Answered(before, before, None, nobody)
+        allowed = acceptable(batch.proposed_facts, own_score) if accept else None
+        refinement = self.refine(reading, before, generator, deterministic=True, allowed=allowed)
+        again = nobody
+        if refinement.proposal is not None:
+            again = refinement.proposal.given.nonzero().squeeze(-1)
+        if not len(again):
+            return Answered(before, before, refinement, nobody)
+        some = rows_of(reading, again)
+        after = self.answer(some, rows_of(refinement, again), stop=stop)
+        old, new = rows_of(before, again), after
+        told = [self.backward_of(some, a.grids(), a.size) for a in (old, new)]
+        return Answered(before, put_rows(before, again, after), refinement, again, *told)
 
     def _ablate(self, batch: Batch) -> Batch:
         """`demonstrations` off or shuffled takes them away from Qwen, from the agent's view of their
@@ -305,17 +307,37 @@ def proposal_of(batch: Batch, taken: Tensor) -> Proposal | None:
     return Proposal(colours, size, batch.proposed_facts[row, number] * given[:, None])
 
 
-def where_given(given: Tensor, one: AgentOutput, other: AgentOutput) -> AgentOutput:
-    """Per query (Q,) bool, one answer or the other."""
+QUERY_FIELDS = (
+    "query_sources", "query_canvas", "query_input", "query_input_size", "size_candidates",
+    "size_support",
+)  # fmt: skip
+_OUTPUT_AXES = {"logits": 1, "size_logits": 0, "size": 0, "confidence": 1, "n_steps": 0}
 
-    def pick(name: str, axis: int) -> Tensor:
-        a, b = getattr(one, name), getattr(other, name)
-        shape = [1] * a.ndim
-        shape[axis] = -1
-        return torch.where(given.view(shape), a, b)
 
-    axes = {"logits": 1, "size_logits": 0, "size": 0, "confidence": 1, "n_steps": 0}
-    return AgentOutput(**{name: pick(name, axis) for name, axis in axes.items()})
+def rows_of(x: Any, rows: Tensor) -> Any:
+    """The given queries (n,) of a Reading (what answering needs of it), a Refinement or an AgentOutput."""
+    if isinstance(x, AgentOutput):
+        return AgentOutput(
+            **{k: getattr(x, k).index_select(a, rows) for k, a in _OUTPUT_AXES.items()}
+        )
+    if isinstance(x, Refinement):
+        p = x.proposal
+        some = None if p is None else Proposal(p.colours[rows], p.size[rows], p.facts[rows])
+        return dataclasses.replace(x, tokens=x.tokens[rows], mask=x.mask[rows], proposal=some)
+    sight = Sight(*(getattr(x.sight, f.name)[rows] for f in dataclasses.fields(Sight)))
+    batch: Any = SimpleNamespace(**{name: getattr(x.batch, name)[rows] for name in QUERY_FIELDS})
+    prompt = Prompt(x.prompt.tokens[rows], x.prompt.mask[rows])
+    return Reading(batch, prompt, sight, x.summary[rows], None, x.inverse[rows])
+
+
+def put_rows(whole: AgentOutput, rows: Tensor, some: AgentOutput) -> AgentOutput:
+    """`whole` with the given queries' answers (n,) exchanged for those of `some`."""
+    return AgentOutput(
+        **{
+            k: getattr(whole, k).index_copy(a, rows, getattr(some, k))
+            for k, a in _OUTPUT_AXES.items()
+        }
+    )
 
 
 def answer_stats(output: AgentOutput) -> Tensor:

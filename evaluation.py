@@ -32,11 +32,10 @@ from rule_list import Explained, Hypothesis, Verdict
 Grid = NDArray[np.uint8]
 Key = tuple[str, int]  # task id, number of the test input
 
-# A view's vote counts 1 + SURE_WEIGHT * probability + REVERSIBLE_WEIGHT * reversibility.
+# On the network's own ballot a view's vote counts 1 + SURE_WEIGHT * probability. How well the input can be told from an
+# answer has no weight: on demonstrations told from each other, over two seeds, 568 of 2024 were exact without it; 563,
+# 562, 559 at weights 0.25, 0.5, 1 (benchmarks/bench_reversibility.py, docs/LOG.md).
 SURE_WEIGHT = 0.5  # guess
-# Chosen on demonstrations told from each other, never on test outputs: over two seeds 568 of 2024
-# exact at 0; 563, 562, 559 at 0.25, 0.5, 1 (benchmarks/bench_reversibility.py, docs/LOG.md).
-REVERSIBLE_WEIGHT = 0.0
 EARLIER_WEIGHT = 1e-3  # the answers of earlier planning steps only break ties and fill attempt 2
 N_ATTEMPTS = 2
 NETWORK = 0.3  # guess: how likely an unanimous network is exact, where no policy judged it
@@ -169,7 +168,6 @@ def predict_tasks(
                         generator,
                         own_score=_by_query(batch, own_scores).to(device),
                         accept=accept,
-                        backward=True,
                     )
                 ballots = _ballots(batch, on_device, answered, view)
                 for (task_id, _, number_in_task), ballot in zip(
@@ -199,12 +197,17 @@ def _ballots(
     n_steps = len(own.logits)
     grids, *earlier = (own.grids(step).cpu().numpy() for step in range(n_steps - 1, -1, -1))
     sure = answer_probability(own).tolist()
-    assert answered.backward is not None
-    assert answered.backward_before is not None
-    told = [
-        reversibility(on_device, output.grids(), output.size, backward).tolist()
-        for output, backward in ((own, answered.backward_before), (after, answered.backward))
-    ]
+    told = [[0.0] * batch.n_queries, [0.0] * batch.n_queries]
+    again = answered.again
+    for column, output, backward in (
+        (told[0], own, answered.backward_before),
+        (told[1], after, answered.backward_after),
+    ):
+        if backward is not None:
+            inp, size = on_device.query_input[again], on_device.query_input_size[again]
+            found = reversibility(output.grids()[again], output.size[again], backward, inp, size)
+            for row, value in zip(again.tolist(), found.tolist(), strict=True):
+                column[row] = value
     sizes, taken = own.size.tolist(), own.n_steps.tolist()
     later, later_sizes = after.grids().cpu().numpy(), after.size.tolist()
     choice = answered.refinement.choice if answered.refinement is not None else None
@@ -216,7 +219,7 @@ def _ballots(
 
         ballot = Prediction(views=1, steps=taken[row])
         grid = mine(grids, sizes[row])
-        ballot.add(grid, 1.0 + SURE_WEIGHT * sure[row] + REVERSIBLE_WEIGHT * told[0][row])
+        ballot.add(grid, 1.0 + SURE_WEIGHT * sure[row])
         for age, grids_then in enumerate(earlier, start=1):
             ballot.add(mine(grids_then, sizes[row]), EARLIER_WEIGHT / age, votes=0)
         if choice is not None:
@@ -365,18 +368,22 @@ def _cells(task: Task) -> int:
 
 
 def reversibility(
-    batch: Batch, grids: torch.Tensor, size: torch.Tensor, backward: torch.Tensor
+    grids: torch.Tensor,
+    size: torch.Tensor,
+    backward: torch.Tensor,
+    inp: torch.Tensor,
+    input_size: torch.Tensor,
 ) -> torch.Tensor:
     """How well the inputs can be told from answers, (Q,) in [0, 1]: probability of the input's
     cells by the backward model (geometric mean), beyond what the answer shows as it is.
 
     grids (Q, H, W) colours and size (Q, 2) of the answers; backward: the backward model's
-    log-probabilities (Q, rows, cols, 10) of them, from `System.backward_of` or `System.predict`.
+    log-probabilities (Q, rows, cols, 10) of them, from `System.backward_of` or `System.predict`; inp (Q, rows, cols)
+    and input_size (Q, 2).
     """
-    inp = batch.query_input
     told = weighted_cell_mean(pick_colour(backward, inp), inp).exp()
     answer = one_hot(grids.clamp(min=0), COLOURS)
-    return beyond_copying(told, copied_share(answer, size, inp, batch.query_input_size))
+    return beyond_copying(told, copied_share(answer, size, inp, input_size))
 
 
 def answer_probability(output: AgentOutput) -> torch.Tensor:

@@ -32,6 +32,10 @@ from command_line import (
 from trained_model import load_model
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adaptation import Adapted
+    from arc_system import System
     from dataset_arc import Task, TaskSet
     from evaluation import Key, Prediction
 
@@ -109,14 +113,15 @@ def build_parser() -> Parser:
         "--adapt_seconds",
         type=number(float, 0.1),
         metavar="S",
-        help="first train on the demonstrations of unseen tasks for so long, each told from the "
-        "others; the run stays as it is (default: off)",
+        help="first train a copy on the demonstrations of unseen tasks, for so long with judging; it "
+        "answers the tasks whose demonstrations, held out of it, come out better (default: off)",
     )
     parser.add_argument(
         "--adapt_batches",
         type=number(int, 1),
         metavar="N",
-        help="the same for so many batches, which can be repeated bit for bit (default: off)",
+        help="the same for so many batches in each of its four trainings (three judge, one answers), "
+        "which can be repeated bit for bit (default: off)",
     )
     parser.add_argument(
         "--adapt_parts",
@@ -246,6 +251,23 @@ def score_report(
     return {**totals, "unknown": unknown, "by_task": by_task}, lines, ends
 
 
+def adaptation_report(adapted: Adapted) -> list[str]:
+    """What adaptation did, and what its own measure says; for the console."""
+    before, after, n = adapted.before, adapted.after, len(adapted.before)
+    if not n:
+        return ["Adapted: no task; none is unseen with two demonstrations"]
+    n_accepted = len(adapted.accepted)
+    late = f", {adapted.n_late} more had no time" if adapted.n_late else ""
+    exact = [sum(m.exact for m in measures.values()) for measures in (before, after)]
+    cells = [sum(m.cells for m in measures.values()) / n for measures in (before, after)]
+    return [
+        f"Adapted: {n} tasks, {n_accepted} accepted, {n - n_accepted} refused{late}; "
+        f"{adapted.n_batches} batches",
+        f"         their demonstrations, held out: {exact[0]} -> {exact[1]} exact, cells "
+        f"{100 * cells[0]:.1f}% -> {100 * cells[1]:.1f}%",
+    ]
+
+
 def run_prediction(args: argparse.Namespace) -> int:
     """From parsed arguments to the written file."""
     import json
@@ -286,6 +308,7 @@ def run_prediction(args: argparse.Namespace) -> int:
 
     hide_bar = args.quiet or not sys.stderr.isatty()
     fitter = Fitter(without_outputs(chosen)) if args.hypotheses == "on" else None
+    adapted = None
     if args.adapt_seconds or args.adapt_batches:
         from adaptation import adapt
 
@@ -304,27 +327,35 @@ def run_prediction(args: argparse.Namespace) -> int:
                 dtype=None if dtype is torch.float16 else dtype,  # it would need a scaler
                 progress=lambda share: percent.update(int(100 * share) - percent.n),
             )
-        model.task_index = adapted.task_index
-        say(
-            f"Adapted: {adapted.n_batches} batches of leave-one-out, training exact "
-            f"{adapted.exact_first:.3f} in their first quarter, {adapted.exact_last:.3f} in the last"
-        )
+        for line in adaptation_report(adapted):
+            say(line)
 
-    bar = tqdm(
-        total=n_inputs * n_views, desc="Predicting", unit="query", leave=False, disable=hide_bar
-    )
-    with bar:
-        predictions = predict_tasks(
-            model.system,
-            without_outputs(chosen),
-            evaluation_views(n_views, model.seed),
-            task_index=model.task_index,
-            batch_size=args.batch_size or (BATCH_CPU if on_cpu else BATCH_GPU),
-            device=device,
-            dtype=dtype,
-            seed=model.seed,
-            progress=bar.update,
-        )
+    def answers_of(
+        system: System, tasks: Sequence[Task], task_index: dict[str, int], title: str
+    ) -> dict[Key, Prediction]:
+        with tqdm(
+            total=sum(len(task.tests) for task in tasks) * n_views,
+            desc=title,
+            unit="query",
+            leave=False,
+            disable=hide_bar,
+        ) as bar:
+            return predict_tasks(
+                system,
+                without_outputs(tasks),
+                evaluation_views(n_views, model.seed),
+                task_index=task_index,
+                batch_size=args.batch_size or (BATCH_CPU if on_cpu else BATCH_GPU),
+                device=device,
+                dtype=dtype,
+                seed=model.seed,
+                progress=bar.update,
+            )
+
+    predictions = answers_of(model.system, chosen, model.task_index, "Predicting")
+    if adapted is not None and adapted.accepted:
+        some = [task for task in chosen if task.task_id in adapted.accepted]
+        predictions |= answers_of(adapted.system, some, adapted.task_index, "Predicting again")
     network, explained = predictions, None
     if fitter is not None:
         with tqdm(

@@ -3,7 +3,7 @@
     python benchmarks/bench_choice.py runs/RUN --every 4
 
 Queries are demonstrations, each explained from its task's others by every arm; no test output is read. Of every five tasks one is
-held out: the choice is trained anew on the others (a few passes over the network's answers of the run's checkpoint, 3
+held out (of a --hold_out run the tasks that it held out): the choice is trained anew on the others (a few passes over the network's answers of the run's checkpoint, 3
 seeds) and measured on the held-out ones. Orders: the policy's; the verdicts' (as `rule_list` ranks them); the
 best fixed order of arms (greedy on the training tasks); random (mean of 20). The policy is also trained and measured without
 one of its inputs: memory empty, memory of other tasks shuffled, prompt summary zero, prompt summary of another query, no
@@ -216,8 +216,11 @@ def main() -> None:
         if len(t.demonstrations) > 1
     ]
     explained = explanations(chosen, args.cache)
-    rows = collect(load_model(args.run), chosen, explained)
-    held = {task.task_id for task in chosen[HELD_OUT - 1 :: HELD_OUT]}
+    model = load_model(args.run)
+    rows = collect(model, chosen, explained)
+    held = {task.task_id for task in chosen if task.task_id not in model.task_index}
+    if not held:
+        held = {task.task_id for task in chosen[HELD_OUT - 1 :: HELD_OUT]}
     train = [r for r in rows if r["task"] not in held]
     test = [r for r in rows if r["task"] in held]
     _, _, exact = packed(test, "", train, 0)

