@@ -218,10 +218,10 @@ def test_group_advantage_and_hindsight_teach_each_by_itself(part, monkeypatch):
     asked = candidates(verdicts)
     p = [float(model(asked)[0][0, 2].exp().detach())]
     for _ in range(3):
-        learn(model, 30, verdicts, "some", seed=len(p))
+        learn(model, 60, verdicts, "some", seed=len(p))
         p.append(float(model(asked)[0][0, 2].exp().detach()))
     assert p == sorted(p)
-    assert p[-1] > p[0] + 0.2
+    assert p[-1] > 0.6 > p[0]  # entropy alone makes no candidate better than the others
 
 
 def test_rewards_that_do_not_differ_teach_no_choice():

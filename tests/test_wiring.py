@@ -307,10 +307,11 @@ def test_a_policy_that_is_not_on_learns_no_choice(ready, flags):
 
 def test_the_second_answer_takes_what_was_drawn(ready):
     """Breaks: the first draw not carried out, or another one; the proposal of another query."""
-    step = ready(proposing=True)
+    step = ready("--policy", "random", proposing=True)
     step.take()
     refinement = step.one("refine").result
     taken = refinement.choice.drawn[:, 0]
+    assert (refinement.choice.drawn != taken[:, None]).any(0)[1:].all()
     assert len(taken.unique()) > 1
     for row, number in enumerate(taken.tolist()):
         size = step.batch.proposed_size[row, number - 1] if number else torch.zeros(2).long()
