@@ -406,14 +406,15 @@ def run_prediction(args: argparse.Namespace) -> int:
             say(line)
         for line in totals:
             say(line, important=True)
-        figures["alone"] = scores_alone(network, explained, chosen) if explained else {}
+        known = figures["n"] and explained
+        figures["alone"] = scores_alone(network, explained, chosen) if known else {}
         figures["gains"] = gains(network, chosen)
         for part, counts in figures["alone"].items():
             say(
                 f"  {part} alone: {counts['exact_at_2']}/{figures['n']} ({counts['exact_at_1']} in one)",
                 important=True,
             )
-        if explained and figures["n"]:
+        if known:
             won = figures["gains"]
             say(
                 f"  refinements: reward {won['reward']:+.4f}, d_acc {won['d_acc']:+.4f} a query and view; "
