@@ -147,7 +147,7 @@ def test_kaggle_challenges_without_outputs(
     answers = json.loads(out.read_text())
     assert [len(answers[t]) for t in ("new_task", "two_tests")] == [2, 1]
     assert tables[-1] == trained_model.load_model(run).task_index
-    assert len(tables[0]) == 5
+    assert len(tables[-1]) == 5
     printed = capsys.readouterr().out
     assert "1 tasks known from training, 1 unseen" in printed
     assert "test 1: no known output" in printed
