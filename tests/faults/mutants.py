@@ -57,7 +57,7 @@ MUTANTS = [
         "rename instead of writing in place",
         "self.fs.replace(self.temp, self.target)\n",
         IN_PLACE,
-        "kill_points.py --share 1/6",
+        "kill_points.py --share 1/15",
     ),
     Mutant(
         "index after the file",
@@ -168,7 +168,7 @@ MUTANTS = [
         "random number states restored",
         '        torch.set_rng_state(state["torch"].cpu())\n',
         "",
-        "bitwise.py --batches 6 --share 1/3",
+        "bitwise.py --batches 4 --share 1/3",
     ),
     Mutant(
         "live state compared after loading",
