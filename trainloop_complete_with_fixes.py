@@ -1055,6 +1055,10 @@ def evaluate(
     wanted = [task for task in tasks.train if task.task_id in ids]
     first, last = args.hypothesis_tasks or (None, None)
 
+    def heed_stop(_: int = 0) -> None:
+        if run.stop is not None and run.stop.requested:
+            raise StopRequested
+
     def collect(until: float | None, n_tasks: int | None) -> Any:
         with tqdm(
             total=fitter.n_tasks, desc="Hypotheses", unit="task", leave=False, disable=no_bar(args)
@@ -1062,8 +1066,7 @@ def evaluate(
 
             def ready(n: int) -> None:
                 fitting.update(n - fitting.n)
-                if run.stop is not None and run.stop.requested:
-                    raise StopRequested
+                heed_stop()
 
             found = fitter.collect(until, n_tasks, ready)
         return {key: e for key, e in found.items() if key in keys}
@@ -1072,7 +1075,7 @@ def evaluate(
     if fitter is not None:
         at_once = deadline is not None and first is None
         explained = collect(time.monotonic() if at_once else None, first)
-        first = fitter.n_first() if first is None else first
+        first = len({task_id for task_id, _ in explained}) if first is None else first
     options = {
         "task_index": run.stream.task_table,
         "batch_size": 2 * args.batch_size,
@@ -1087,7 +1090,7 @@ def evaluate(
         if fitter is not None and args.acceptance == "demonstrations":
             doubtful = contested(explained)
             some = [task for task in wanted if task.task_id in doubtful]
-            own_scores = demonstration_scores(run.system, some, **options)
+            own_scores = demonstration_scores(run.system, some, progress=heed_stop, **options)
         bar = tqdm(
             total=len(keys) * n_views, desc=title, unit="query", leave=False, disable=no_bar(args)
         )
@@ -1097,8 +1100,7 @@ def evaluate(
             n_done += n
             n_batches += 1
             bar.update(n)
-            if run.stop is not None and run.stop.requested:
-                raise StopRequested
+            heed_stop()
 
         predictions = predict_tasks(
             run.system,

@@ -333,6 +333,25 @@ def test_both_answers_of_a_prediction_are_read_backwards(proposing):
     assert not torch.allclose(answered.backward_after, answered.backward_before, atol=1e-3)
 
 
+def test_queries_answer_again_alone_as_they_would_together(proposing):
+    """Breaks: cells, prompt, proposal or size rules of another query; answers put back under another."""
+    batch, _ = proposing
+    system = lively_system(stop_confidence=1.0)
+    with torch.no_grad():
+        system.policy_rl.proposals.wide.weight[0, 0] = 20.0
+        answered = system.predict(batch, torch.Generator())
+        whole = system.answer(system.read(batch), answered.refinement)
+    taken = answered.refinement.choice.taken > 0
+    assert answered.again.tolist() == taken.nonzero().flatten().tolist()
+    assert 2 <= len(answered.again) < batch.n_queries
+    for name, axis in (("logits", 1), ("size_logits", 0), ("size", 0), ("confidence", 1)):
+        after, together, before = (
+            getattr(x, name).movedim(axis, 0) for x in (answered.after, whole, answered.before)
+        )
+        torch.testing.assert_close(after[taken], together[taken], atol=1e-4, rtol=1e-4)
+        assert torch.equal(after[~taken], before[~taken])
+
+
 def test_what_is_recalled_reaches_the_choice(proposing):
     """Breaks: recall of another fingerprint, or not handed to the candidates."""
     batch, _ = proposing

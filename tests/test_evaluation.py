@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import lively_system
 
 import dataset_arc
 import rule_list
@@ -455,6 +456,41 @@ def test_both_ballots_are_in_the_task_s_own_view_and_apart():
     assert refined(predictions)["a", 0] is both
     bare = {("a", 0): Prediction()}
     assert refined(bare)["a", 0] is bare["a", 0]
+
+
+def test_a_change_says_how_well_each_answer_is_told_backwards(hidden):
+    """Breaks: reversibility of another query, of the other answer, or of queries that did not change."""
+    system = lively_system()
+    explained_tasks = fitted(hidden)
+    offered = proposals_for(explained_tasks)
+    with torch.no_grad():
+        system.policy_rl.proposals.wide.weight[0, 0] = 20.0  # a full verdict is preferred
+    found = predict_tasks(system, hidden, [View()], proposals=offered)
+    n_changed = 0
+    for batch in dataset_arc.evaluation_batches(hidden, View(), 32, proposals=offered):
+        answered = system.predict(batch, torch.Generator())
+        with torch.no_grad():
+            reading = system.read(batch)
+            told = [
+                reversibility(
+                    a.grids(),
+                    a.size,
+                    system.backward_of(reading, a.grids(), a.size),
+                    batch.query_input,
+                    batch.query_input_size,
+                )
+                for a in (answered.before, answered.after)
+            ]
+        for row, (task_id, _, number) in enumerate(batch.pair_ids):
+            (change,) = found[task_id, number].changes
+            changed = bool(answered.refinement.choice.taken[row] > 0)
+            assert change.accepted == changed
+            n_changed += changed
+            wanted = [float(t[row]) * changed for t in told]
+            assert [change.reversible_before, change.reversible_after] == pytest.approx(
+                wanted, abs=1e-4
+            )
+    assert 2 < n_changed < len(found)
 
 
 def test_an_answer_that_overrules_its_proposal_outweighs_it():

@@ -387,15 +387,16 @@ class Fitted:
         return dict(list(self.found.items())[: n if n_tasks is None else n_tasks])
 
     def n_first(self):
-        return self.n_tasks - self.n_late
+        return self.n_tasks  # those that came after the voting had begun, too
 
 
 @pytest.fixture
 def scored(ready, task_set, monkeypatch):
     """`scored(fitter, *flags)`: (results of `evaluate`, what `predict_tasks` was given each time)."""
 
-    def make(fitter, *flags, **options):
+    def make(fitter, *flags, stop=None, **options):
         step = ready(*flags)
+        step.run.stop = stop
         given = []
         real = evaluation.predict_tasks
 
@@ -447,6 +448,38 @@ def test_hypotheses_that_come_late_vote_and_both_numbers_are_told(scored, task_s
     assert [n for _, n in again.asked] == [4, 6]
     assert set(voted_again["proposals"]) == set(voted["proposals"])
     assert same == result
+
+
+def test_a_stop_is_heeded_while_the_demonstrations_are_asked(scored, task_set):
+    """Breaks: Ctrl+C that waits for a view of all doubtful tasks."""
+    asked, answered = [], []
+    real = evaluation.demonstration_scores
+
+    def demonstrations(system, tasks, **options):
+        asked.append(len(tasks))
+        answered.append(real(system, tasks, **options))
+        return answered[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "demonstration_scores", demonstrations)
+        with pytest.raises(trainloop.StopRequested):
+            scored(Fitted(task_set.train), "--acceptance", "demonstrations", stop=stopped_after(0))
+    assert asked == [len(evaluation.contested(Fitted(task_set.train).found))]
+    assert answered == []
+
+
+def stopped_after(n):
+    """Signals that ask to stop when they have been looked at n times."""
+
+    class Signals:
+        looked = 0
+
+        @property
+        def requested(self):
+            self.looked += 1
+            return self.looked > n
+
+    return Signals()
 
 
 # ---------------------------------------------------------------- the reward's four parts
