@@ -1273,13 +1273,13 @@ def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
         args.val_pairs = 100
     if args.cost_power is None:
         args.cost_power = 1.5 if short else 0.0
+    brief = args.time_budget is not None and args.time_budget < 8
     if args.acceptance is None:
-        brief = args.time_budget is not None and args.time_budget < 8
         args.acceptance = "full" if brief else "demonstrations"
     n_cores = cores()
     args.workers = 1 if n_cores <= 4 else min(4, n_cores // 4)
-    if args.threads is None and on_cpu and args.hypotheses == "on":  # they want a core, too
-        args.threads = max(1, n_cores - args.workers)
+    if args.threads is None and on_cpu and args.hypotheses == "on" and brief:
+        args.threads = max(1, n_cores - args.workers)  # they are fitted until the end
 
 
 def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: float) -> Run:
