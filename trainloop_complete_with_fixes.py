@@ -129,7 +129,11 @@ def build_parser() -> Parser:
         action="store_true",
         help="resume although seed, data, batch size or model differ (default: refuse)",
     )
-    run.add_argument("--threads", type=number(whole, 1, 1024), help="CPU threads (default: cores)")
+    run.add_argument(
+        "--threads",
+        type=number(whole, 1, 1024),
+        help="CPU threads (default: cores; with a --time_budget below 8, one less: hypotheses want it)",
+    )
     run.add_argument(
         "--dry_run", action="store_true", help="set everything up, print it, train nothing"
     )
