@@ -1794,10 +1794,11 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
         view_s = run.clock.query_s * len(plan.final)
         share = min(1.2 * views * view_s, 0.25 * 60 * args.time_budget)
         now = time.monotonic()
-        until = plan.deadline - FINAL_RESERVE_S - max(share, 1.3 * view_s)
+        judging = 1.2 * view_s if run.fitter and args.acceptance == "demonstrations" else 0.0
+        until = plan.deadline - FINAL_RESERVE_S - max(share, 1.3 * view_s) - judging
         plan.train_until = max(until, now + 0.5 * (plan.deadline - FINAL_RESERVE_S - now))
         if plan.train_until > until:
-            over = plan.train_until + 1.3 * view_s + FINAL_RESERVE_S - plan.deadline
+            over = plan.train_until + 1.3 * view_s + judging + FINAL_RESERVE_S - plan.deadline
             run.log.say(
                 f"This machine needs about {view_s:.0f} s for one view of the final evaluation: "
                 f"--time_budget {args.time_budget:g} will be overrun by about {max(0.0, over):.0f} s",
