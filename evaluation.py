@@ -126,6 +126,7 @@ def predict_tasks(
     proposals: Mapping[Key, Proposals] | None = None,
     own_scores: Mapping[str, float] | None = None,
     accept: bool = True,
+    whole_first: bool = True,
 ) -> dict[Key, Prediction]:
     """Predict every test input of `tasks` once per view, and collect the votes.
 
@@ -134,7 +135,8 @@ def predict_tasks(
     in the first view: small tasks are through with all views before large ones start on their
     second; max_batches: batches after which likewise none is started; progress is called with the number of queries done.
     proposals: what the policy may choose from; own_scores: by task id, how well the system does on the
-    demonstrations without them (`demonstration_scores`); accept=False: see `System.predict`.
+    demonstrations without them (`demonstration_scores`); accept=False: see `System.predict`; whole_first=False: the
+    deadline and max_batches hold in the first view, too, small tasks first; what is not reached has no prediction.
     Raises ValueError if a test output is in sight.
     """
     if any(pair.output is not None for task in tasks for pair in task.tests):
@@ -158,7 +160,8 @@ def predict_tasks(
                 proposals=proposals,
             ):
                 late = deadline is not None and time.monotonic() > deadline
-                if number and (late or (max_batches is not None and n_batches >= max_batches)):
+                spent = late or (max_batches is not None and n_batches >= max_batches)
+                if spent and (number or not whole_first):
                     return found
                 n_batches += 1
                 on_device = batch.to(device)
@@ -433,6 +436,20 @@ def joined(
 
 def _hypotheses(explained: Mapping[Key, Explained], key: Key) -> tuple[Hypothesis, ...]:
     return explained[key].hypotheses if key in explained else ()
+
+
+def answered_all(
+    predictions: Mapping[Key, Prediction], tasks: Iterable[Task], only: set[Key]
+) -> dict[Key, Prediction]:
+    """The predictions, with the input as it is where there is none: every query gets an answer."""
+    found = dict(predictions)
+    for task in tasks:
+        for number, pair in enumerate(task.tests):
+            key = (task.task_id, number)
+            if key in only and not (key in found and found[key].candidates):
+                found[key] = Prediction()
+                found[key].add(pair.input, 0.0, votes=0)
+    return found
 
 
 def alone(explained: Mapping[Key, Explained]) -> dict[Key, Prediction]:

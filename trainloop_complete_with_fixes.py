@@ -354,8 +354,8 @@ def build_parser() -> Parser:
         choices=("full", "demonstrations", "off"),
         help="what a refinement needs to be accepted in the final evaluation; full: its way of "
         "fitting re-predicts every demonstration from the others; demonstrations: or more of their cells "
-        "than the network does, which costs about one view more; off: nothing (default: demonstrations; full with a "
-        "--time_budget below 8)",
+        "than the network does, which costs about one view more; off: nothing (default: demonstrations; full with "
+        "--time_budget or --schedule_batches)",
     )
     scoring.add_argument(
         "--hold_out",
@@ -1043,6 +1043,7 @@ def evaluate(
 
     from dataset_arc import evaluation_views
     from evaluation import (
+        answered_all,
         contested,
         demonstration_scores,
         gains,
@@ -1117,6 +1118,7 @@ def evaluate(
             proposals=proposals_for(explained) if args.demonstrations == "on" else None,
             own_scores=own_scores,
             accept=args.acceptance != "off",
+            whole_first=fitter is None,
             **options,
         )
         bar.close()
@@ -1128,8 +1130,9 @@ def evaluate(
     if fitter.failed:
         run.log.say(f"Hypotheses: {fitter.failed}; {fitter.n_first()} tasks were fitted before")
     return {
-        **score(joined(predictions, explained), wanted, slices),
+        **score(answered_all(joined(predictions, explained), wanted, keys), wanted, slices),
         **done,
+        "network_queries": len(predictions),
         "alone": scores_alone(predictions, explained, wanted),
         "gains": gains(predictions, wanted),
         "acceptance": args.acceptance,
@@ -1279,7 +1282,8 @@ def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
         args.cost_power = 1.5 if short else 0.0
     brief = args.time_budget is not None and args.time_budget < 8
     if args.acceptance is None:
-        args.acceptance = "full" if brief else "demonstrations"
+        timed = args.time_budget is not None or args.schedule_batches is not None
+        args.acceptance = "full" if timed else "demonstrations"
     n_cores = cores()
     args.workers = 1 if n_cores <= 4 else min(4, n_cores // 4)
     if args.threads is None and on_cpu and args.hypotheses == "on" and brief:
@@ -1789,16 +1793,18 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
         run.log.record({"kind": "start", "epoch": -1, "untrained": untrained})
     views = args.eval_views or (2 if run.device == "cpu" and plan.deadline is None else 8)
     if plan.deadline is not None:
-        # Voting gets what it needs for its views, but at most a quarter of the whole budget; its
-        # first view is always whole. Training gets half of what is left at least.
+        # Voting gets what it needs for its views, but at most a quarter of the whole budget, or what one view needs
+        # up to 40%. Training gets half of what is left at least. With hypotheses, which answer without the network, the
+        # deadline cuts the first view, too; without them that one is always whole.
+        budget_s = 60 * args.time_budget
         view_s = run.clock.query_s * len(plan.final)
-        share = min(1.2 * views * view_s, 0.25 * 60 * args.time_budget)
+        one_view_s = 1.3 * view_s if run.fitter is None else min(1.3 * view_s, 0.4 * budget_s)
+        share = max(min(1.2 * views * view_s, 0.25 * budget_s), one_view_s)
         now = time.monotonic()
-        judging = 1.2 * view_s if run.fitter and args.acceptance == "demonstrations" else 0.0
-        until = plan.deadline - FINAL_RESERVE_S - max(share, 1.3 * view_s) - judging
+        until = plan.deadline - FINAL_RESERVE_S - share
         plan.train_until = max(until, now + 0.5 * (plan.deadline - FINAL_RESERVE_S - now))
-        if plan.train_until > until:
-            over = plan.train_until + 1.3 * view_s + judging + FINAL_RESERVE_S - plan.deadline
+        if plan.train_until > until and run.fitter is None:
+            over = plan.train_until + one_view_s + FINAL_RESERVE_S - plan.deadline
             run.log.say(
                 f"This machine needs about {view_s:.0f} s for one view of the final evaluation: "
                 f"--time_budget {args.time_budget:g} will be overrun by about {max(0.0, over):.0f} s",
@@ -1846,7 +1852,10 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
                 f"{100 * won['accepted']:.1f}% accepted by the demonstrations"
             )
         if run.fitter is not None:
-            run.log.say(f"       hypotheses for {result['hypothesis_queries']}/{result['n']}")
+            run.log.say(
+                f"       hypotheses for {result['hypothesis_queries']}/{result['n']}, the network for "
+                f"{result['network_queries']}/{result['n']}, {result['views_done']:.1f} views on average"
+            )
         schedule = run.schedule
         if plan.deadline is not None and schedule.stop_at is not None and run.device == "cpu":
             end_at = min(progress.total, schedule.stop_at)

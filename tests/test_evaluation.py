@@ -609,3 +609,24 @@ def test_contested_are_tasks_of_which_the_demonstrations_are_in_two_minds():
         ("late", 0): said(0), ("late", 1): said(2), ("no", 0): said(),
     }  # fmt: skip
     assert contested(explained) == {"some", "late"}
+
+
+def test_where_hypotheses_answer_the_deadline_cuts_the_first_view_too(system, hidden):
+    """Breaks: a time budget overrun by a whole view; queries without any answer, left out of the count."""
+    past = time.monotonic() - 1.0
+    assert (
+        predict_tasks(system, hidden, evaluation_views(2), deadline=past, whole_first=False) == {}
+    )
+    some = predict_tasks(
+        system, hidden, evaluation_views(2), batch_size=1, max_batches=2, whole_first=False
+    )
+    assert len(some) == 2
+    keys = keys_of(hidden)
+    whole = answered_all(some, hidden, keys)
+    assert set(whole) == keys
+    for task in hidden:
+        for number, pair in enumerate(task.tests):
+            if (task.task_id, number) not in some:
+                (grid,) = whole[task.task_id, number].attempts()
+                assert np.array_equal(grid, pair.input)
+    assert len(some) == 2
