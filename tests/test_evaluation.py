@@ -20,6 +20,7 @@ from evaluation import (
     SURE_WEIGHT,
     Change,
     Prediction,
+    answered_all,
     contested,
     demonstration_scores,
     gains,
