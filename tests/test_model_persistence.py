@@ -82,47 +82,67 @@ def python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+class Scripts:
+    """The fault scripts, each run once, whichever of the parallel test processes comes first; by files in `shared`."""
+
+    def __init__(self, shared: Path, names: list[str]) -> None:
+        self.shared = shared
+        self.running: list[subprocess.Popen[str]] = []
+        self.starter = threading.Thread(target=self._run, args=(names,))
+        self.starter.start()
+
+    def _run(self, names: list[str]) -> None:
+        waiting = []
+        for name in names:
+            try:
+                (self.shared / f"{name}.taken").touch(exist_ok=False)
+            except FileExistsError:
+                continue  # another test process runs it
+            process = python(str(FAULTS / f"{name}.py"), *SCRIPTS[name])
+            self.running.append(process)
+            end = threading.Thread(target=self._finish, args=(name, process))
+            end.start()
+            waiting.append(end)
+            if name not in ("drive", "signals"):  # those mostly wait
+                end.join()
+        for end in waiting:
+            end.join()
+
+    def _finish(self, name: str, process: subprocess.Popen[str]) -> None:
+        output, errors = process.communicate()
+        found = {"output": output, "errors": errors, "code": process.returncode}
+        (self.shared / f"{name}.part").write_text(json.dumps(found))
+        (self.shared / f"{name}.part").rename(self.shared / f"{name}.done")
+
+    def figures_of(self, name: str, limit_s: float = 240.0) -> dict[str, Any]:
+        done, end = self.shared / f"{name}.done", time.monotonic() + limit_s
+        while not done.exists():
+            assert time.monotonic() < end, f"{name}.py is not done"
+            time.sleep(0.05)
+        found = json.loads(done.read_text())
+        assert found["output"].strip(), found["errors"]
+        figures = json.loads(found["output"].strip().splitlines()[-1])
+        assert figures["problems"] == []
+        assert found["code"] == 0, found["errors"]
+        return figures
+
+
 @pytest.fixture(scope="module")
-def scripts(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Popen[str]]]:
+def scripts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scripts]:
     """The fault scripts whose tests are selected; the ones that mostly wait run side by side."""
-    running = {}
     selected = {
         getattr(i, "callspec", None) and i.callspec.params.get("script")
         for i in request.session.items
     }
-
-    def start(names: list[str]) -> None:
-        for name in names:
-            running[name] = python(str(FAULTS / f"{name}.py"), *SCRIPTS[name])
-            if name not in ("drive", "signals"):
-                running[name].wait()
-
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "fault_scripts"
+    shared.mkdir(exist_ok=True)
     names = sorted(SCRIPTS, key=lambda n: n not in ("drive", "signals"))
-    names = [n for n in names if n in selected]
-    starter = threading.Thread(target=start, args=(names,))
-    starter.start()
-
-    class Waiting(dict[str, Any]):
-        def __missing__(self, name: str) -> subprocess.Popen[str]:
-            while name not in running and starter.is_alive():
-                time.sleep(0.02)
-            return running[name]
-
-    yield Waiting()
-    starter.join()
-    for process in running.values():
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def figures_of(process: subprocess.Popen[str]) -> dict[str, Any]:
-    output, errors = process.communicate(timeout=240)
-    assert output.strip(), errors
-    figures = json.loads(output.strip().splitlines()[-1])
-    assert figures["problems"] == []
-    assert process.returncode == 0, errors
-    return figures
+    scripts = Scripts(shared, [n for n in names if n in selected])
+    yield scripts
+    scripts.starter.join()  # the other test process may wait for what runs here
 
 
 @pytest.fixture
@@ -1095,7 +1115,7 @@ def enough(script: str, figures: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_fault_script(scripts: Any, script: str) -> None:
-    figures = figures_of(scripts[script])
+    figures = scripts.figures_of(script)
     assert enough(script, figures), figures
 
 

@@ -646,7 +646,10 @@ def test_help_comes_within_half_a_second_and_without_torch(tmp_path):
         assert re.search(rf"^\s+{flag}\b", done.stdout, re.MULTILINE), flag
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_to_the_process_saves_and_the_run_goes_on_bit_for_bit(
     train, reference, number, code
 ):
