@@ -537,10 +537,25 @@ def score(
 
 
 def scores_alone(
-    predictions: dict[Key, Prediction], explained: Mapping[Key, Explained], tasks: Sequence[Task]
-) -> dict[str, dict[str, int]]:
-    """`exact_at_1` and `exact_at_2` of the network and of the hypotheses, each by itself."""
-    parts = {"network": predictions, "hypotheses": alone(explained)}
-    counts = {part: score(found, tasks) for part, found in parts.items()}
-    names = ("exact_at_1", "exact_at_2")
-    return {part: {name: found[name] for name in names} for part, found in counts.items()}
+    predictions: dict[Key, Prediction],
+    explained: Mapping[Key, Explained],
+    tasks: Sequence[Task],
+    both: Mapping[Key, Prediction],
+) -> dict[str, dict[str, Any]]:
+    """`exact_at_1` and `exact_at_2` of the network and of the hypotheses, each by itself; and of the queries that either
+    it or `both` solves alone, in two attempts, how many `both` won and lost, with McNemar's p."""
+    together = outcomes(dict(both), tasks)
+    found: dict[str, dict[str, Any]] = {}
+    for part, mine in {"network": predictions, "hypotheses": alone(explained)}.items():
+        rows = outcomes(mine, tasks)
+        solved = {key for key, row in rows.items() if row.exact}
+        solved_together = {key for key, row in together.items() if row.exact}
+        won, lost = len(solved_together - solved), len(solved - solved_together)
+        found[part] = {
+            "exact_at_1": sum(row.attempt_1 for row in rows.values()),
+            "exact_at_2": len(solved),
+            "both_won": won,
+            "both_lost": lost,
+            "p": mcnemar(won, lost),
+        }
+    return found

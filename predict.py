@@ -407,7 +407,7 @@ def run_prediction(args: argparse.Namespace) -> int:
         for line in totals:
             say(line, important=True)
         known = figures["n"] and explained
-        figures["alone"] = scores_alone(network, explained, chosen) if known else {}
+        figures["alone"] = scores_alone(network, explained, chosen, predictions) if known else {}
         figures["gains"] = gains(network, chosen)
         for part, counts in figures["alone"].items():
             say(

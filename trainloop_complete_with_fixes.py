@@ -643,6 +643,14 @@ SUMS = (
 )  # fmt: skip
 
 
+VALIDATED = (
+    "n",
+    "exact_at_1",
+    "size_accuracy",
+    "cell_accuracy",
+)  # of a validation, in results.json
+
+
 @dataclass
 class Progress:
     """Where the run is. Fresh and resumed runs declare the same fields; all go into checkpoints."""
@@ -654,6 +662,8 @@ class Progress:
     skipped_in_a_row: int = 0
     memory_updates: int = 0  # of this epoch
     untrained_accuracy: float = -1.0  # validation cell accuracy before training; -1 = not measured
+    untrained: dict[str, float] = field(default_factory=dict)  # that validation's counts, one view
+    validated: dict[str, float] = field(default_factory=dict)  # those of the last epoch's
     best: float = float("-inf")
     last_epoch: int = 0  # of the last batch done
     last_batch: int = -1
@@ -1129,11 +1139,12 @@ def evaluate(
     explained = collect(deadline if last is None else None, last)
     if fitter.failed:
         run.log.say(f"Hypotheses: {fitter.failed}; {fitter.n_first()} tasks were fitted before")
+    both = answered_all(joined(predictions, explained), wanted, keys)
     return {
-        **score(answered_all(joined(predictions, explained), wanted, keys), wanted, slices),
+        **score(both, wanted, slices),
         **done,
         "network_queries": len(predictions),
-        "alone": scores_alone(predictions, explained, wanted),
+        "alone": scores_alone(predictions, explained, wanted, both),
         "gains": gains(predictions, wanted),
         "acceptance": args.acceptance,
         "hypothesis_tasks": [first, len({task_id for task_id, _ in explained})],
@@ -1590,6 +1601,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
     }
     if plan.validation:
         result = evaluate(run, plan.tasks, plan.validation, 1)
+        progress.validated = {name: result[name] for name in VALIDATED}
         exact = result["exact_at_1"] / max(1, result["n"])
         delta = result["cell_accuracy"] - progress.untrained_accuracy
         say(
@@ -1786,6 +1798,7 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
         untrained = evaluate(run, plan.tasks, plan.validation, 1, title="Untrained model")
         run.clock.query_s = (time.monotonic() - begun) / len(plan.validation)
         progress.untrained_accuracy = untrained["cell_accuracy"]
+        progress.untrained = {name: untrained[name] for name in VALIDATED}
         run.log.say(
             f"Untrained: cell accuracy {untrained['cell_accuracy']:.4f}, exact "
             f"{untrained['exact_at_1']}/{untrained['n']} of the validation pairs"
@@ -1826,6 +1839,8 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
             title="Final voting",
         )
         result |= {
+            "untrained": progress.untrained,
+            "validated": progress.validated,
             "views": views,
             "seed": args.seed,
             "epoch": progress.epoch,
@@ -1844,7 +1859,16 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
         for name, counts in result["slices"].items():
             run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}")
         for part, counts in result.get("alone", {}).items():
-            run.log.say(f"       {part} alone: {counts['exact_at_2']}/{result['n']}")
+            run.log.say(
+                f"       {part} alone: {counts['exact_at_2']}/{result['n']} (both: +{counts['both_won']} "
+                f"-{counts['both_lost']}, McNemar p = {counts['p']:.2g})"
+            )
+        if progress.untrained:
+            start, end = progress.untrained, progress.validated
+            run.log.say(
+                f"       untrained network, one view: {start['exact_at_1']}/{start['n']} of the validation pairs"
+                + (f"; trained: {end['exact_at_1']}/{end['n']}" if end else "")
+            )
         if "gains" in result:
             won = result["gains"]
             run.log.say(

@@ -243,7 +243,7 @@ def variants(tmp_path):
 
 
 # What may differ between two runs that trained alike: clocks, and what validation measured.
-MEASURED = ("elapsed_s", "epoch_s", "best", "untrained_accuracy")
+MEASURED = ("elapsed_s", "epoch_s", "best", "untrained_accuracy", "untrained", "validated")
 LEARNED = ("agent", "qwen", "solver2", "efe_loss", "policy_rl", "optimizer")
 
 

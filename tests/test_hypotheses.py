@@ -167,6 +167,10 @@ def test_the_script_lets_hypotheses_vote_and_tells_each_part_alone(train):
     assert results["alone"]["hypotheses"]["exact_at_2"] >= 5
     assert results["exact_at_2"] >= results["alone"]["hypotheses"]["exact_at_2"]
     assert f"hypotheses alone: {results['alone']['hypotheses']['exact_at_2']}/6" in outcome.out
+    parts = results["alone"]["hypotheses"]
+    assert parts["exact_at_2"] + parts["both_won"] - parts["both_lost"] == results["exact_at_2"]
+    assert results["untrained"]["n"] == results["validated"]["n"] == 6
+    assert "untrained network, one view: " in outcome.out
     assert f"network alone: {results['alone']['network']['exact_at_2']}/6" in outcome.out
     assert outcome.run.fitter._children[0].poll() is not None  # it is gone when the run is
 
