@@ -45,6 +45,11 @@ OVERRULED = (
 N_COST_GROUPS = 12  # of tasks, by size: in a hurry, each gets all its views in turn
 
 
+def content(grid: Grid) -> tuple[Any, ...]:
+    """What two grids share that are the same grid: the key of a ballot's candidates."""
+    return (*grid.shape, grid.tobytes())
+
+
 @dataclass
 class Candidate:
     """One grid that some views voted for: their number and their summed vote weights."""
@@ -79,8 +84,7 @@ class Prediction:
     changes: list[Change] = field(default_factory=list)
 
     def add(self, grid: Grid, weight: float, votes: int = 1) -> None:
-        key = (*grid.shape, grid.tobytes())
-        candidate = self.candidates.setdefault(key, Candidate(grid))
+        candidate = self.candidates.setdefault(content(grid), Candidate(grid))
         candidate.votes += votes
         candidate.weight += weight
 
@@ -234,7 +238,7 @@ def _ballots(
             def vote(
                 grid: Grid, weight: float, weights: dict[Any, tuple[Grid, float]] = weights
             ) -> None:
-                key = (*grid.shape, grid.tobytes())
+                key = content(grid)
                 weights[key] = (grid, max(weight, weights.get(key, (grid, 0.0))[1]))
 
             vote(grid, chance[0])
@@ -340,6 +344,14 @@ def gains(predictions: Mapping[Key, Prediction], tasks: Iterable[Task]) -> dict[
     }
 
 
+def gains_line(won: Mapping[str, float]) -> str:
+    """What `gains` found, for a person."""
+    return (
+        f"refinements: reward {won['reward']:+.4f}, d_acc {won['d_acc']:+.4f} a query and view; "
+        f"{100 * won['accepted']:.1f}% accepted by the demonstrations"
+    )
+
+
 def mcnemar(won: int, lost: int) -> float:
     """Two-sided exact McNemar test: how likely so uneven a split of won + lost differing queries is by chance."""
     n = won + lost
@@ -416,7 +428,7 @@ def joined(
         if network.refined is not None and any(
             c.votes for c in network.refined.candidates.values()
         ):
-            asked = {(*h.answer.shape, h.answer.tobytes()) for h in _hypotheses(explained, key)}
+            asked = {content(h.answer) for h in _hypotheses(explained, key)}
             if asked <= set(network.refined.candidates):
                 found[key] = network.refined
                 continue
@@ -426,9 +438,8 @@ def joined(
             both.add(c.grid, NETWORK * c.weight / max(total, 1e-9), c.votes)
         seen: set[Any] = set()
         for h in _hypotheses(explained, key):
-            content = (h.answer.shape, h.answer.tobytes())
-            if content not in seen:
-                seen.add(content)
+            if content(h.answer) not in seen:
+                seen.add(content(h.answer))
                 both.add(h.answer, trust(h.verdict), votes=0)
         found[key] = both
     return found

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from grid_accuracy_loss import exact_match, grid_sizes, resize_grids, weighted_cell_mean
+from grid_accuracy_loss import (
+    COLOURS,
+    OUTSIDE_GRID,
+    exact_match,
+    grid_sizes,
+    resize_grids,
+    weighted_cell_mean,
+)
 from human_rl_agent import ACTION_WIDTH, INITIAL_STD, HumanRLAgent, PolicyStep, draw_normal
 from loss_function import expected_steps
 from proposal_policy import Choice, ProposalPolicy
@@ -276,7 +283,7 @@ class RefinedPolicy(nn.Module):
         exact = [exact_match(shown, target, same_size)]
         for a in range(proposed.shape[1]):
             grids = proposed[:, a].long()
-            grids = torch.where(grids < 10, grids, -1)
+            grids = torch.where(grids < COLOURS, grids, OUTSIDE_GRID)
             is_there = (size[:, a] > 0).all(-1)
             side = size[:, a].clamp(min=1)
             reward, _ = self.compute_reward(

@@ -287,6 +287,7 @@ def run_prediction(args: argparse.Namespace) -> int:
         contested,
         demonstration_scores,
         gains,
+        gains_line,
         joined,
         predict_tasks,
         proposals_for,
@@ -415,12 +416,7 @@ def run_prediction(args: argparse.Namespace) -> int:
                 important=True,
             )
         if known:
-            won = figures["gains"]
-            say(
-                f"  refinements: reward {won['reward']:+.4f}, d_acc {won['d_acc']:+.4f} a query and view; "
-                f"{100 * won['accepted']:.1f}% accepted by the demonstrations",
-                important=True,
-            )
+            say("  " + gains_line(figures["gains"]), important=True)
         if args.score_json:
             about: dict[str, Any] = {"model": str(model.path), "data": tasks.name, "split": split}
             about |= {"views": n_views, "seconds": time.monotonic() - started}

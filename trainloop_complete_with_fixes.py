@@ -643,12 +643,8 @@ SUMS = (
 )  # fmt: skip
 
 
-VALIDATED = (
-    "n",
-    "exact_at_1",
-    "size_accuracy",
-    "cell_accuracy",
-)  # of a validation, in results.json
+# What results.json holds of a validation.
+VALIDATED = ("n", "exact_at_1", "size_accuracy", "cell_accuracy")
 
 
 @dataclass
@@ -1782,7 +1778,7 @@ def hypothesis_flags(args: argparse.Namespace, result: dict[str, Any]) -> str:
 
 def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
     """Untrained accuracy, the loop, the final evaluation with voting, results.json."""
-    from evaluation import without_outputs
+    from evaluation import gains_line, without_outputs
     from hypotheses import Fitter
     from model_persistence import atomic_write_json
 
@@ -1870,11 +1866,7 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
                 + (f"; trained: {end['exact_at_1']}/{end['n']}" if end else "")
             )
         if "gains" in result:
-            won = result["gains"]
-            run.log.say(
-                f"       refinements: reward {won['reward']:+.4f}, d_acc {won['d_acc']:+.4f} a query and view; "
-                f"{100 * won['accepted']:.1f}% accepted by the demonstrations"
-            )
+            run.log.say("       " + gains_line(result["gains"]))
         if run.fitter is not None:
             run.log.say(
                 f"       hypotheses for {result['hypothesis_queries']}/{result['n']}, the network for "
