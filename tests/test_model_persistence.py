@@ -44,6 +44,9 @@ from model_persistence import (
 )
 
 FAULTS = Path(__file__).parent / "faults"
+SCRIPT_LIMIT_S = (
+    240.0  # of a fault script, and of waiting for those that another test process needs
+)
 # The scripts that fork or mostly wait run beside the other tests.
 SCRIPTS = {
     "kill_points": ["--share", "1/15"],
@@ -114,8 +117,8 @@ class Scripts:
         (self.shared / f"{name}.part").write_text(json.dumps(found))
         (self.shared / f"{name}.part").rename(self.shared / f"{name}.done")
 
-    def figures_of(self, name: str, limit_s: float = 240.0) -> dict[str, Any]:
-        done, end = self.shared / f"{name}.done", time.monotonic() + limit_s
+    def figures_of(self, name: str) -> dict[str, Any]:
+        done, end = self.shared / f"{name}.done", time.monotonic() + SCRIPT_LIMIT_S
         while not done.exists():
             assert time.monotonic() < end, f"{name}.py is not done"
             time.sleep(0.05)
@@ -142,7 +145,10 @@ def scripts(
     names = sorted(SCRIPTS, key=lambda n: n not in ("drive", "signals"))
     scripts = Scripts(shared, [n for n in names if n in selected])
     yield scripts
-    scripts.starter.join()  # the other test process may wait for what runs here
+    scripts.starter.join(SCRIPT_LIMIT_S)  # the other test process may wait for what runs here
+    for process in scripts.running:
+        if process.poll() is None:
+            process.kill()
 
 
 @pytest.fixture
