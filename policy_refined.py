@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -55,6 +55,13 @@ class PolicyInfo:
     action: Tensor  # (batch, action), in (-1, 1); zeros when off
     step: PolicyStep | None  # the policy's decision; None unless mode is "on"
     change_frac: Tensor  # () mean norm of the change relative to the token's norm
+
+    def of(self, rows: Tensor) -> PolicyInfo:
+        """What was done to the given queries (n,); `change_frac` stays the mean of all."""
+        step = self.step
+        if step is not None:
+            step = PolicyStep(**{f.name: getattr(step, f.name)[rows] for f in fields(step)})
+        return replace(self, action=self.action[rows], step=step)
 
 
 class RefinedPolicy(nn.Module):

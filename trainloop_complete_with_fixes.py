@@ -637,6 +637,8 @@ POLICY_FIGURES = {  # the policy's own name for a figure -> ours
     "grad_norm": "policy_grad",
     "skipped": "policy_skipped",
 }
+# Weight of the first answer's loss where a second one followed (guess): those queries are mostly explained already.
+FIRST_ANSWER_WEIGHT = 0.5
 SUMS = (
     "loss", "reward", "qwen_grad", "mask_ratio", "accuracy", "exact", "efe", *REWARD_FIGURES,
     *EFE_FIGURES,
@@ -816,7 +818,15 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     import torch
 
     from arc_agent import AgentOutput
-    from arc_system import answer_stats, arms_right, fingerprint
+    from arc_system import (
+        answer_stats,
+        arms_right,
+        detached,
+        fingerprint,
+        put_rows,
+        queries_answered_again,
+        rows_of,
+    )
     from curriculum import gradient_norm
     from grid_accuracy_loss import (
         cell_accuracy,
@@ -825,7 +835,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         resize_grids,
         resize_logits,
     )
-    from loss_function import combined_loss
+    from loss_function import EFE_SHARE, combined_loss
 
     args, system, progress = run.args, run.system, run.progress
     place = (args.seed, progress.epoch, progress.batch)
@@ -841,22 +851,26 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         keep_task = (chance < 0.5).to(run.device)[batch.query_task]
         reading = system.read(batch, keep_task)
 
-        # 2. The agent's first answer: what the refinement is measured against, so no gradient.
-        with torch.set_grad_enabled(not refining):
-            before: AgentOutput = system.answer(reading)
+        # 2. The agent's first answer: it stands where no proposal is taken, and is what the
+        #    refinement is measured against elsewhere.
+        before: AgentOutput = system.answer(reading)
 
         # 3. The policy chooses among the ways to explain the demonstrations and changes the prompt;
-        #    the agent answers again.
-        after, refinement, backward_before = before, None, None
+        #    the agent answers again where one is proposed (without any proposals: everywhere).
+        after, refinement, again = before, None, torch.zeros(0, dtype=torch.long)
         if refining:
             generator = generator_for(run.device, *place, 2)
-            refinement = system.refine(reading, before, generator)
-            after = system.answer(reading, refinement)
-            with torch.no_grad():
-                backward_before = system.backward(reading, before)
+            refinement = system.refine(reading, detached(before), generator)
+            again = queries_answered_again(refinement)
+        if refinement is not None and len(again):
+            second = system.answer(rows_of(reading, again), rows_of(refinement, again))
+            after = put_rows(before, again, second)
         backward_after = system.backward(reading, after)
-        if backward_before is None:
-            backward_before = backward_after.detach()
+        backward_before = backward_after.detach()
+        if len(again):
+            with torch.no_grad():
+                told = system.backward(rows_of(reading, again), rows_of(before, again))
+            backward_before = backward_before.index_copy(0, again, told)
         # Only the true output teaches the backward model; the agent's own answer never does.
         backward_true = system.backward_of(reading, targets.output, targets.size)
 
@@ -917,6 +931,22 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         task_ids=batch.demo_task,
     )
     loss = combined_loss(efe["total"], torch.zeros_like(soft) if args.no_reward else soft)
+    if len(again):
+        # The first answer learns, too, where a second one followed: less, for those queries are
+        # mostly explained already.
+        first, goal = rows_of(before, again), target[again]
+        own_size = targets.size[again]
+        share = FIRST_ANSWER_WEIGHT * len(again) / len(target)
+        first_efe = system.efe_loss(
+            logits=resize_logits(first.logits, first.size, own_size, canvas),
+            target=goal,
+            confidence=first.confidence,
+            size_right=(first.size == own_size).all(-1),
+            size_logits=first.size_logits,
+            target_size=own_size,
+            size_weight=size_weight,
+        )
+        loss = loss + EFE_SHARE * share * first_efe["total"]
 
     # 7. Scale, backward, unscale, clip everything that is trained, step, update. A non-finite
     #    loss or gradient skips the step, is counted and logged.
@@ -956,8 +986,11 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     health: dict[str, Any] = {}
     choosing: dict[str, Any] = {}
     if refinement is not None:
-        after_state = system.policy_rl.state(reading.prompt.summary, answer_stats(after))
-        health = system.policy_rl.update(refinement.info, reward, after_state)
+        if len(again):
+            after_state = system.policy_rl.state(reading.prompt.summary, answer_stats(after))
+            health = system.policy_rl.update(
+                refinement.info.of(again), reward[again], after_state[again]
+            )
         rewards, right = system.policy_rl.proposal_rewards(
             grids_before,
             batch.proposed,
