@@ -314,19 +314,6 @@ QUERY_FIELDS = (
 _OUTPUT_AXES = {"logits": 1, "size_logits": 0, "size": 0, "confidence": 1, "n_steps": 0}
 
 
-def detached(output: AgentOutput) -> AgentOutput:
-    """The same answer without gradient."""
-    return AgentOutput(**{k: getattr(output, k).detach() for k in _OUTPUT_AXES})
-
-
-def queries_answered_again(refinement: Refinement) -> Tensor:
-    """Numbers (n,) int64 of the queries that a refinement concerns: those with a proposal taken; in a batch without any
-    proposals all of them, for there the changed prompt is all that is refined."""
-    if refinement.proposal is None:
-        return torch.arange(len(refinement.mask), device=refinement.mask.device)
-    return refinement.proposal.given.nonzero().squeeze(-1)
-
-
 def rows_of(x: Any, rows: Tensor) -> Any:
     """The given queries (n,) of a Reading (what answering needs of it), a Refinement or an AgentOutput."""
     if isinstance(x, AgentOutput):

@@ -42,7 +42,8 @@ NETWORK = 0.3  # guess: how likely an unanimous network is exact, where no polic
 OVERRULED = (
     0.9  # guess: of a proposal's chance, where the agent answered otherwise with it in sight
 )
-N_COST_GROUPS = 12  # of tasks, by size: in a hurry, each gets all its views in turn
+N_COST_GROUPS = 12  # of tasks, by size: in a hurry, each gets its views in turn
+N_EARLY_VIEWS = 3  # of each task, before any gets more
 
 
 def content(grid: Grid) -> tuple[Any, ...]:
@@ -362,18 +363,21 @@ def mcnemar(won: int, lost: int) -> float:
 def _work(
     tasks: Sequence[Task], views: Sequence[View], n_groups: int
 ) -> Iterator[tuple[int, View, Sequence[Task]]]:
-    """(number of the view, view, tasks): the first view of all tasks, then the other views of the
-    smallest of `n_groups` groups of tasks, and so on to the largest. A small task costs a fraction of a large one and is
-    solved three times as often (measured), so a deadline had better cut the large ones' views."""
+    """(number of the view, view, tasks): the first view of all tasks, then the next two of the smallest of `n_groups`
+    groups of tasks, and so on to the largest, then likewise all others. A small task costs a fraction of a large one and
+    is solved three times as often (measured), so a deadline had better cut the large ones' views; beyond the third a
+    view changes little (docs/LOG.md)."""
     if not views:
         return
     yield 0, views[0], tasks
     by_cost = sorted(tasks, key=_cells)
     n_groups = min(n_groups, len(by_cost))
-    for group in range(n_groups):
-        start, end = (len(by_cost) * i // n_groups for i in (group, group + 1))
-        for number, view in enumerate(views[1:], start=1):
-            yield number, view, by_cost[start:end]
+    rounds = (1, min(N_EARLY_VIEWS, len(views))), (N_EARLY_VIEWS, len(views))
+    for first, last in rounds:
+        for group in range(n_groups):
+            start, end = (len(by_cost) * i // n_groups for i in (group, group + 1))
+            for number in range(first, last):
+                yield number, views[number], by_cost[start:end]
 
 
 def _cells(task: Task) -> int:

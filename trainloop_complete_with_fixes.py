@@ -821,10 +821,8 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     from arc_system import (
         answer_stats,
         arms_right,
-        detached,
         fingerprint,
         put_rows,
-        queries_answered_again,
         rows_of,
     )
     from curriculum import gradient_norm
@@ -851,26 +849,38 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         keep_task = (chance < 0.5).to(run.device)[batch.query_task]
         reading = system.read(batch, keep_task)
 
-        # 2. The agent's first answer: it stands where no proposal is taken, and is what the
-        #    refinement is measured against elsewhere.
-        before: AgentOutput = system.answer(reading)
+        # 2. The agent's first answer. Where no proposal is taken it stands, and learns. In a batch
+        #    without proposals all that is refined is the prompt: the second answer learns for it.
+        everyone = refining and not batch.proposed.shape[1]
+        with torch.set_grad_enabled(not everyone):
+            before: AgentOutput = system.answer(reading)
 
         # 3. The policy chooses among the ways to explain the demonstrations and changes the prompt;
-        #    the agent answers again where one is proposed (without any proposals: everywhere).
-        after, refinement, again = before, None, torch.zeros(0, dtype=torch.long)
+        #    the agent answers again where it chose one.
+        after, refinement = before, None
+        again = torch.zeros(0, dtype=torch.long, device=run.device)  # numbers of those queries
         if refining:
             generator = generator_for(run.device, *place, 2)
-            refinement = system.refine(reading, detached(before), generator)
-            again = queries_answered_again(refinement)
-        if refinement is not None and len(again):
-            second = system.answer(rows_of(reading, again), rows_of(refinement, again))
-            after = put_rows(before, again, second)
+            refinement = system.refine(reading, before, generator)
+        if everyone:
+            after = system.answer(reading, refinement)
+        elif refinement is not None and refinement.proposal is not None:
+            again = refinement.proposal.given.nonzero().squeeze(-1)
+            if len(again):
+                second = system.answer(rows_of(reading, again), rows_of(refinement, again))
+                after = put_rows(before, again, second)
+        with torch.no_grad():
+            if everyone:
+                told_before = system.backward(reading, before)
+            elif len(again):
+                told_before = system.backward(rows_of(reading, again), rows_of(before, again))
         backward_after = system.backward(reading, after)
-        backward_before = backward_after.detach()
-        if len(again):
-            with torch.no_grad():
-                told = system.backward(rows_of(reading, again), rows_of(before, again))
-            backward_before = backward_before.index_copy(0, again, told)
+        if everyone:
+            backward_before = told_before
+        else:
+            backward_before = backward_after.detach()
+            if len(again):
+                backward_before = backward_before.index_copy(0, again, told_before)
         # Only the true output teaches the backward model; the agent's own answer never does.
         backward_true = system.backward_of(reading, targets.output, targets.size)
 
@@ -986,8 +996,10 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     health: dict[str, Any] = {}
     choosing: dict[str, Any] = {}
     if refinement is not None:
-        if len(again):
-            after_state = system.policy_rl.state(reading.prompt.summary, answer_stats(after))
+        after_state = system.policy_rl.state(reading.prompt.summary, answer_stats(after))
+        if everyone:
+            health = system.policy_rl.update(refinement.info, reward, after_state)
+        elif len(again):  # the others' prompt was not changed
             health = system.policy_rl.update(
                 refinement.info.of(again), reward[again], after_state[again]
             )

@@ -295,6 +295,78 @@ def test_the_choice_learns_from_what_every_candidate_would_have_earned(ready):
         assert figures[name] == pytest.approx(float(value)), name
 
 
+def test_where_no_proposal_is_taken_the_first_answer_stands_and_learns(ready):
+    """Breaks: a second answer where nothing was proposed; a first answer without gradient; the policy that
+    learns from queries whose prompt it did not change."""
+    slopes = []
+
+    def prepare(run, targets):
+        real = run.system.answer
+
+        def answer(reading, refinement=None, **given):
+            output = real(reading, refinement, **given)
+            if refinement is None:
+                output.logits.register_hook(slopes.append)
+            return output
+
+        run.system.answer = answer
+
+    step = ready("--policy", "random", proposing=True, prepare=prepare)
+    step.take()
+    first, second = (call.result for call in step.calls["answer"])
+    taken = step.one("refine").result.choice.taken
+    stays = taken == 0
+    again = (~stays).nonzero().squeeze(-1)
+    assert 0 < len(again) < len(taken)
+    final = step.calls["forward"][0].given
+    reward = step.calls["compute_reward"][0]  # the others judge the proposals
+    assert torch.equal(reward.given["after"][stays], first.grids()[stays])
+    assert torch.equal(reward.given["after"][again], second.grids())
+    assert (reward.result[0][stays] == 0).all()
+    assert reward.result[0][again].abs().sum() > 0
+    assert torch.equal(final["size_logits"][stays], first.size_logits[stays])
+    assert torch.equal(final["size_logits"][again], second.size_logits)
+    (slope,) = slopes
+    learns = slope[-1].abs().sum((1, 2, 3))
+    assert (learns > 0).all()
+    cells = (step.targets.output >= 0).sum((1, 2))
+    assert (learns[stays] * cells[stays]).mean() > (learns[again] * cells[again]).mean()
+
+
+def test_the_policy_learns_from_the_queries_that_answered_again(ready):
+    """Breaks: prompts that nobody read with their change count as decisions that earned 0."""
+    step = ready(proposing=True)
+    step.take()
+    refinement = step.one("refine").result
+    again = (refinement.choice.taken > 0).nonzero().squeeze(-1)
+    assert 0 < len(again) < step.batch.n_queries
+    update = step.one("update").given
+    assert torch.equal(update["info"].action, refinement.info.action[again])
+    assert torch.equal(update["info"].step.log_prob, refinement.info.step.log_prob[again])
+    assert torch.equal(update["reward"], step.calls["compute_reward"][0].result[0][again])
+    assert len(update["next_state"]) == len(again)
+
+
+def test_a_first_answer_that_was_followed_by_a_second_learns_at_its_weight(ready):
+    """Breaks: only what was answered with a proposal in sight is trained (the network forgets to answer by itself);
+    another target, size or weight for it."""
+    step = ready("--policy", "random", "--no_reward", proposing=True)
+    figures = step.take()
+    first = step.calls["answer"][0].result
+    again = (step.one("refine").result.choice.taken > 0).nonzero().squeeze(-1)
+    final, learns = step.calls["forward"]
+    assert torch.equal(learns.given["target"], step.targets.output[again])
+    assert torch.equal(learns.given["target_size"], step.targets.size[again])
+    assert torch.equal(learns.given["size_logits"], first.size_logits[again])
+    assert torch.equal(learns.given["confidence"], first.confidence[:, again])
+    right = (first.size[again] == step.targets.size[again]).all(-1)
+    assert torch.equal(learns.given["size_right"], right)
+    assert learns.given["size_weight"] == final.given["size_weight"]
+    share = trainloop.FIRST_ANSWER_WEIGHT * len(again) / step.batch.n_queries
+    total = final.result["total"] + share * learns.result["total"]
+    assert figures["loss"] == pytest.approx(0.7 * float(total.detach()), rel=1e-5)
+
+
 @pytest.mark.parametrize("flags", [("--policy", "random"), ("--policy", "off")])
 def test_a_policy_that_is_not_on_learns_no_choice(ready, flags):
     """Breaks: the ablation that goes on learning."""
@@ -325,7 +397,12 @@ def test_the_second_answer_takes_what_was_drawn(ready):
             assert torch.equal(refinement.proposal.facts[row], facts)
         else:
             assert (refinement.proposal.colours[row] == -1).all()
-    assert step.calls["answer"][1].given["refinement"] is refinement
+    again = (taken > 0).nonzero().squeeze(-1)
+    assert 0 < len(again) < len(taken)
+    given = step.calls["answer"][1].given
+    assert torch.equal(given["refinement"].proposal.colours, refinement.proposal.colours[again])
+    assert torch.equal(given["refinement"].tokens, refinement.tokens[again])
+    assert torch.equal(given["reading"].sight.cells, step.one("read").result.sight.cells[again])
 
 
 def test_the_choice_follows_seed_epoch_and_batch(ready):
