@@ -247,8 +247,8 @@ class System:
 
     def _ablate(self, batch: Batch) -> Batch:
         """`demonstrations` off or shuffled takes them away from Qwen, from the agent's view of their
-        cells and from the size rules. What is left of them is the bound of the canvas. (`prompt`
-        null or shuffled takes away the prompt tokens alone.)"""
+        cells and from the size rules, and the hypotheses fitted to them. What is left of them is the bound of
+        the canvas. (`prompt` null or shuffled takes away the prompt tokens alone.)"""
         if self.config.demonstrations == "off":
             context = torch.full_like(batch.context, -1)
         elif self.config.demonstrations == "shuffled":
@@ -259,7 +259,11 @@ class System:
         candidates[..., N_INPUT_CANDIDATES:] = 0  # rules read off the demonstrations
         support = torch.zeros_like(batch.size_support)
         return dataclasses.replace(
-            batch, context=context, size_candidates=candidates, size_support=support
+            batch,
+            context=context,
+            size_candidates=candidates,
+            size_support=support,
+            proposed_size=torch.zeros_like(batch.proposed_size),
         )
 
 

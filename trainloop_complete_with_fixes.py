@@ -1050,6 +1050,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         "exact": exact.mean(),
         "size": size_right.float().mean(),
         "stored": keep.sum(),
+        "fits_frac": targets.fits.float().mean(),
         "change": refinement.info.change_frac if refinement is not None else torch.zeros(()),
         "qwen_heads_grad": heads_grad,
         **{ours: health[theirs] for theirs, ours in POLICY_FIGURES.items() if health},
@@ -1594,7 +1595,9 @@ def log_batch(run: Run, figures: dict[str, float]) -> None:
         f"[Batch {run.progress.batch:4d}] Reward: {figures['reward']:+.4f} | "
         f"Loss: {figures['loss']:.4f} | Qwen_grad: {figures['qwen_grad']:.2e} | "
         f"Mask_ratio: {figures['mask_ratio']:.4f} | d_acc: {figures['d_acc']:+.4f} | "
-        f"Exact: {figures['exact']:.3f}" + qwen_note(run, figures["qwen_grad"])
+        f"Exact: {figures['exact']:.3f}"
+        + ("" if figures["fits_frac"] else " | sizes only: no output fits the canvas of its input")
+        + qwen_note(run, figures["qwen_grad"])
     )
 
 

@@ -154,6 +154,17 @@ def test_without_demonstrations_or_with_others_they_reach_nothing(batch, demonst
     assert not torch.equal(a[:, own], b[:, own])
 
 
+@pytest.mark.parametrize("demonstrations", ["off", "shuffled"])
+def test_without_demonstrations_no_proposal_can_be_taken(proposing, demonstrations):
+    """They are fitted to the demonstrations: a run without those must not see them through the policy."""
+    batch, _ = proposing
+    generator = torch.Generator().manual_seed(0)
+    assert (batch.proposed_size > 0).all(-1).any()
+    answered = lively_system(demonstrations=demonstrations).predict(batch, generator, accept=False)
+    assert not len(answered.again)
+    assert (answered.refinement.choice.taken == 0).all()
+
+
 def test_no_qwen_drops_the_language_model_and_no_task_tokens_the_table(batch):
     system = lively_system(prompt="no_qwen")
     base = final_logits(system, batch)
