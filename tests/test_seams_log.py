@@ -609,7 +609,7 @@ def test_values_of_two_metrics_are_never_compared(train):
     assert best_of(first.folder)[0] == 0
     flags = ("--resume", first.folder, *SMALL, "--epochs", 3, "--best_metric", "val_accuracy")
     with validations([0.6, 0.6, 0.5], exact=[0, 0, 1]):
-        again = train(*flags, "--val_pairs", 4)
+        again = train(*flags)
     assert again.code == 0, again.err
     assert "best_model.pt was chosen by cell_accuracy; from now on by val_accuracy" in again.out
     assert best_of(first.folder) == (2, 0.5)
