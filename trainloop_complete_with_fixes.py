@@ -1239,7 +1239,8 @@ def unsaved_line(run: Run, persistence: Any) -> str | None:
     why = persistence.last_failure or "it ended between two saves"
     line = f"NOT SAVED: the last state is not on the disk ({why}). "
     if held is None:
-        return line + f"Nothing of this run is saved: {batches} lost. Make room and start again."
+        fix = "Make room and start again." if persistence.last_failure else "Start it again."
+        return line + f"Nothing of this run is saved: {batches} lost. {fix}"
     if lost == 0:
         line += "All batches are; what came after the last one has to be done again. "
     else:
