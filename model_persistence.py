@@ -1014,15 +1014,15 @@ def _verify(
         try:
             payload = _unpickle(reader)
         except CorruptCheckpointError as e:
-            if seal is not None and _is_memory_error(e.__cause__):
-                assert e.__cause__ is not None
-                raise e.__cause__ from None  # its seal is intact: the memory is at fault, not the file
+            cause = e.__cause__
+            if seal is not None and cause is not None and _is_memory_error(cause):
+                raise cause from None  # its seal is intact: the memory is at fault, not the file
             raise
     _check_payload(payload, seal, expect_id)
     return Loaded(payload, size, sha256, notes)
 
 
-def _is_memory_error(error: BaseException | None) -> bool:
+def _is_memory_error(error: BaseException) -> bool:
     """Whether the memory of the CPU ran out; torch says so in a RuntimeError."""
     told = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return told or isinstance(error, MemoryError)
@@ -1658,7 +1658,7 @@ class ModelPersistence:
         self.training_state = TrainingState(self.output_dir, fs)
         self.failed_saves = self.skipped_saves = self.completed_saves = 0
         self.last_durable_id: int | None = None
-        self.last_failure = ""  # why the newest checkpoint asked for is not on the disk; empty if it is
+        self.last_failure = ""  # why the newest checkpoint is not on the disk; empty if it is
         self.ending = False  # set it for the last save of a process: no other will follow
         self.loaded: dict[str, Any] = {}  # {checkpoint_id, epoch, batch, metrics} of the last load
         self.last_blocked_s = 0.0  # how long the last save held the caller
@@ -2187,7 +2187,7 @@ class ModelPersistence:
         self._untidy = True
         if not best:
             self.last_failure = f"{what}: {error}"
-        hope = "an epoch that beats the one on the disk is kept" if best else "the next save tries again"
+        hope = "an epoch that beats the kept one is kept" if best else "the next save tries again"
         hope = "" if self.ending else f"Training goes on; {hope} "
         self._messages.put(f"{what}: {error}. {hope}({self.failed_saves} failed so far).")
 

@@ -58,9 +58,10 @@ def scan_metrics(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
         fd = os.open(path, flags)  # without blocking: a FIFO in its place must not hang the start
     except FileNotFoundError:
         return
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError("it is not a regular file")
     with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError("it is not a regular file")
         while line := file.readline(LINE_BYTES):
             rest = line
             while not rest.endswith(b"\n") and len(rest) == LINE_BYTES:  # too long to be ours
@@ -194,14 +195,14 @@ class RunLog:
     # -- lines -----------------------------------------------------------------------------------
     def say(self, text: str = "", *, important: bool = False) -> None:
         """A line for the console (if not quiet, or important) and the log file."""
+        self._log(text)
         if important or not self.quiet:
             self._print(text, sys.stdout)
-        self._log(text)
 
     def warn(self, text: str) -> None:
         """A line about trouble: on stderr, whatever `quiet` says, and in the log file."""
+        self._log(text)  # first: what the log itself has to say must not come after the last line
         self._print(text, sys.stderr)
-        self._log(text)
 
     def _print(self, text: str, stream: Any) -> None:
         from tqdm import tqdm

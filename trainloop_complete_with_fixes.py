@@ -1263,7 +1263,7 @@ def resume_command(run: Run) -> str:
     relative += [args.qwen_model] if Path(args.qwen_model).is_dir() else []
     if all(Path(path).is_absolute() for path in relative):
         return shlex.join(words)
-    return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"  # paths that the run was given
+    return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"  # its paths start here
 
 
 def checkpoint_extra(run: Run) -> dict[str, Any]:
@@ -1720,7 +1720,9 @@ def leave_early(run: Run, persistence: Any) -> int:
     if on_disk(run, persistence) != run.place():
         run.log.say(f"Stopped by {stop.name}; the last state could not be saved.", important=True)
     else:
-        kept = "everything is saved" if run.log.flush() else "the state is saved, not all of the log"
+        kept = (
+            "everything is saved" if run.log.flush() else "the state is saved, not all of the log"
+        )
         if run.owed_best is not None:
             kept = "the state is saved, best_model.pt is not"
         command = resume_command(run)
@@ -1848,7 +1850,9 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             finally:
                 run.log.close()
                 # Last of all. An error has a line of its own on stderr, and its own code.
-                unsaved = unsaved_line(run, persistence) if run.train_started or not failed else None
+                unsaved = (
+                    unsaved_line(run, persistence) if run.train_started or not failed else None
+                )
                 if unsaved is not None and failed:
                     run.log.say(unsaved, important=True)
                 elif unsaved is not None:
@@ -1973,9 +1977,7 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
             important=True,
         )
         for name, counts in result["slices"].items():
-            run.log.say(
-                f"       {name}: {counts['exact_at_2']}/{counts['n']}", important=important
-            )
+            run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}", important=important)
         for part, counts in result.get("alone", {}).items():
             run.log.say(
                 f"       {part} alone: {counts['exact_at_2']}/{result['n']} (both: +{counts['both_won']} "

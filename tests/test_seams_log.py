@@ -259,7 +259,9 @@ def test_a_run_that_fails_between_two_saves_says_what_is_lost(train, monkeypatch
         assert "NOT SAVED" not in train("--resume", failed.folder).err
 
 
-def test_a_run_on_a_disk_that_became_read_only_ends_with_its_results(tmp_path, tasks_file, monkeypatch):
+def test_a_run_on_a_disk_that_became_read_only_ends_with_its_results(
+    tmp_path, tasks_file, monkeypatch
+):
     disk = StandIn(tmp_path / "disk", monkeypatch, errno.EROFS)
     script = Script(disk.folder, tasks_file)
     with at_steps({1: disk.fill}):
@@ -490,7 +492,9 @@ def test_a_folder_in_the_place_of_metrics_stops_no_resume(train):
     assert read_metrics(first.folder / "metrics.jsonl") == []
 
 
-def test_rows_wait_until_the_old_ones_after_the_resumed_place_are_gone(tmp_path, monkeypatch, capsys):
+def test_rows_wait_until_the_old_ones_after_the_resumed_place_are_gone(
+    tmp_path, monkeypatch, capsys
+):
     """Breaks: new rows behind old ones of the same batches, or dropped together with them."""
     log = RunLog(tmp_path, quiet=True)
     for number in range(4):
