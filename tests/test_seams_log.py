@@ -109,7 +109,7 @@ def disk(request, tmp_path, monkeypatch):
     made = Disk(tmp_path / "disk")
     if getattr(request, "param", "tmpfs") == "stand-in" or not made.mount():
         made.folder.rmdir()
-        print("No tmpfs: operations are refused by a stand-in")
+        sys.stderr.write("No tmpfs: operations are refused by a stand-in\n")
         yield StandIn(made.folder, monkeypatch)
         return
     yield made
