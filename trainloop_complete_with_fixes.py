@@ -1850,9 +1850,9 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             finally:
                 run.log.close()
                 # Last of all. An error has a line of its own on stderr, and its own code.
-                unsaved = (
-                    unsaved_line(run, persistence) if run.train_started or not failed else None
-                )
+                held = on_disk(run, persistence) or (0, 0, 0)
+                trained = run.train_started > 0 and run.progress.total > held[2]
+                unsaved = unsaved_line(run, persistence) if trained or not failed else None
                 if unsaved is not None and failed:
                     run.log.say(unsaved, important=True)
                 elif unsaved is not None:
