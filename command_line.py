@@ -7,12 +7,17 @@ nothing and reads no files. `from command_line import Parser, UserError, number,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
 import os
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 EXIT_DONE, EXIT_UNEXPECTED, EXIT_ARGUMENTS, EXIT_MISSING = 0, 1, 2, 3
-EXIT_MEMORY, EXIT_DIVERGED = 4, 5
+EXIT_MEMORY, EXIT_DIVERGED, EXIT_UNSAVED = 4, 5, 6
+# What the texts of errors say when the memory of the CPU ran out, beside MemoryError and ENOMEM.
+MEMORY_TEXTS = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory")
 
 
 def settle_threads() -> None:
@@ -62,6 +67,40 @@ class UserError(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def memory_message(error: BaseException, advice: str) -> str | None:
+    """The line for memory that ran out, on a GPU or a CPU, with `advice`; None for another error.
+
+    What an error was raised from counts, too: threads and loaders wrap what went wrong in them.
+    """
+    torch = sys.modules.get("torch")  # it may be what the memory did not suffice for
+    kinds = (MemoryError, getattr(torch, "OutOfMemoryError", MemoryError))
+    seen: BaseException | None = error
+    while seen is not None:
+        known = isinstance(seen, kinds)
+        known |= isinstance(seen, OSError) and seen.errno == errno.ENOMEM
+        if not known and isinstance(seen, RuntimeError | OSError | ImportError):
+            known = any(text in str(seen) for text in MEMORY_TEXTS)
+        if known:
+            why = (str(seen).strip().splitlines() or [""])[0].rstrip(".")
+            return f"out of memory: {why}. {advice}" if why else f"out of memory. {advice}"
+        seen = seen.__cause__
+    return None
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with `code`, also where the console can no longer be written.
+
+    Output that a full disk or a closed pipe refuses would otherwise turn any code into 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def pick_device(name: str) -> str:

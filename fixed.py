@@ -1,8 +1,7 @@
 """The trainer under the name `python fixed.py --epochs 10`; it is trainloop_complete_with_fixes.py."""
 
-import sys
-
+from command_line import leave
 from trainloop_complete_with_fixes import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1011,9 +1011,21 @@ def _verify(
         if not load:
             return Loaded(dict(seal or {}), size, sha256, notes)
         reader.seek(0)
-        payload = _unpickle(reader)
+        try:
+            payload = _unpickle(reader)
+        except CorruptCheckpointError as e:
+            cause = e.__cause__
+            if seal is not None and cause is not None and _is_memory_error(cause):
+                raise cause from None  # its seal is intact: the memory is at fault, not the file
+            raise
     _check_payload(payload, seal, expect_id)
     return Loaded(payload, size, sha256, notes)
+
+
+def _is_memory_error(error: BaseException) -> bool:
+    """Whether the memory of the CPU ran out; torch says so in a RuntimeError."""
+    told = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return told or isinstance(error, MemoryError)
 
 
 def _unpickle(reader: io.BufferedReader) -> Any:
@@ -1426,7 +1438,14 @@ class RunLock:
 
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        try:
+            fd = os.open(self.path, flags, 0o666)
+        except OSError as e:
+            if not is_space_error(e):
+                raise
+            _log.warning("No lock on %s (%s): do not start a second writer.", self.path, e)
+            return os.open(os.devnull, os.O_RDONLY)
         try:
             if fcntl is not None:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1441,9 +1460,10 @@ class RunLock:
                 holder,
                 "Stop that process, or start a new run.",
             ) from e
-        os.ftruncate(fd, 0)
         text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
-        os.write(fd, text.encode() + b"\n")
+        with contextlib.suppress(OSError):  # locked all the same; the text is for people
+            os.ftruncate(fd, 0)
+            os.write(fd, text.encode() + b"\n")
         if not RunLock._fork_hook and hasattr(os, "register_at_fork"):
             # A forked data worker that outlives the run must not keep it locked.
             os.register_at_fork(after_in_child=RunLock._forget)
@@ -1638,6 +1658,9 @@ class ModelPersistence:
         self.training_state = TrainingState(self.output_dir, fs)
         self.failed_saves = self.skipped_saves = self.completed_saves = 0
         self.last_durable_id: int | None = None
+        self.last_failure = ""  # why the newest checkpoint is not on the disk; empty if it is
+        self.ending = False  # set it for the last save of a process: no other will follow
+        self.loaded: dict[str, Any] = {}  # {checkpoint_id, epoch, batch, metrics} of the last load
         self.last_blocked_s = 0.0  # how long the last save held the caller
         self._on_message = on_message or _log.warning
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -2006,6 +2029,7 @@ class ModelPersistence:
             if threading.current_thread() is not self._thread:
                 raise
             self.failed_saves += 1
+            self.last_failure = f"the checkpoint writer failed: {e!r}"
             self._raise_later = e
         finally:
             while True:
@@ -2041,6 +2065,7 @@ class ModelPersistence:
         job.entry = entry
         self.completed_saves += 1
         self.last_durable_id = job.checkpoint_id
+        self.last_failure = ""
         indexed = self._guarded(
             f"checkpoint {job.checkpoint_id} is safe, but the index was not updated",
             lambda: self._write_manifest(job.checkpoint_id, entry),
@@ -2157,13 +2182,14 @@ class ModelPersistence:
             return False
         return True
 
-    def _failed(self, what: str, error: BaseException) -> None:
+    def _failed(self, what: str, error: BaseException, best: bool = False) -> None:
         self.failed_saves += 1
         self._untidy = True
-        self._messages.put(
-            f"{what}: {error}. Training goes on; the next interval tries again "
-            f"({self.failed_saves} failed so far)."
-        )
+        if not best:
+            self.last_failure = f"{what}: {error}"
+        hope = "an epoch that beats the kept one is kept" if best else "the next save tries again"
+        hope = "" if self.ending else f"Training goes on; {hope} "
+        self._messages.put(f"{what}: {error}. {hope}({self.failed_saves} failed so far).")
 
     def flush(self, drive_timeout_s: float = 0.0) -> bool:
         """Wait for the writer, then up to `drive_timeout_s` for the Drive copy.
@@ -2228,6 +2254,15 @@ class ModelPersistence:
         value = best["metrics"].get(metric_name) if best else None
         return float(value) if isinstance(value, (int, float)) else None
 
+    @property
+    def best_metric(self) -> str | None:
+        """The metric that best_model.pt was chosen by, as far as best_metadata.json tells."""
+        recorded = None
+        with contextlib.suppress(OSError):
+            recorded = read_json(self.best_metadata_path, self.fs)
+        name = recorded.get("metric_name") if isinstance(recorded, dict) else None
+        return name if isinstance(name, str) else None
+
     def save_best_model(
         self,
         agent: Any,
@@ -2268,7 +2303,7 @@ class ModelPersistence:
         try:
             best = self.best_value(metric_name)
         except OSError as e:
-            self._failed("best_model.pt was not updated", e)
+            self._failed("best_model.pt was not updated", e, best=True)
             return False
         if best is not None and (value <= best if higher_is_better else value >= best):
             return False
@@ -2348,7 +2383,7 @@ class ModelPersistence:
             if e.errno in NO_LINK_ERRNOS:  # FAT, some network mounts: a file of its own
                 self._write_best(job.payload, job.seal, metric_name)
             else:
-                self._failed("best_model.pt was not updated", e)
+                self._failed("best_model.pt was not updated", e, best=True)
             return
         with contextlib.suppress(OSError):  # renaming a link onto its own file leaves both names
             if _exists(self.fs, temp):
@@ -2363,7 +2398,7 @@ class ModelPersistence:
         except (OSError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and not is_space_error(e):
                 raise
-            self._failed("best_model.pt was not updated", e)
+            self._failed("best_model.pt was not updated", e, best=True)
             return None
         self._write_best_metadata(seal, size, sha256, metric_name)
         return {"size": size, "sha256": sha256}
@@ -2565,6 +2600,7 @@ class ModelPersistence:
         metadata.setdefault("extra", {})
         metadata |= {"path": str(path), "source": source, "cast": recast, "skipped": []}
         metadata |= {"notes": loaded.notes, "sha256": loaded.sha256, "optimizer": optimizer}
+        self.loaded = {k: metadata[k] for k in ("checkpoint_id", "epoch", "batch", "metrics")}
         return metadata
 
     def load_best_model(

@@ -24,6 +24,7 @@ from command_line import (
     Parser,
     UserError,
     add_process_arguments,
+    memory_message,
     number,
     pick_device,
     pick_precision,
@@ -439,8 +440,6 @@ def guarded(action: Any, args: argparse.Namespace, advice: str) -> int:
     """Run `action(args)`, and turn what goes wrong into one line and an exit code."""
     settle_threads()
     try:
-        import torch
-
         from dataset_arc import DataError
         from model_persistence import PersistenceError
         from qwen_hybrid_prompt import ModelError
@@ -450,13 +449,13 @@ def guarded(action: Any, args: argparse.Namespace, advice: str) -> int:
         return action(args)
     except UserError as error:
         message, code = str(error), error.code
-    except (DataError, ModelError, PersistenceError) as error:
-        message, code = str(error), EXIT_MISSING
-    except torch.OutOfMemoryError as error:
-        message = f"out of memory: {str(error).splitlines()[0]} {advice}"
-        code = EXIT_MEMORY
     except KeyboardInterrupt:
         message, code = "interrupted; nothing was written", EXIT_INTERRUPTED
+    except Exception as error:
+        memory = memory_message(error, advice)
+        if memory is None and not isinstance(error, DataError | ModelError | PersistenceError):
+            raise
+        message, code = memory or str(error), EXIT_MEMORY if memory else EXIT_MISSING
     print(f"error: {message}", file=sys.stderr)
     return code
 

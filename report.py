@@ -13,7 +13,6 @@ import argparse
 import base64
 import html
 import io
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from command_line import (
     pick_device,
 )
 from predict import check_device_name, check_output_file, guarded, write
+from run_log import read_metrics
 from trained_model import find_run, load_model
 
 if TYPE_CHECKING:
@@ -134,21 +134,13 @@ def read_record(folder: Path) -> Record:
     from model_persistence import read_json
 
     path = folder / "metrics.jsonl"
-    rows = []
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # a line that is being written, or was torn by a kill
-            if isinstance(row, dict):
-                rows.append(row)
-    except OSError as error:
+    if not path.is_file():
+        why = "it is not a file" if path.exists() else "there is no such file"
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}). Give the folder of a run that trained.",
-            EXIT_MISSING,
-        ) from error
-    batches = [row for row in rows if row.get("kind") == "batch"]
+            f"{path}: cannot be read ({why}). Give the folder of a run that trained.", EXIT_MISSING
+        )
+    rows = read_metrics(path)
+    batches = [row for row in rows if row["kind"] == "batch"]
     if not batches:
         raise UserError(f"{path}: no batches in it yet. Wait for the first save.", EXIT_MISSING)
     config, results = (read_json(folder / name) for name in ("config.json", "results.json"))
@@ -157,7 +149,7 @@ def read_record(folder: Path) -> Record:
         config if isinstance(config, dict) else {},
         results if isinstance(results, dict) else {},
         batches,
-        [row for row in rows if row.get("kind") == "epoch"],
+        [row for row in rows if row["kind"] == "epoch"],
     )
 
 
@@ -174,6 +166,20 @@ def smooth(values: list[float], width: int) -> list[float]:
         finite = [v for v in window if math.isfinite(v)]
         out.append(sum(finite) / len(finite) if finite else math.nan)
     return out
+
+
+def points(rows: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """(minutes, values) of the rows that have both as numbers; null, not finite, is NaN."""
+
+    def plain(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    some = [row for row in rows if key in row and plain(row.get("minutes"))]
+    some = [row for row in some if row[key] is None or plain(row[key])]
+    return (
+        [float(row["minutes"]) for row in some],
+        [math.nan if row[key] is None else float(row[key]) for row in some],
+    )
 
 
 def draw_curves(record: Record) -> bytes:
@@ -195,16 +201,12 @@ def draw_curves(record: Record) -> bytes:
         "size_accuracy": results.get("size_accuracy"),
     }
     for axes, (title, key, epoch_key) in zip(figure.subplots(2, 3).flat, CURVES, strict=True):
-        rows = [row for row in record.batches if key in row and "minutes" in row]
-        minutes = [float(row["minutes"]) for row in rows]
-        values = [float(row[key]) for row in rows]
+        minutes, values = points(record.batches, key)
         axes.plot(minutes, values, color="#0074d9", alpha=0.15, linewidth=0.6)
         axes.plot(minutes, smooth(values, width), color="#0074d9", label="training batches")
         if epoch_key:
-            seen = [row for row in record.epochs if epoch_key in row]
             axes.plot(
-                [row["minutes"] for row in seen],
-                [row[epoch_key] for row in seen],
+                *points(record.epochs, epoch_key),
                 "o-",
                 color="#ff851b",
                 label="validation, one view",
@@ -427,6 +429,7 @@ def percent(part: float, whole: float) -> str:
 def summary_rows(record: Record) -> list[tuple[Any, ...]]:
     """What was run, in a few lines; what an interrupted run has not written is left out."""
     config, results, last = record.config, record.results, record.batches[-1]
+    minutes = max(points(record.batches, "minutes")[0], default=0.0)
     arguments = config.get("arguments", {})
     data, versions = config.get("data", {}), config.get("versions", {})
     rows = [
@@ -435,8 +438,8 @@ def summary_rows(record: Record) -> list[tuple[Any, ...]]:
         ("Agent", f"width {arguments.get('width')}, {arguments.get('planning_steps')} steps"),
         ("Seed", arguments.get("seed")),
         ("Device", config.get("device")),
-        ("Batches", f"{len(record.batches)}, in epoch {last['epoch']} at the end"),
-        ("Minutes", f"{results.get('minutes', last.get('minutes', 0)):.1f}"),
+        ("Batches", f"{len(record.batches)}, in epoch {last.get('epoch', '?')} at the end"),
+        ("Minutes", f"{results.get('minutes', minutes):.1f}"),
         ("Commit", config.get("commit") or "not a git checkout"),
         ("Versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
     ]

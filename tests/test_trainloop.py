@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -361,8 +362,8 @@ def test_the_printed_command_is_enough_to_go_on_whatever_the_flags_were(train):
         patch.setattr(trainloop, "train_step", wrapped)
         stopped = train(*flags)
     assert stopped.code == 130
-    printed = stopped.out[stopped.out.index("python trainloop") :].split()[2:6]
-    assert printed == ["--resume", str(stopped.folder), "--device", "cpu"]
+    printed = shlex.split(stopped.out[stopped.out.index("    python ") :].splitlines()[0])[2:]
+    assert printed == ["--resume", str(stopped.folder), "--device", "cpu", "--threads", "1"]
     out, code = io.StringIO(), -1
     with contextlib.redirect_stdout(out):
         code = trainloop.main(printed)
