@@ -2832,7 +2832,6 @@ class DriveBackup:
         self.asked = False  # notify() was called: before that this process knows nothing of Drive
         self._asked_s = 0.0
         self._moved = 0  # bytes of the file that is being copied
-        self._compared = False
         self._done: dict[
             str, tuple[int, int, int]
         ] = {}  # name -> (size, mtime, inode) of its source
@@ -2995,10 +2994,10 @@ class DriveBackup:
 
     def _pass(self, generation: int) -> None:
         """Bring Drive up to date once. After every file, look again at what is wanted."""
+        if why := _holds_run(self.drive_dir.resolve(), self.run_dir.resolve()):
+            raise _Refused(why)
         self._check_mount(generation)
-        if not self._compared:
-            self._refuse_other_branch(generation)
-            self._compared = True
+        self._refuse_other_branch(generation)
         self._copy_side_files(("config.json",), generation)
         while True:
             self._step(generation)
@@ -3027,8 +3026,6 @@ class DriveBackup:
     def _refuse_other_branch(self, generation: int) -> None:
         """Never write over, or beside, another branch of the run: two machines, one folder."""
         self._step(generation)
-        if why := _holds_run(self.drive_dir.resolve(), self.run_dir.resolve()):
-            raise _Refused(why)
         there = _flat_files(self.folder, self._fs)
         here = {
             int(match[1]): path
@@ -3335,7 +3332,7 @@ def branch_conflict(
     damaged file counts for nothing.
     """
     mine = {i: seal for i, path in here.items() if (seal := _seal_of(path)) is not None}
-    runs = {seal.get("run_id") for seal in mine.values()}
+    runs = [seal.get("run_id") for seal in mine.values()]
     for i, path in sorted(there.items()):
         tick()
         seal = _seal_of(path, there_fs)
@@ -3615,7 +3612,9 @@ def find_latest_run(
                     f"passed over {c.folder}: {kind}last saved {_date(c.saved)}, "
                     f"{best.folder.name} {_date(best.saved)}"
                 )
-        elif (best is None or c.touched >= (best.saved or 0.0)) and _looks_like_run(c.folder):
+        elif _looks_like_run(c.folder) and (
+            best is None or c.folder.name > best.folder.name or c.touched >= (best.saved or 0.0)
+        ):
             why = "no checkpoint yet" if c.saved is None else "no readable seal in it"
             quarantine = c.folder / "checkpoints" / "quarantine"
             if c.saved is None and any(n.endswith(".pt") for n in _names(REAL_FS, quarantine)):

@@ -215,7 +215,7 @@ def described_config(saved: Any, payload: dict[str, Any], path: Path) -> SystemC
     for field in dataclasses.fields(config):
         value, default = getattr(config, field.name), field.default
         kinds = (int, float) if type(default) is float else (type(default),)
-        if type(value) not in kinds or (type(value) is int and value < 0):
+        if type(value) not in kinds or (type(value) is int and not 0 <= value < 2**31):
             wrong = wrong or f"{field.name} is {str(value)[:40]!r}"
     if not wrong:
         agent, solver2 = n_weights(payload["agent"]), n_weights(payload["solver2"])
