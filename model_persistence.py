@@ -559,15 +559,6 @@ def _expand(tree: Any) -> Any:
     return tree.state_dict() if hasattr(tree, "state_dict") else tree
 
 
-def schema_fingerprint(state: Any) -> str:
-    """sha256 over names, dtypes and shapes only: which model, not which weights."""
-    digest = hashlib.sha256()
-    for path, leaf in iter_leaves(state):
-        shape = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else ""
-        digest.update(f"{path}\0{shape}\0".encode())
-    return digest.hexdigest()
-
-
 def _same_leaf(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if a.dtype != b.dtype or a.shape != b.shape:
@@ -1959,7 +1950,7 @@ class ModelPersistence:
         return state
 
     def _payload(self, head: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-        return {**head, **state, "fingerprint": schema_fingerprint(state)}
+        return {**head, **state}
 
     def _head(
         self,
@@ -3393,7 +3384,10 @@ def copy_back_from_drive(
         with contextlib.suppress(OSError):
             fs.unlink(marker)
         return []
-    places = [(p, t, i) for p, t, i in places if above >= 0 or not _exists(fs, t)]
+    if above >= 0:  # an interrupted one may have brought some already
+        places = [(p, t, i) for p, t, i in places if _seal_of(t, fs) != _seal_of(p) or not here]
+    else:
+        places = [(p, t, i) for p, t, i in places if not _exists(fs, t)]
     written: list[Path] = []
     if not places and not _exists(fs, marker):
         return written
