@@ -3297,6 +3297,11 @@ def _seal_of(path: Path, fs: FileSystem = REAL_FS) -> dict[str, Any] | None:
     return None
 
 
+def _same_seal(there: Path, here: Path, fs: FileSystem) -> bool:
+    seal = _seal_of(here, fs)
+    return seal is not None and seal == _seal_of(there)
+
+
 def _is_intact(path: Path, fs: FileSystem, tick: Callable[[], None]) -> bool:
     """True if a sealed file holds what its seal says; reads all of it."""
     with (
@@ -3385,7 +3390,7 @@ def copy_back_from_drive(
             fs.unlink(marker)
         return []
     if above >= 0:  # an interrupted one may have brought some already
-        places = [(p, t, i) for p, t, i in places if _seal_of(t, fs) != _seal_of(p) or not here]
+        places = [(p, t, i) for p, t, i in places if not _same_seal(p, t, fs)]
     else:
         places = [(p, t, i) for p, t, i in places if not _exists(fs, t)]
     written: list[Path] = []

@@ -1830,6 +1830,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     for note in found:
         run.log.say(note, important=True)
     if args.dry_run:
+        run.log.close()
         return EXIT_DONE
     assert folder is not None
 

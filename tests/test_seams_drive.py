@@ -54,6 +54,7 @@ def here(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of both, and the current folder."""
     for name in ("runs", "drive"):
         shutil.copytree(saved / name, tmp_path / name, symlinks=True)
+        change_flags(the_run(tmp_path / name), drive_backup=str(tmp_path / "drive"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -68,17 +69,17 @@ def the_run(folder: Path) -> Path:
     return run
 
 
-def of_two_epochs(run: Path) -> None:
-    """As if it had been started with --epochs 2 and the machine had vanished after the first."""
+def change_flags(run: Path, **flags: Any) -> None:
+    """As if the run had been started with these."""
     config = json.loads((run / "config.json").read_text())
-    config["arguments"]["epochs"] = 2
+    config["arguments"] |= flags
     (run / "config.json").write_text(json.dumps(config))
 
 
 def on_a_new_machine(here: Path) -> Path:
-    """The runs are gone, and Drive holds a run that was to go on; its folder there."""
+    """The runs are gone, and Drive holds a run of two epochs after its first; its folder there."""
     shutil.rmtree(here / "runs")
-    of_two_epochs(the_run(here / "drive"))
+    change_flags(the_run(here / "drive"), epochs=2)
     return the_run(here / "drive")
 
 
@@ -116,7 +117,6 @@ def test_a_new_machine_needs_nothing_but_resume_and_the_drive_folder(
     bare: Bare, here: Path, reference: Outcome
 ) -> None:
     backup = on_a_new_machine(here)
-    best = (backup / "best_model.pt").read_bytes()
     flags = json.loads((backup / "config.json").read_text())["arguments"]
     done = bare("--resume", "--drive_backup", "drive")
     assert done.code == 0, done.err
@@ -132,7 +132,6 @@ def test_a_new_machine_needs_nothing_but_resume_and_the_drive_folder(
     assert done.figures() == reference.figures()  # also the metrics of before came back
     assert differing(done.checkpoint()["agent"], reference.checkpoint()["agent"]) == []
     assert (done.folder / "best_model.pt").exists()
-    assert best != b""
     assert not (done.folder / mp.RESTORING).exists()
 
 
@@ -609,7 +608,7 @@ def test_tensors_larger_than_their_memory_are_refused(here: Path) -> None:
 
     def many(payload: Any) -> None:
         big = torch.zeros(10**5)
-        payload["extra"]["views"] = [big[i:] for i in range(200)]
+        payload["extra"]["views"] = [big[i:] for i in range(2000)]
 
     def sparse(payload: Any) -> None:
         payload["extra"]["sparse"] = torch.sparse_coo_tensor([[0]], [1.0], (10**12,))
