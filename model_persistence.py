@@ -34,6 +34,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -58,7 +59,7 @@ MAX_NODES = (
 )
 MAX_PICKLE_BYTES = 1 << 30
 MAX_JSON_BYTES = 64 << 20
-UNFOLD = 16  # times the bytes of its memory that the tensors of a checkpoint may claim (tied weights)
+UNFOLD = 16  # times its memory that a checkpoint's tensors may claim together: tied weights
 MAX_ID = 10**9
 FREE_MEMORY_FRAC = 0.6  # a snapshot that needs more of the free memory is streamed instead
 SPACE_SLACK_BYTES = 1 << 20
@@ -333,7 +334,8 @@ def _names(fs: FileSystem, path: Path) -> list[str]:
 
 def _may_be_folder(name: str) -> bool:
     """False for what lies beside checkpoints: hidden files, our small files, the quarantine."""
-    return not (name.startswith(".") or name == "quarantine" or name.endswith((".pt", ".json", ".ok")))
+    small = name.endswith((".pt", ".json", ".ok"))
+    return not (small or name.startswith(".") or name == "quarantine")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1711,7 +1713,7 @@ class ModelPersistence:
             drive_backup = configured_drive_backup() or False
         if drive_backup is not False:  # True is refused: it names no folder
             self._drive = DriveBackup(
-                drive_backup,
+                backup_folder(drive_backup),
                 self.output_dir,
                 wanted=self._wanted_on_drive,
                 known_id=lambda: self._highest_id(self._manifest()),
@@ -2792,7 +2794,7 @@ class DriveBackup:
         max_backoff_s: float = 300.0,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        self.drive_dir, self.run_dir = backup_folder(drive_dir), Path(run_dir)
+        self.drive_dir, self.run_dir = Path(drive_dir), Path(run_dir)
         self.folder = self.drive_dir / self.run_dir.resolve().name
         if why := _holds_run(self.drive_dir.absolute(), self.run_dir.resolve()):
             raise PersistenceError(
@@ -3373,15 +3375,15 @@ def copy_back_from_drive(
     PersistenceError if the local disk does not take the files.
     """
     flat = _flat_files(source)
-    places = [
+    places: list[tuple[Path, Path, int | None]] = [
         (path, output_dir / "checkpoints" / path.name, i)
         for i, path in sorted(flat.items(), reverse=True)
         if i > above
     ]
     for place in (source / "checkpoints", source):
         if _exists(REAL_FS, place / "best_model.pt"):
-            best = (place / "best_model.pt", output_dir / "best_model.pt", None)
-            places = [best, *(p for p in places if p[2] is not None)]
+            places = [p for p in places if p[2] is not None]
+            places.insert(0, (place / "best_model.pt", output_dir / "best_model.pt", None))
     here = ModelPersistence(output_dir, drive_backup=False, lock=False, fs=fs)._files()
     marker = output_dir / RESTORING
     if why := branch_conflict(here, flat):
@@ -3408,7 +3410,7 @@ def copy_back_from_drive(
             _copy_side_file(source / name, output_dir / name, above >= 0, written, fs)
         for path, target, checkpoint_id in places:
             try:
-                _copy_in(path, target, fs, lambda p, n=path, i=checkpoint_id: _check_copy(p, n, i))
+                _copy_in(path, target, fs, partial(_check_copy, path, checkpoint_id))
             except CheckpointError as e:
                 skipped.append({"file": str(path), "reason": str(e).removeprefix(f"{path}: ")})
                 continue
@@ -3450,7 +3452,7 @@ def _copy_side_file(
             written.append(target)
 
 
-def _check_copy(copy: Path, source: Path, checkpoint_id: int | None) -> None:
+def _check_copy(source: Path, checkpoint_id: int | None, copy: Path) -> None:
     """Raise CorruptCheckpointError unless a copied file holds what its seal, or its mark, says."""
     record = read_json(source.with_name(f"{source.name}.ok"))
     entry = record if isinstance(record, dict) and "sha256" in record else None
@@ -3510,7 +3512,7 @@ def restore_run_from_drive(
         raise PersistenceError(f"not a run name: {run_name!r}", "", "Use the run directory's name.")
     skipped = [] if skipped is None else skipped
     found = [c for c in _candidates(root, _flat_files) if c.saved is not None]
-    found.sort(key=lambda c: (c.saved, c.folder.name), reverse=True)
+    found.sort(key=_order, reverse=True)
     sources = [(c.folder, c.folder.name) for c in found if run_name in (None, c.folder.name)]
     if run_name is None and _saved_last(root, _flat_files(root))[0] is not None:
         sources.append((root, "arc_complete_restored"))
@@ -3589,6 +3591,11 @@ def _candidates(root: Path, files_of: Callable[[Path], dict[int, Path]]) -> list
     return found
 
 
+def _order(c: _Candidate) -> tuple[float, bool, str]:
+    """By time; of two copies of a run not the one that a copied link has become."""
+    return c.saved or 0.0, c.folder.name != LATEST_LINK, c.folder.name
+
+
 def find_latest_run(
     runs_dir: str | os.PathLike[str] = "runs", notes: list[str] | None = None
 ) -> Path | None:
@@ -3599,14 +3606,14 @@ def find_latest_run(
     """
     found = _candidates(Path(runs_dir), _local_files)
     usable = [c for c in found if c.saved is not None]
-    best = max(usable, key=lambda c: (c.saved, c.folder.name), default=None)
+    best = max(usable, key=_order, default=None)
     for c in found:
         if notes is None or c is best:
             continue
         if c.saved and best is not None and best.saved:
             same = c.run_id is not None and c.run_id == best.run_id
             if same or c.folder.name > best.folder.name:
-                kind = "an older state of the same run, " if same else ""
+                kind = "the same run, " if same else ""
                 notes.append(
                     f"passed over {c.folder}: {kind}last saved {_date(c.saved)}, "
                     f"{best.folder.name} {_date(best.saved)}"

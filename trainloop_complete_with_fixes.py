@@ -493,7 +493,9 @@ def locate(args: argparse.Namespace, given: set[str]) -> Any:
     except PersistenceError as error:
         raise UserError(str(error), EXIT_MISSING) from error
     except OSError as error:
-        raise UserError(f"--resume {args.resume}: {error}. Check the disk.", EXIT_MISSING) from error
+        raise UserError(
+            f"--resume {args.resume}: {error}. Check the disk.", EXIT_MISSING
+        ) from error
 
 
 def take_saved_arguments(args: argparse.Namespace, given: set[str]) -> None:

@@ -611,7 +611,9 @@ def test_tensors_larger_than_their_memory_are_refused(here: Path) -> None:
         payload["extra"]["views"] = [big[i:] for i in range(2000)]
 
     def sparse(payload: Any) -> None:
-        payload["extra"]["sparse"] = torch.sparse_coo_tensor([[0]], [1.0], (10**12,))
+        payload["extra"]["sparse"] = torch.sparse_coo_tensor(
+            torch.tensor([[0]]), torch.tensor([1.0]), (10**12,), check_invariants=True
+        )
 
     for change, why in ((words, "claims 8000000000000 bytes"), (many, "claim"), (sparse, "plain")):
         file = hostile(the_run(here / "runs"), change, here / f"{change.__name__}.pt")
