@@ -34,6 +34,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -58,16 +59,17 @@ MAX_NODES = (
 )
 MAX_PICKLE_BYTES = 1 << 30
 MAX_JSON_BYTES = 64 << 20
+UNFOLD = 16  # times its memory that a checkpoint's tensors may claim together: tied weights
 MAX_ID = 10**9
 FREE_MEMORY_FRAC = 0.6  # a snapshot that needs more of the free memory is streamed instead
 SPACE_SLACK_BYTES = 1 << 20
-SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})  # EFBIG is a limit of the process
 NO_LINK_ERRNOS = frozenset(
     {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 )
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{5,9})\.pt")
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-TEMP_NAME = re.compile(r"\.(.+)\.(\d+)-(\d+)\.tmp")
+RUN_NAME = re.compile(r"[^./\\\0][^/\\\0]*")  # one folder that is not hidden
+TEMP_NAME = re.compile(r"\.(.+)\.(\d+)-(\d+)(?:-[0-9a-f]{8})?\.tmp")
 # Written beside the checkpoints; small, derived, and worth having on a new machine.
 RUN_SIDE_FILES = (
     "config.json",
@@ -78,6 +80,12 @@ RUN_SIDE_FILES = (
     "training.log",
 )
 MAX_SIDE_FILE_BYTES = 64 << 20
+RESTORING = ".restoring.json"  # in a run directory that is not yet wholly back from Drive
+FIRST_BACK = ("config.json", "best_metadata.json")  # a resume needs them before any checkpoint
+DRIVE_ANSWER_S = 30.0  # a mount that says nothing for so long is left out of account
+DRIVE_SILENT_S = 1.0  # of waiting for a copy at the end, before a line says so
+DRIVE_SAY_EVERY_S = 10.0  # ... and between two such lines
+MAX_FOLDERS = 200  # looked into for checkpoints that were copied by hand
 DRIVE_MARKER = ".arc_drive_backup"
 LATEST_LINK = "arc_complete_latest"  # beside the runs: a link to the one that is, or was, trained
 # Settings of torch's optimizers that say how, not what, is computed, and come and go by version.
@@ -324,10 +332,34 @@ def _names(fs: FileSystem, path: Path) -> list[str]:
         return []
 
 
+def _may_be_folder(name: str) -> bool:
+    """False for what lies beside checkpoints: hidden files, our small files, the quarantine."""
+    small = name.endswith((".pt", ".json", ".ok"))
+    return not (small or name.startswith(".") or name == "quarantine")
+
+
 # --------------------------------------------------------------------------------------------------
 # Atomic, durable writes
 # --------------------------------------------------------------------------------------------------
 _temp_numbers = iter(range(1 << 62))
+
+
+def _unused() -> str:
+    """The middle of a temporary name. Containers start every process with the same id: a random part, too."""
+    return f"{os.getpid()}-{next(_temp_numbers)}-{os.urandom(4).hex()}"
+
+
+def _remove_temporaries(run_dir: Path, fs: FileSystem) -> bool:
+    """Remove what interrupted writes left in a run directory. False if the disk forbids it."""
+    done = True
+    for folder in (run_dir, run_dir / "checkpoints"):
+        try:
+            for name in _names(fs, folder):
+                if TEMP_NAME.fullmatch(name):
+                    fs.unlink(folder / name)
+        except OSError:
+            done = False
+    return done
 
 
 class AtomicFile:
@@ -339,7 +371,7 @@ class AtomicFile:
 
     def __init__(self, target: Path, fs: FileSystem = REAL_FS) -> None:
         self.target, self.fs = target, fs
-        self.temp = target.parent / f".{target.name}.{os.getpid()}-{next(_temp_numbers)}.tmp"
+        self.temp = target.parent / f".{target.name}.{_unused()}.tmp"
         self._fd: int | None = fs.create(self.temp)
 
     def write(self, data: bytes | memoryview) -> None:
@@ -527,15 +559,6 @@ def _expand(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {k: _expand(v) for k, v in tree.items()}
     return tree.state_dict() if hasattr(tree, "state_dict") else tree
-
-
-def schema_fingerprint(state: Any) -> str:
-    """sha256 over names, dtypes and shapes only: which model, not which weights."""
-    digest = hashlib.sha256()
-    for path, leaf in iter_leaves(state):
-        shape = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else ""
-        digest.update(f"{path}\0{shape}\0".encode())
-    return digest.hexdigest()
 
 
 def _same_leaf(a: Any, b: Any) -> bool:
@@ -825,12 +848,15 @@ def read_seal(reader: io.BufferedReader, size: int) -> dict[str, Any] | None:
     return seal
 
 
-def _hash_file(reader: io.BufferedReader, size: int) -> tuple[str, str]:
+def _hash_file(
+    reader: io.BufferedReader, size: int, tick: Callable[[], None] = lambda: None
+) -> tuple[str, str]:
     """(sha256 of all but the last 64 bytes, sha256 of everything)."""
     reader.seek(0)
     digest, left = hashlib.sha256(), max(0, size - SEAL_HEX)
     buffer = memoryview(bytearray(CHUNK_BYTES))
     while left:
+        tick()
         got = reader.readinto(buffer[: min(left, CHUNK_BYTES)])
         if not got:
             raise CorruptCheckpointError("the file ended while it was read")
@@ -1070,13 +1096,34 @@ def _check_payload(payload: Any, seal: Mapping[str, Any] | None, expect_id: int 
             )
     if payload.get("sealed") and seal is None:
         raise CorruptCheckpointError("the seal at the end of the file is damaged or missing")
-    for _ in iter_leaves(payload):  # bounds the size of the unfolded tree
-        pass
+    _check_tensors(payload)  # and bounds the size of the unfolded tree
     found_id = payload.get("checkpoint_id")
     if expect_id is not None and found_id is not None and found_id != expect_id:
         raise CorruptCheckpointError(
             "the file holds another checkpoint than its name says",
             f"expected {expect_id}, found {found_id}",
+        )
+
+
+def _check_tensors(payload: Mapping[str, Any]) -> None:
+    """Refuse tensors that are more than the memory behind them: a small file with a stride of 0
+    would become gigabytes where it is used. All together at most UNFOLD times what the file holds."""
+    total, stored = 0, {}
+    for path, leaf in iter_leaves(payload):
+        if not _is_tensor(leaf):
+            continue
+        if leaf.layout is not torch.strided or leaf.is_meta or leaf.is_quantized:
+            raise CorruptCheckpointError("not a checkpoint", f"key '{path}' is no plain tensor")
+        size, storage = leaf.numel() * leaf.element_size(), leaf.untyped_storage()
+        if size > storage.nbytes():
+            raise CorruptCheckpointError(
+                "not a checkpoint", f"key '{path}' claims {size} bytes and has {storage.nbytes()}"
+            )
+        total += size
+        stored[storage.data_ptr()] = storage.nbytes()
+    if total > UNFOLD * sum(stored.values()):
+        raise CorruptCheckpointError(
+            "not a checkpoint", f"its tensors claim {total} bytes of {sum(stored.values())}"
         )
 
 
@@ -1588,7 +1635,15 @@ class TrainingState:
 
 
 def _now() -> str:
-    return datetime.now().isoformat(timespec="milliseconds")
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")
+
+
+def _seconds(stamp: Any) -> float | None:
+    """A timestamp of a file as seconds since 1970; None if it is none. Older ones have no UTC offset."""
+    try:
+        return datetime.fromisoformat(stamp).timestamp()
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1675,14 +1730,16 @@ class ModelPersistence:
         self._run_id: str | None = None
         self._verified: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._untidy = False  # a failed save may have left a temporary file
+        self.passed_over: list[dict[str, str]] = []  # before this process looked: on Drive
         self._drive: DriveBackup | None = None
         if drive_backup is None:
             drive_backup = configured_drive_backup() or False
-        if drive_backup is not False and drive_backup is not True:
+        if drive_backup is not False:  # True is refused: it names no folder
             self._drive = DriveBackup(
-                drive_backup,
+                backup_folder(drive_backup),
                 self.output_dir,
                 wanted=self._wanted_on_drive,
+                known_id=lambda: self._highest_id(self._manifest()),
                 on_message=self._messages.put,
                 fs=drive_fs or REAL_FS,
                 **(drive_options or {}),
@@ -1711,22 +1768,17 @@ class ModelPersistence:
         return self._files().get(checkpoint_id, own)
 
     def _files(self) -> dict[int, Path]:
-        """id -> file. `cp -r backup checkpoints/` nests a folder: those count where no own file is."""
+        """id -> file. `cp -r backup checkpoints/` nests folders: those count where no own file is,
+        later names (dates) first."""
         found: dict[int, Path] = {}
-        folders = []
-        for name in _names(self.fs, self.checkpoints_dir):
-            match = CHECKPOINT_NAME.fullmatch(name)
-            if match:
-                found[int(match[1])] = self.checkpoints_dir / name
-            elif "." not in name and name != "quarantine":
-                folders.append(self.checkpoints_dir / name)
-        for folder in folders:
-            nested = folder / "checkpoints"  # `cp -r run/checkpoints` keeps that name, too
-            for place in (folder, nested):
-                for name in _names(self.fs, place):
-                    match = CHECKPOINT_NAME.fullmatch(name)
-                    if match:
-                        found.setdefault(int(match[1]), place / name)
+        folders = [(self.checkpoints_dir, 0)]
+        for folder, depth in folders:  # grows while it is walked
+            for name in reversed(_names(self.fs, folder)):
+                match = CHECKPOINT_NAME.fullmatch(name)
+                if match:
+                    found.setdefault(int(match[1]), folder / name)
+                elif depth < 3 and len(folders) < MAX_FOLDERS and _may_be_folder(name):
+                    folders.append((folder / name, depth + 1))
         return found
 
     def _own_files(self) -> dict[int, Path]:
@@ -1739,7 +1791,7 @@ class ModelPersistence:
         entries: dict[int, dict[str, Any]] = {}
         listed = raw.get("checkpoints")
         for key, entry in listed.items() if isinstance(listed, dict) else ():
-            if not (key.isascii() and key.isdigit() and int(key) < MAX_ID):
+            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < MAX_ID):
                 continue
             if (
                 isinstance(entry, dict)
@@ -1884,7 +1936,7 @@ class ModelPersistence:
             if not self._ready():
                 return None
             if self._untidy:
-                self._remove_stale_temps()
+                self.tidy()
             assert self._next_id is not None
             checkpoint_id = self._next_id
             head, seal = self._head(epoch, batch, metrics, checkpoint_id, "checkpoint")
@@ -1923,7 +1975,7 @@ class ModelPersistence:
         return state
 
     def _payload(self, head: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-        return {**head, **state, "fingerprint": schema_fingerprint(state)}
+        return {**head, **state}
 
     def _head(
         self,
@@ -1966,7 +2018,7 @@ class ModelPersistence:
             self.fs.mkdir(self.checkpoints_dir)
             self.fs.fsync_dir(self.output_dir)
             self.fs.fsync_dir(self.output_dir.parent)
-            self._remove_stale_temps()
+            self.tidy()
             manifest = self._manifest()
             run_id = manifest["run_id"]
             if run_id is None:
@@ -1993,16 +2045,10 @@ class ModelPersistence:
         seen += [i for i in remembered if type(i) is int and 0 <= i < MAX_ID]
         return max(seen)
 
-    def _remove_stale_temps(self) -> None:
-        """Temporary files of processes that are gone. The lock says that nobody else writes here."""
-        self._untidy = False
-        for folder in (self.output_dir, self.checkpoints_dir):
-            try:
-                for name in _names(self.fs, folder):
-                    if TEMP_NAME.fullmatch(name):
-                        self.fs.unlink(folder / name)
-            except OSError:
-                self._untidy = True
+    def tidy(self) -> None:
+        """Remove temporary files of processes that are gone. Only with the run's lock, which says
+        that nobody else writes here."""
+        self._untidy = not _remove_temporaries(self.output_dir, self.fs)
 
     def _busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -2197,7 +2243,7 @@ class ModelPersistence:
         Returns True if everything asked for so far is durable. Raises what the writer raised.
         """
         self._join()
-        if self._drive is not None and drive_timeout_s > 0:
+        if self._drive is not None and self._drive.asked and drive_timeout_s > 0:
             self._drive.drain(drive_timeout_s)
             fields = {"drive": self._drive.status()}
             self._guarded(
@@ -2208,9 +2254,16 @@ class ModelPersistence:
         return not failed
 
     def close(self, drive_timeout_s: float = 0.0) -> None:
-        """Flush, stop the Drive worker and give the lock back."""
+        """Flush, stop the Drive worker and give the lock back.
+
+        The copy to Drive gets up to `drive_timeout_s`; lines say what is left, and what is missing.
+        """
         try:
-            self.flush(drive_timeout_s)
+            self._join()
+            if self._drive is not None and self._drive.asked:
+                self._drive.notify()  # the small files written since, results.json among them
+                self._wait_for_drive(drive_timeout_s)
+            self.flush()
         finally:
             if self._drive is not None:
                 self._drive.stop()
@@ -2219,6 +2272,41 @@ class ModelPersistence:
             self._next_id = None
             self._buffers.clear()
             self._job = None
+
+    def back_up(self) -> None:
+        """Bring Drive up to date, also with what an earlier process could not copy. Does not wait."""
+        if self._drive is not None:
+            self._drive.notify()
+
+    def _wait_for_drive(self, timeout_s: float) -> None:
+        """Give the copy to Drive its time, visibly, and say how far behind it is in the end."""
+        drive, started = self._drive, time.monotonic()
+        assert drive is not None
+        end, shown = started + timeout_s, False
+        done = drive.drain(min(DRIVE_SILENT_S, timeout_s))
+        while not done and drive.state not in ("lost", "off") and time.monotonic() < end:
+            left = end - time.monotonic()
+            self._on_message(
+                f"Drive backup: {drive.behind_text()} to copy; waiting, {left:.0f} s at most"
+            )
+            shown = True
+            done = drive.drain(min(DRIVE_SAY_EVERY_S, left))
+        missing = drive.behind()
+        if missing:
+            names = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in missing)
+            why = f" ({drive.state}: {drive.last_error})" if drive.last_error else ""
+            self._on_message(
+                f"Drive backup: NOT complete after {time.monotonic() - started:.0f} s{why}: {names} "
+                f"not in {drive.folder}. Here they are in {self.output_dir}; --resume copies them."
+            )
+        elif not done and timeout_s > 0:
+            self._on_message("Drive backup: complete but for logs and results")
+        elif shown:
+            self._on_message(f"Drive backup: complete, {drive.folder}")
+        fields = {"drive": drive.status()}
+        self._guarded(
+            "training_state.json was not updated", lambda: self.training_state.save(fields)
+        )
 
     def __enter__(self) -> ModelPersistence:
         return self
@@ -2372,7 +2460,7 @@ class ModelPersistence:
             self._write_best(job.payload, job.seal, metric_name)
             return
         source = self.checkpoints_dir / f"checkpoint_{job.checkpoint_id:05d}.pt"
-        temp = self.output_dir / f".best_model.pt.{os.getpid()}-{next(_temp_numbers)}.tmp"
+        temp = self.output_dir / f".best_model.pt.{_unused()}.tmp"
         try:
             self.fs.link(source, temp)
             self.fs.replace(temp, self.best_path)
@@ -2488,7 +2576,7 @@ class ModelPersistence:
             ) from e
 
     def _load_newest(self, objects: tuple[Any, ...]) -> dict[str, Any]:
-        skipped: list[dict[str, str]] = []
+        skipped: list[dict[str, str]] = list(self.passed_over)
         tried: set[Path] = set()
         for source in ("checkpoint", "best model", "Drive copy of checkpoint"):
             if source.startswith("Drive") and not self._fetch_from_drive(skipped):
@@ -2625,7 +2713,7 @@ class ModelPersistence:
         files = self._files()
         twin = recorded.get("checkpoint_id")
         candidates = [self.best_path] if _exists(self.fs, self.best_path) else []
-        if twin in files:
+        if type(twin) is int and twin in files:
             candidates.append(files[twin])
         reasons = []
         for path in candidates:
@@ -2714,12 +2802,18 @@ class DriveBackup:
     the right size and hash, renamed, and `<name>.ok` was written, in this order. "In the Drive folder"
     is not yet "in the cloud": the mount uploads when it likes, and nothing here can see that.
 
-    `state`: ok (everything wanted is there), degraded (behind, or failing and retrying), lost (five
-    failures in a row, or three workers hung).
+    `state`: waiting (the first copies are under way), ok (everything wanted is there), degraded
+    (behind for long, or failing and retrying), lost (five failures in a row, or three workers hung),
+    off (the folder must not be written: it holds another branch of this run, or the run itself).
+
+    known_id: the newest checkpoint id that the run here has ever had. A folder that holds another run
+    under this run's name, the same ids with other content, or newer ones than that, is left alone:
+    nothing is copied to it, and nothing there is replaced or removed.
     """
 
     LOST_AFTER = 5
     MAX_ABANDONED = 3
+    BEHIND_AFTER_S = 300.0  # of copying without catching up; then a line says so
 
     def __init__(
         self,
@@ -2727,6 +2821,7 @@ class DriveBackup:
         run_dir: str | os.PathLike[str],
         *,
         wanted: Callable[[int], list[tuple[Path, str]]],
+        known_id: Callable[[], int] | None = None,
         keep: int = 2,
         fs: FileSystem = REAL_FS,
         on_message: Callable[[str], None] = _log.warning,
@@ -2737,8 +2832,13 @@ class DriveBackup:
     ) -> None:
         self.drive_dir, self.run_dir = Path(drive_dir), Path(run_dir)
         self.folder = self.drive_dir / self.run_dir.resolve().name
+        if why := _holds_run(self.drive_dir.absolute(), self.run_dir.resolve()):
+            raise PersistenceError(
+                f"cannot back up to {drive_dir}", why, "Use a folder apart from the runs."
+            )
         self.keep = keep
         self._wanted, self._fs, self._say = wanted, fs, on_message
+        self._known_id = known_id
         self._stall_timeout_s, self._chunk_bytes = stall_timeout_s, chunk_bytes
         self._backoff_s, self._max_backoff_s = backoff_s, max_backoff_s
         self._wake = threading.Event()
@@ -2757,7 +2857,10 @@ class DriveBackup:
         self.abandoned = 0
         self.last_error = ""
         self.last_ok = ""
-        self.state = "degraded"  # nothing is backed up yet
+        self.state = "waiting"
+        self.asked = False  # notify() was called: before that this process knows nothing of Drive
+        self._asked_s = 0.0
+        self._moved = 0  # bytes of the file that is being copied
         self._done: dict[
             str, tuple[int, int, int]
         ] = {}  # name -> (size, mtime, inode) of its source
@@ -2766,9 +2869,11 @@ class DriveBackup:
     def notify(self) -> None:
         """There is something new to copy."""
         with self._guard:
-            if self._stopped:
+            if self._stopped or self.state == "off":
                 return
-            self._pending = True
+            if not self._pending:
+                self._asked_s = time.monotonic()
+            self.asked = self._pending = True
             self._idle.clear()
             self._wake.set()
             self._spawn_if_allowed()
@@ -2793,8 +2898,25 @@ class DriveBackup:
                 if lost:  # tried again when one of them comes back
                     self._idle.set()
                 self._wake.set()
+            late = now - self._asked_s > self.BEHIND_AFTER_S
+            if self._pending and late and self.state in ("waiting", "ok"):
+                self.last_error = f"{self.behind_text()} to copy, for {now - self._asked_s:.0f} s"
+                self._set_state("degraded")
             if self._pending:
                 self._spawn_if_allowed()
+
+    def behind(self) -> list[tuple[str, int]]:
+        """(name, bytes) of the models that are not on Drive yet. Looks at the local disk alone."""
+        with contextlib.suppress(OSError):
+            found = [(name, _identity(path)) for path, name in self._wanted(self.keep)]
+            return [(n, i[0]) for n, i in found if i is not None and self._done.get(n) != i]
+        return []
+
+    def behind_text(self) -> str:
+        """How much that is, less what is copied of the first: "2 files, 310 MiB"."""
+        missing = self.behind()
+        left = max(0, sum(size for _, size in missing) - self._moved)
+        return f"{len(missing)} file{'s' * (len(missing) != 1)}, {left / 2**20:.1f} MiB"
 
     def _spawn_if_allowed(self) -> None:
         self._hung = [t for t in self._hung if t.is_alive()]
@@ -2817,6 +2939,8 @@ class DriveBackup:
         end = time.monotonic() + timeout_s
         while not self._idle.wait(min(0.05, max(0.0, end - time.monotonic()))):
             self.check()
+            if self.state == "off":
+                return False
             if time.monotonic() >= end:
                 return False
         return self.state == "ok"
@@ -2857,6 +2981,13 @@ class DriveBackup:
                 self._pass(generation)
             except _Abandoned:
                 return
+            except _Refused as e:
+                if generation == self._generation:
+                    self.last_error = str(e)
+                    self._set_state("off")
+                    self._busy = self._pending = False
+                    self._idle.set()
+                return
             except Exception as e:  # noqa: BLE001 - whatever a mount does, training goes on
                 if generation != self._generation:
                     return
@@ -2871,6 +3002,7 @@ class DriveBackup:
             self._busy = False
             self.failures_in_a_row = 0
             self.last_ok, self.last_error = _now(), ""
+            self._asked_s = time.monotonic()
             self._set_state("ok")
             with self._guard:
                 if not self._wake.is_set():
@@ -2891,7 +3023,11 @@ class DriveBackup:
 
     def _pass(self, generation: int) -> None:
         """Bring Drive up to date once. After every file, look again at what is wanted."""
+        if why := _holds_run(self.drive_dir.resolve(), self.run_dir.resolve()):
+            raise _Refused(why)
         self._check_mount(generation)
+        self._refuse_other_branch(generation)
+        self._copy_side_files(("config.json",), generation)
         while True:
             self._step(generation)
             wanted = self._wanted(self.keep)
@@ -2903,7 +3039,11 @@ class DriveBackup:
             if identity is not None and self._copy(path, name, generation):
                 self._done[name] = identity
                 self.failures_in_a_row = 0  # slow and flaky is not lost
-        for name in RUN_SIDE_FILES:
+        self._copy_side_files(RUN_SIDE_FILES, generation)
+        self._prune({n for _, n in wanted}, generation)
+
+    def _copy_side_files(self, names: Iterable[str], generation: int) -> None:
+        for name in names:
             path = self.run_dir / name
             identity = _identity(path)
             if identity is None or identity == self._done.get(name):
@@ -2911,7 +3051,25 @@ class DriveBackup:
             if identity[0] <= MAX_SIDE_FILE_BYTES and self._copy(path, name, generation, False):
                 self._done[name] = identity
                 self.failures_in_a_row = 0
-        self._prune({n for _, n in wanted}, generation)
+
+    def _refuse_other_branch(self, generation: int) -> None:
+        """Never write over, or beside, another branch of the run: two machines, one folder."""
+        self._step(generation)
+        there = _flat_files(self.folder, self._fs)
+        here = {
+            int(match[1]): path
+            for path, name in self._wanted(MAX_ID)
+            if (match := CHECKPOINT_NAME.fullmatch(name))
+        }
+        known = None if self._known_id is None else self._known_id()
+        why = branch_conflict(
+            here, there, known=known, there_fs=self._fs, tick=lambda: self._step(generation)
+        )
+        if why:
+            raise _Refused(
+                f"{self.folder} holds another branch of this run: {why}. Nothing there is changed. To "
+                "back up this one, give another --drive_backup folder, or move that folder away"
+            )
 
     def _check_mount(self, generation: int) -> None:
         """An unmounted Drive leaves an empty folder; copies into that would be no backup."""
@@ -2972,11 +3130,13 @@ class DriveBackup:
                 self._mark(ok, name, size, sha256)
             return True
         finally:
+            self._moved = 0
             REAL_FS.close(fd)
 
     def _transfer(self, fd: int, size: int, file: AtomicFile, generation: int) -> str:
         digest, left = hashlib.sha256(), size
         buffer = memoryview(bytearray(self._chunk_bytes))
+        self._moved = 0
         REAL_FS.seek(fd, 0)
         while left:
             got = REAL_FS.readinto(fd, buffer[: min(left, len(buffer))])
@@ -2986,6 +3146,7 @@ class DriveBackup:
             self._step(generation)
             file.write(buffer[:got])
             left -= got
+            self._moved = size - left
         self._step(generation)
         file.sync()
         return digest.hexdigest()
@@ -3046,6 +3207,45 @@ class _Abandoned(Exception):
     """This worker was replaced while it hung."""
 
 
+class _Refused(Exception):
+    """The Drive folder must not be written, now or later."""
+
+
+def backup_folder(path: Any) -> Path:
+    """The folder that is meant for backups. PersistenceError for what names none: "" would be the
+    current folder."""
+    if isinstance(path, bool) or not str(path).strip():
+        raise PersistenceError(
+            f"cannot back up to {path!r}",
+            "it names no folder",
+            "Give a folder, e.g. /content/drive/MyDrive/ARC-EFE-Backups, or leave it out.",
+        )
+    return Path(path).expanduser()
+
+
+def _holds_run(drive_dir: Path, run_dir: Path) -> str:
+    """Why backups of a run in `run_dir` must not go to `drive_dir`; "". Both absolute."""
+    drive_dir = Path(os.path.normpath(drive_dir))
+    folder = drive_dir / run_dir.name
+    if drive_dir.is_relative_to(run_dir):
+        return f"it lies in the run itself, {run_dir}"
+    if run_dir.is_relative_to(folder):
+        return f"the backup would go to {folder}, where the run itself is"
+    return ""
+
+
+def refuse_runs_folder(drive_dir: Any, runs_dir: str | os.PathLike[str]) -> None:
+    """PersistenceError where backups would lie among the runs: they would be taken for runs."""
+    drive, runs = backup_folder(drive_dir).absolute(), Path(runs_dir).expanduser().absolute()
+    drive, runs = Path(os.path.normpath(drive)), Path(os.path.normpath(runs))
+    if drive.is_relative_to(runs):
+        raise PersistenceError(
+            f"cannot back up to {drive_dir}",
+            f"it is {'the' if drive == runs else 'in the'} folder of the runs themselves, {runs}",
+            "Give a folder on another disk, e.g. a mounted Drive, or leave it out.",
+        )
+
+
 def _identity(path: Path) -> tuple[int, int, int] | None:
     try:
         s = path.stat()
@@ -3084,7 +3284,7 @@ def setup_drive_backup(path: str | os.PathLike[str] | None) -> Path | None:
         config.unlink(missing_ok=True)
         print("Drive backup disabled")  # noqa: T201 - the notebook cell shows this line
         return None
-    folder = Path(path).expanduser()
+    folder = backup_folder(path)
     _refuse_unmounted_colab(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -3115,59 +3315,216 @@ def configured_drive_backup() -> Path | None:
     return Path(path) if isinstance(path, str) and path else None
 
 
-def copy_back_from_drive(
-    source: Path, output_dir: Path, skipped: list[dict[str, str]], fs: FileSystem = REAL_FS
-) -> list[Path]:
-    """Copy a run's good files from a backup folder into its run directory, newest first.
+def _flat_files(folder: Path, fs: FileSystem = REAL_FS) -> dict[int, Path]:
+    """id -> file of a backup's folder: beside its marks, or in a `checkpoints` folder put there."""
+    found: dict[int, Path] = {}
+    for place in (folder, folder / "checkpoints"):
+        for name in _names(fs, place):
+            if match := CHECKPOINT_NAME.fullmatch(name):
+                found.setdefault(int(match[1]), place / name)
+    return found
 
-    Only what is missing here is copied, and only what verifies. Returns the files written; rejected
-    ones are appended to `skipped`.
+
+def _seal_of(path: Path, fs: FileSystem = REAL_FS) -> dict[str, Any] | None:
+    """What a file's seal says, unverified; None if it has none, or cannot be read."""
+    with (
+        contextlib.suppress(OSError, CorruptCheckpointError),
+        _open_reader(fs, path) as (reader, size),
+    ):
+        return read_seal(reader, size)
+    return None
+
+
+def _same_seal(there: Path, here: Path, fs: FileSystem) -> bool:
+    seal = _seal_of(here, fs)
+    return seal is not None and seal == _seal_of(there)
+
+
+def _is_intact(path: Path, fs: FileSystem, tick: Callable[[], None]) -> bool:
+    """True if a sealed file holds what its seal says; reads all of it."""
+    with (
+        contextlib.suppress(OSError, CorruptCheckpointError),
+        _open_reader(fs, path) as (reader, size),
+    ):
+        seal = read_seal(reader, size)
+        return seal is not None and seal["seal_sha256"] == _hash_file(reader, size, tick)[0]
+    return False
+
+
+def branch_conflict(
+    here: Mapping[int, Path],
+    there: Mapping[int, Path],
+    *,
+    known: int | None = None,
+    there_fs: FileSystem = REAL_FS,
+    tick: Callable[[], None] = lambda: None,
+) -> str:
+    """Why two sets of checkpoints are not one history of one run, as far as their seals tell; or "".
+
+    Speaks against it: another run's id, the same id with other content, ids in another order than
+    their times, and (with `known`, the newest id that was ever here) one there that is newer. A
+    damaged file counts for nothing.
     """
+    mine = {i: seal for i, path in here.items() if (seal := _seal_of(path)) is not None}
+    runs = [seal.get("run_id") for seal in mine.values()]
+    for i, path in sorted(there.items()):
+        tick()
+        seal = _seal_of(path, there_fs)
+        if seal is None:
+            continue
+        why, saved = "", _seconds(seal.get("timestamp"))
+        if mine and seal.get("run_id") not in runs:
+            why = f"checkpoint {i} there is of another run"
+        elif i in mine and mine[i]["seal_sha256"] != seal["seal_sha256"]:
+            if _is_intact(here[i], REAL_FS, tick):
+                why = f"checkpoint {i} there is another than here"
+        elif known is not None and i > known:
+            why = f"checkpoint {i} there is newer than any here"
+        for j, own in mine.items():
+            at = _seconds(own.get("timestamp"))
+            if why or saved is None or at is None or i == j:
+                continue
+            if saved > at if i < j else saved < at:
+                order = "after" if i < j else "before"
+                why = f"checkpoint {i} there was saved {order} checkpoint {j} here"
+        if why and _is_intact(path, there_fs, tick):
+            return why
+    return ""
+
+
+def copy_back_from_drive(
+    source: Path,
+    output_dir: Path,
+    skipped: list[dict[str, str]],
+    fs: FileSystem = REAL_FS,
+    *,
+    above: int = -1,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Path]:
+    """Copy a run's good files from a backup folder into its run directory.
+
+    Settings and best model come first, then checkpoints, the newest first, then the rest. Until all
+    are there `.restoring.json` lies in the run directory, so that an interrupted copy is finished.
+    Only what is missing here is copied, and only what verifies; with `above` checkpoints with higher
+    ids alone, and the other files replace those here. Returns the files written; rejected ones are
+    appended to `skipped`. A backup that is not this run's history is rejected as a whole. Raises
+    PersistenceError if the local disk does not take the files.
+    """
+    flat = _flat_files(source)
+    places: list[tuple[Path, Path, int | None]] = [
+        (path, output_dir / "checkpoints" / path.name, i)
+        for i, path in sorted(flat.items(), reverse=True)
+        if i > above
+    ]
+    for place in (source / "checkpoints", source):
+        if _exists(REAL_FS, place / "best_model.pt"):
+            places = [p for p in places if p[2] is not None]
+            places.insert(0, (place / "best_model.pt", output_dir / "best_model.pt", None))
+    here = ModelPersistence(output_dir, drive_backup=False, lock=False, fs=fs)._files()
+    marker = output_dir / RESTORING
+    if why := branch_conflict(here, flat):
+        skipped.append({"file": str(source), "reason": f"it holds another branch: {why}"})
+        with contextlib.suppress(OSError):
+            fs.unlink(marker)
+        return []
+    if above >= 0:  # an interrupted one may have brought some already
+        places = [(p, t, i) for p, t, i in places if not _same_seal(p, t, fs)]
+    else:
+        places = [(p, t, i) for p, t, i in places if not _exists(fs, t)]
     written: list[Path] = []
-    places: dict[str, tuple[Path, int | None]] = {}
-    for folder in (source, source / "checkpoints"):
-        for name in _names(REAL_FS, folder):
-            match = CHECKPOINT_NAME.fullmatch(name)
-            if match or name == "best_model.pt":
-                places.setdefault(name, (folder / name, int(match[1]) if match else None))
-    for name in sorted(places, key=lambda n: (places[n][1] is not None, n), reverse=True):
-        path, checkpoint_id = places[name]
-        target = output_dir / name if checkpoint_id is None else output_dir / "checkpoints" / name
-        if _exists(fs, target):
-            continue
-        try:
-            record = read_json(path.with_name(f"{name}.ok"))
-            entry = record if isinstance(record, dict) and "sha256" in record else None
-            loaded = verify_checkpoint_file(path, expect_id=checkpoint_id, entry=entry)
-            fs.mkdir(target.parent)
-            _copy_in(path, target, loaded.sha256, fs)
-        except (OSError, CheckpointError) as e:
-            skipped.append({"file": str(path), "reason": str(e)})
-            continue
-        written.append(target)
-    if written:
-        for name in RUN_SIDE_FILES:
-            if (source / name).is_file() and not _exists(fs, output_dir / name):
-                with contextlib.suppress(OSError):
-                    _copy_in(source / name, output_dir / name, None, fs)
-                    written.append(output_dir / name)
+    if not places and not _exists(fs, marker):
+        return written
+    seals = [seal for p, _, _ in places if (seal := _seal_of(p)) is not None]
+    newest = max(seals, key=lambda s: _seconds(s.get("timestamp")) or 0.0, default={})
+    record = {"from": str(source.absolute()), "above": above, "timestamp": newest.get("timestamp")}
+    sizes = [path.stat().st_size for path, _, _ in places]
+    say(f"Restoring {output_dir} from {source}: {len(sizes)} model files, {sum(sizes) >> 20} MiB")
+    try:
+        fs.mkdir(output_dir / "checkpoints")
+        atomic_write_json(marker, record, fs)
+        for name in FIRST_BACK:
+            _copy_side_file(source / name, output_dir / name, above >= 0, written, fs)
+        for path, target, checkpoint_id in places:
+            try:
+                _copy_in(path, target, fs, partial(_check_copy, path, checkpoint_id))
+            except CheckpointError as e:
+                skipped.append({"file": str(path), "reason": str(e).removeprefix(f"{path}: ")})
+                continue
+            written.append(target)
+        if not any(p.suffix == ".pt" for p in written) and not here:
+            for path in written:  # nothing good came: leave no settings without a run
+                fs.unlink(path)
+            written = []
+        else:
+            for name in RUN_SIDE_FILES:
+                if name not in FIRST_BACK:
+                    _copy_side_file(source / name, output_dir / name, above >= 0, written, fs)
+        _forget_drive_state(output_dir, fs)
+        fs.unlink(marker)
+    except OSError as e:
+        raise PersistenceError(
+            f"{output_dir} is not wholly restored from {source}",
+            str(e),
+            "Put that right and repeat the command: it goes on where this one stopped.",
+        ) from e
     return written
 
 
-def _copy_in(source: Path, target: Path, sha256: str | None, fs: FileSystem) -> None:
-    file, digest = AtomicFile(target, fs), hashlib.sha256()
+def _forget_drive_state(output_dir: Path, fs: FileSystem) -> None:
+    """training_state.json from another machine: how its backup was doing says nothing here."""
+    state = read_json(output_dir / "training_state.json", fs)
+    if isinstance(state, dict) and "drive" in state:
+        del state["drive"]
+        atomic_write_json(output_dir / "training_state.json", state, fs)
+
+
+def _copy_side_file(
+    source: Path, target: Path, replace: bool, written: list[Path], fs: FileSystem
+) -> None:
+    """Copy one small file if it is there; without it a resume is only less comfortable."""
+    with contextlib.suppress(CheckpointError):
+        if _is_file(source) and (replace or not _exists(fs, target)):
+            _copy_in(source, target, fs)
+            written.append(target)
+
+
+def _check_copy(source: Path, checkpoint_id: int | None, copy: Path) -> None:
+    """Raise CorruptCheckpointError unless a copied file holds what its seal, or its mark, says."""
+    record = read_json(source.with_name(f"{source.name}.ok"))
+    entry = record if isinstance(record, dict) and "sha256" in record else None
     try:
-        with source.open("rb") as reader:
-            while block := reader.read(CHUNK_BYTES):
-                digest.update(block)
-                file.write(block)
-        if sha256 is not None and digest.hexdigest() != sha256:
-            raise CorruptCheckpointError(f"{source} changed while it was copied")
+        found = verify_checkpoint_file(copy, entry=entry, load=False).payload.get("checkpoint_id")
+    except CorruptCheckpointError as e:
+        what = e.what.removeprefix(f"{copy}: ")
+        raise CorruptCheckpointError(f"{source}: {what}", e.why, e.fix) from e
+    if None not in (found, checkpoint_id) and found != checkpoint_id:
+        raise CorruptCheckpointError(f"{source}: it holds checkpoint {found}")
+
+
+def _copy_in(
+    source: Path, target: Path, fs: FileSystem, check: Callable[[Path], None] = lambda _: None
+) -> None:
+    """Copy one file durably; `check` sees the copy before it gets its name. CheckpointError if the
+    source cannot be read, OSError if the copy cannot be written."""
+    file = AtomicFile(target, fs)
+    try:
+        for block in _blocks_of(source):
+            file.write(block)
         file.sync()
+        check(file.temp)
         file.publish()
     except BaseException:
         file.abort()
         raise
+
+
+def _blocks_of(path: Path) -> Iterator[bytes]:
+    try:
+        with _open_reader(REAL_FS, path) as (reader, _):
+            while block := reader.read(CHUNK_BYTES):
+                yield block
+    except OSError as e:
+        raise CheckpointError(f"{path}: it cannot be read", str(e)) from e
 
 
 def restore_run_from_drive(
@@ -3175,41 +3532,326 @@ def restore_run_from_drive(
     runs_dir: str | os.PathLike[str],
     run_name: str | None = None,
     fs: FileSystem = REAL_FS,
+    *,
+    skipped: list[dict[str, str]] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path | None:
     """Rebuild a run directory from its backup, e.g. on a new machine. Returns it, or None.
 
-    Without `run_name` the newest run (by name) that has a good checkpoint is taken. Checkpoints laid
-    flat into the Drive folder by hand are restored as `arc_complete_restored`.
+    Without `run_name` the run that was saved last (by the seals) and has a good checkpoint is taken.
+    Checkpoints laid flat into the Drive folder by hand are restored as `arc_complete_restored`. Bad
+    copies that were passed over are appended to `skipped`. An interrupted restore is finished by the
+    next call, or by `--resume`.
     """
     root = Path(drive_dir)
     if run_name is not None and not RUN_NAME.fullmatch(run_name):
         raise PersistenceError(f"not a run name: {run_name!r}", "", "Use the run directory's name.")
-    folders = [root / run_name] if run_name else _run_folders(root)
-    for folder in folders:
-        target = Path(runs_dir) / folder.name
-        if copy_back_from_drive(folder, target, [], fs):
-            return target
-    if run_name is None:
-        target = Path(runs_dir) / "arc_complete_restored"
-        if copy_back_from_drive(root, target, [], fs):
-            return target
+    skipped = [] if skipped is None else skipped
+    found = [c for c in _candidates(root, _flat_files) if c.saved is not None]
+    found.sort(key=_order, reverse=True)
+    sources = [(c.folder, c.folder.name) for c in found if run_name in (None, c.folder.name)]
+    if run_name is None and _saved_last(root, _flat_files(root))[0] is not None:
+        sources.append((root, "arc_complete_restored"))
+    for source, name in sources:
+        target = Path(runs_dir) / name
+        new = not target.exists()
+        with RunLock(target):
+            _remove_temporaries(target, fs)
+            if copy_back_from_drive(source, target, skipped, fs, say=say):
+                return target
+            if new:
+                with contextlib.suppress(OSError):
+                    (target / "run.lock").unlink()
+                    (target / "checkpoints").rmdir()
+                    target.rmdir()
     return None
 
 
-def _run_folders(root: Path) -> list[Path]:
-    """Folders below `root` that may be runs, newest first: names carry the time they began."""
-    folders = [root / n for n in _names(REAL_FS, root) if RUN_NAME.fullmatch(n)]
-    real = [f for f in folders if f.is_dir() and not f.is_symlink()]
-    return sorted(real, key=lambda f: (f.name.startswith("arc_complete_"), f.name), reverse=True)
+# --------------------------------------------------------------------------------------------------
+# Which run
+# --------------------------------------------------------------------------------------------------
+class _Candidate(NamedTuple):
+    """A folder that may be a run, or a run's backup."""
+
+    folder: Path
+    saved: float | None  # of its newest seal, seconds since 1970; 0 without one; None: no file
+    run_id: Any
+    touched: float  # a rough sign of life, for the notes alone
 
 
-def find_latest_run(runs_dir: str | os.PathLike[str] = "runs") -> Path | None:
-    """The newest run directory (by name, never by mtime) that has something to resume from."""
-    for folder in _run_folders(Path(runs_dir)):
-        persistence = ModelPersistence(folder, drive_backup=False, lock=False)
-        if persistence._files() or persistence.best_path.exists():
-            return folder
-    return None
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _saved_last(folder: Path, files: Mapping[int, Path]) -> tuple[float | None, Any]:
+    """When a run was last saved and its run_id, by its newest readable seal; contents unverified."""
+    paths = [files[i] for i in sorted(files, reverse=True)]
+    if _is_file(folder / "best_model.pt"):
+        paths.append(folder / "best_model.pt")
+    for path in paths:
+        if (seal := _seal_of(path)) is not None:
+            return _seconds(seal.get("timestamp")) or 0.0, seal.get("run_id")
+    marker = read_json(folder / RESTORING)
+    if isinstance(marker, dict):  # the first file is not yet back
+        return _seconds(marker.get("timestamp")) or 0.0, None
+    return (0.0 if paths else None), None
+
+
+def _local_files(folder: Path) -> dict[int, Path]:
+    return ModelPersistence(folder, drive_backup=False, lock=False)._files()
+
+
+def _candidates(root: Path, files_of: Callable[[Path], dict[int, Path]]) -> list[_Candidate]:
+    """Folders below `root`; a link to one of the others is not a second one."""
+    folders = [root / name for name in _names(REAL_FS, root) if RUN_NAME.fullmatch(name)]
+    found, seen = [], set()
+    for folder in sorted(folders, key=lambda f: f.is_symlink()):
+        if not _is_folder(folder) or folder.resolve() in seen:
+            continue
+        seen.add(folder.resolve())
+        with contextlib.suppress(OSError):  # one that cannot be read is none
+            signs = [_identity(folder / name) for name in ("config.json", "training.log", ".")]
+            touched = max((s[1] for s in signs if s is not None), default=0) / 1e9
+            saved, run_id = _saved_last(folder, files_of(folder))
+            found.append(_Candidate(folder, saved, run_id, touched))
+    return found
+
+
+def _order(c: _Candidate) -> tuple[float, bool, str]:
+    """By time; of two copies of a run not the one that a copied link has become."""
+    return c.saved or 0.0, c.folder.name != LATEST_LINK, c.folder.name
+
+
+def find_latest_run(
+    runs_dir: str | os.PathLike[str] = "runs", notes: list[str] | None = None
+) -> Path | None:
+    """The run that was saved last, as the seals of its checkpoints say; None if there is none.
+
+    What was passed over although it may be the one that is meant is appended to `notes`: newer
+    folders without a usable checkpoint, and those that come later by name.
+    """
+    found = _candidates(Path(runs_dir), _local_files)
+    usable = [c for c in found if c.saved is not None]
+    best = max(usable, key=_order, default=None)
+    for c in found:
+        if notes is None or c is best:
+            continue
+        if c.saved and best is not None and best.saved:
+            same = c.run_id is not None and c.run_id == best.run_id
+            if same or c.folder.name > best.folder.name:
+                kind = "the same run, " if same else ""
+                notes.append(
+                    f"passed over {c.folder}: {kind}last saved {_date(c.saved)}, "
+                    f"{best.folder.name} {_date(best.saved)}"
+                )
+        elif _looks_like_run(c.folder) and (
+            best is None or c.folder.name > best.folder.name or c.touched >= (best.saved or 0.0)
+        ):
+            why = "no checkpoint yet" if c.saved is None else "no readable seal in it"
+            quarantine = c.folder / "checkpoints" / "quarantine"
+            if c.saved is None and any(n.endswith(".pt") for n in _names(REAL_FS, quarantine)):
+                why = "only damaged files (checkpoints/quarantine)"
+            notes.append(f"passed over {c.folder}: {why}")
+    return None if best is None else best.folder
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _looks_like_run(folder: Path) -> bool:
+    signs = ("config.json", "training.log", "run.lock", "checkpoints")
+    return folder.name.startswith("arc_complete_") or any((folder / s).exists() for s in signs)
+
+
+def run_of(path: str | os.PathLike[str]) -> Path:
+    """The run folder that a path means: RUN for RUN/checkpoints, the run behind the latest link."""
+    folder = Path(path).expanduser()
+    if folder.name == "checkpoints" and not _is_folder(folder / "checkpoints"):
+        folder = folder.parent
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    # Through runs/arc_complete_latest the run itself: its name is that of its backup, too.
+    return folder.resolve() if folder.name == LATEST_LINK and folder.is_symlink() else folder
+
+
+class Located(NamedTuple):
+    """The run that --resume means; None: nothing to resume. What was passed over on the way there, or
+    done, in lines to show; and the copies on Drive that were rejected."""
+
+    folder: Path | None
+    notes: list[str]
+    skipped: list[dict[str, str]]
+
+
+def locate_run(
+    resume: str,
+    runs_dir: str | os.PathLike[str] = "runs",
+    drive: str | os.PathLike[str] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Located:
+    """Find the run to resume, and bring it back, or up to date, from Drive.
+
+    resume: "latest" or "auto" (what was saved last in `runs_dir`), or a run folder. An interrupted
+    restore is finished; a run that is gone is restored; if its backup is newer than the run here and
+    the run here is that one's past, the newer state is taken. Raises PersistenceError.
+    """
+    notes: list[str] = []
+    skipped: list[dict[str, str]] = []
+    latest = resume in ("latest", "auto")
+    try:
+        if latest:
+            folder, parent, name = find_latest_run(runs_dir, notes), Path(runs_dir), None
+        else:
+            if _is_file(Path(resume).expanduser()):
+                raise _a_file(Path(resume).expanduser())
+            folder = run_of(resume)
+            parent, name = folder.parent, folder.name
+            if name == LATEST_LINK and not _is_folder(folder):
+                name = None
+        usable = folder is not None and _saved_last(folder, _local_files(folder))[0] is not None
+        if folder is not None and _exists(REAL_FS, folder / RESTORING):
+            _finish_restore(folder, drive, skipped, say)
+            notes.append(f"Finished the restore of {folder}")
+        elif usable and drive is not None:
+            assert folder is not None
+            _take_newer(folder, Path(drive), latest, notes, skipped, say)
+        elif drive is not None:  # a new machine
+            _refuse_unmounted_colab(Path(drive))
+            folder = restore_run_from_drive(drive, parent, name, skipped=skipped, say=say)
+            if folder is not None:
+                notes.append(f"Restored {folder} from {drive}")
+        if folder is not None and _saved_last(folder, _local_files(folder))[0] is None:
+            folder = None
+    except OSError as e:
+        raise PersistenceError(
+            f"cannot look for the run to resume in {runs_dir if latest else resume}",
+            str(e),
+            "Check the disk and its permissions.",
+        ) from e
+    notes += [f"Drive: passed over {s['file']}: {s['reason']}" for s in skipped]
+    return Located(folder, notes, skipped)
+
+
+def _a_file(path: Path) -> PersistenceError:
+    """Why a file is not what --resume takes, and what to give instead."""
+    match, folder = CHECKPOINT_NAME.fullmatch(path.name), path.parent
+    run = folder.parent if folder.name == "checkpoints" else folder
+    if match and folder.name == "checkpoints":
+        fix = f"Use --resume {run} --checkpoint {int(match[1])} to go on from this one, or --resume {run}."
+    elif path.name == "best_model.pt":
+        fix = f"Use --resume {run}, which goes on from its newest checkpoint."
+    else:
+        fix = "Put it into RUN/checkpoints/ of a run folder, and use --resume RUN."
+    return PersistenceError(f"--resume {path}", "it is a file, and a run is a folder", fix)
+
+
+def _finish_restore(
+    folder: Path,
+    drive: str | os.PathLike[str] | None,
+    skipped: list[dict[str, str]],
+    say: Callable[[str], None],
+) -> None:
+    """Finish a restore that was interrupted, from the Drive named now or the one it came from."""
+    marker = folder / RESTORING
+    record = read_json(marker)
+    record = record if isinstance(record, dict) else {}
+    sources = [] if drive is None else [Path(drive) / folder.resolve().name]
+    if isinstance(record.get("from"), str):
+        sources.append(Path(record["from"]))
+    for source in sources:
+        if _saved_last(source, _flat_files(source))[0] is not None:
+            above = record.get("above")
+            with RunLock(folder):
+                _remove_temporaries(folder, REAL_FS)
+                copy_back_from_drive(
+                    source, folder, skipped, above=above if type(above) is int else -1, say=say
+                )
+            return
+    raise PersistenceError(
+        f"{folder} is not wholly restored",
+        f"the rest is not in {' or '.join(map(str, sources)) or 'any Drive folder named'}",
+        f"Mount the Drive and repeat the command, or delete {marker} to go on with what is here.",
+    )
+
+
+def _take_newer(
+    folder: Path,
+    drive: Path,
+    latest: bool,
+    notes: list[str],
+    skipped: list[dict[str, str]],
+    say: Callable[[str], None],
+) -> None:
+    """Bring a run up to date if its backup is newer; say it where that must not be done."""
+    backup = drive / folder.resolve().name
+    run = ModelPersistence(folder, drive_backup=False, lock=False)
+    known = run._highest_id(run._manifest())
+
+    def compare() -> tuple[list[int], str, _Candidate | None]:
+        there = _flat_files(backup)
+        why = branch_conflict(run._files(), there)
+        others = [c for c in _candidates(drive, _flat_files) if c.saved] if latest else []
+        newest = max(others, key=lambda c: c.saved or 0.0, default=None)
+        return [i for i in there if i > known], why, newest
+
+    try:
+        newer, why, other = _in_time(compare, DRIVE_ANSWER_S)
+    except (OSError, TimeoutError) as e:
+        notes.append(f"Drive: {drive} was not compared with the run here: {e}")
+        return
+    if why:
+        notes.append(
+            f"Drive: {backup} holds another branch of this run ({why}): going on with the one "
+            f"here; nothing is copied from there, or to there"
+        )
+    elif newer:
+        with RunLock(folder):
+            _remove_temporaries(folder, REAL_FS)
+            took = copy_back_from_drive(backup, folder, skipped, above=known, say=say)
+        ids = [str(p.stem.removeprefix("checkpoint_").lstrip("0") or 0) for p in took
+               if CHECKPOINT_NAME.fullmatch(p.name)]  # fmt: skip
+        if ids:
+            notes.append(
+                f"Drive is newer than the run here (its newest checkpoint was {known}): took "
+                f"{', '.join(reversed(ids))} from {backup}"
+            )
+    saved, run_id = _saved_last(folder, run._files())
+    if other is not None and other.run_id != run_id and (other.saved or 0.0) > (saved or 0.0):
+        notes.append(
+            f"Drive: {other.folder} was saved later ({_date(other.saved or 0.0)}): "
+            f"--resume {folder.parent / other.folder.name} takes that run"
+        )
+
+
+def _in_time(action: Callable[[], Any], timeout_s: float) -> Any:
+    """What `action` returns or raises; TimeoutError if a hanging mount holds it longer."""
+    result: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            result.put((action(), None))
+        except Exception as e:  # noqa: BLE001 - raised again below, in the caller's thread
+            result.put((None, e))
+
+    threading.Thread(target=run, name="drive-look", daemon=True).start()
+    try:
+        value, error = result.get(timeout=timeout_s)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {timeout_s:g} s") from None
+    if error is not None:
+        raise error
+    return value
 
 
 def point_latest_at(run_dir: str | os.PathLike[str]) -> None:

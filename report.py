@@ -508,7 +508,10 @@ def run_report(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    record = read_record(find_run(Path(args.run).expanduser()))
+    notes: list[str] = []
+    record = read_record(find_run(Path(args.run).expanduser(), notes))
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
     curves = draw_curves(record)
     if args.curves:
         write(args.curves, lambda path: atomic_write_bytes(path, curves))

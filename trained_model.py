@@ -9,6 +9,7 @@ folder, `best_model.pt` or a checkpoint file do as well.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from command_line import EXIT_ARGUMENTS, EXIT_MISSING, UserError
 
 if TYPE_CHECKING:
-    from arc_system import System
+    from arc_system import System, SystemConfig
 
 
 @dataclass
@@ -77,7 +78,7 @@ def read_model(spec: str | Path, checkpoint: str) -> tuple[dict[str, Any], Path,
     from model_persistence import CheckpointError, CorruptCheckpointError, verify_checkpoint_file
 
     notes: list[str] = []
-    for path in model_files(Path(spec).expanduser(), checkpoint):
+    for path in model_files(Path(spec).expanduser(), checkpoint, notes):
         try:
             payload = verify_checkpoint_file(path).payload
         except CorruptCheckpointError as error:
@@ -91,8 +92,9 @@ def read_model(spec: str | Path, checkpoint: str) -> tuple[dict[str, Any], Path,
     raise CheckpointError(f"{spec}: no usable model", why, fix)
 
 
-def model_files(spec: Path, checkpoint: str) -> list[Path]:
-    """The files to try, in order. A file named by the user has no substitute."""
+def model_files(spec: Path, checkpoint: str, notes: list[str] | None = None) -> list[Path]:
+    """The files to try, in order. A file named by the user has no substitute. Runs that were passed
+    over are appended to `notes`."""
     from model_persistence import ModelPersistence
 
     if spec.is_file():
@@ -102,7 +104,7 @@ def model_files(spec: Path, checkpoint: str) -> list[Path]:
                 EXIT_ARGUMENTS,
             )
         return [spec]
-    run = ModelPersistence(find_run(spec), drive_backup=False, lock=False)
+    run = ModelPersistence(find_run(spec, notes), drive_backup=False, lock=False)
     have = sorted(run.checkpoints, reverse=True)
     if checkpoint == "latest":
         best = [run.best_path] if run.best_path.exists() else []
@@ -123,25 +125,32 @@ def model_files(spec: Path, checkpoint: str) -> list[Path]:
     return [run.checkpoint_path(int(checkpoint))]
 
 
-def find_run(spec: Path) -> Path:
-    """A run folder as it is; the newest run of a folder of runs."""
-    from model_persistence import ModelPersistence, find_latest_run
+def find_run(spec: Path, notes: list[str] | None = None) -> Path:
+    """A run folder as it is (also from its `checkpoints`); of a folder of runs the one saved last.
 
+    Runs that were passed over, and may be the one that is meant, are appended to `notes`.
+    """
+    from model_persistence import RESTORING, ModelPersistence, find_latest_run, run_of
+
+    notes = [] if notes is None else notes
+    if spec.name == "checkpoints":
+        spec = run_of(spec)
     if not spec.is_dir():
         newest = find_latest_run("runs")
         hint = f" The newest run here is {newest}." if newest else " Train one first."
         raise UserError(f"{spec}: no such run folder or model file.{hint}", EXIT_MISSING)
     run = ModelPersistence(spec, drive_backup=False, lock=False)
-    if run.checkpoints or run.best_path.exists():
-        return spec
-    newest = find_latest_run(spec)
+    newest = spec if run.checkpoints or run.best_path.exists() else find_latest_run(spec, notes)
     if newest is None:
+        why = f" ({'; '.join(notes)})" if notes else ""
         raise UserError(
-            f"{spec}: no checkpoint in it and no run below it. Give a run folder such as "
+            f"{spec}: no checkpoint in it and no run below it{why}. Give a run folder such as "
             "runs/arc_complete_20260101_120000, or train longer: the first save comes at batch 50 "
             "or at the first epoch's end.",
             EXIT_MISSING,
         )
+    if (newest / RESTORING).exists():
+        notes.append(f"{newest} is not wholly back from Drive yet; --resume brings the rest")
     return newest
 
 
@@ -149,14 +158,22 @@ def model_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool)
     """The modules that a checkpoint describes, with its averaged weights."""
     system = system_of(payload, path, device=device, offline=offline)
     extra = payload["extra"]
-    averaged = apply_average(system, extra, path)
-    index = {task_id: row for row, task_id in enumerate(extra["task_ids"])}
-    return Model(system, index, path, extra["progress"]["total"], averaged, [])
+    try:
+        averaged = apply_average(system, extra, path)
+        index = {task_id: row for row, task_id in enumerate(extra["task_ids"])}
+        n_batches = extra["progress"]["total"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: what it says of its training cannot be read ({type(error).__name__}: {error}). "
+            "The file is damaged or was made by hand; use another.",
+            EXIT_MISSING,
+        ) from error
+    return Model(system, index, path, n_batches, averaged, [])
 
 
 def system_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool) -> System:
     """The modules that a checkpoint describes, with its weights, in evaluation mode."""
-    from arc_system import SystemConfig, build_system
+    from arc_system import build_system
     from model_persistence import apply_state
 
     extra = payload.get("extra") or {}
@@ -168,17 +185,70 @@ def system_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool
             "version wrote it. Resume that run with this version and use its next checkpoint.",
             EXIT_MISSING,
         )
+    config = described_config(extra["system"], payload, path)
     try:
-        config = SystemConfig(**extra["system"])
+        system = build_system(config, device, offline=offline)
+    except (TypeError, ValueError, KeyError, ArithmeticError, AssertionError) as error:
+        raise UserError(
+            f"{path}: no model can be built from its settings ({error}). Use the version that "
+            "trained it.",
+            EXIT_MISSING,
+        ) from error
+    apply_state(payload, system.modules(), str(path))
+    return system.train(False)
+
+
+def described_config(saved: Any, payload: dict[str, Any], path: Path) -> SystemConfig:
+    """The settings of a checkpoint's model, refused before anything is built from them that would
+    need more memory than a few times the weights in the file."""
+    from arc_system import SystemConfig
+
+    try:
+        config = SystemConfig(**saved)
     except TypeError as error:
         raise UserError(
             f"{path}: its model has settings that this version does not know ({error}). Use the "
             "version that trained it.",
             EXIT_MISSING,
         ) from error
-    system = build_system(config, device, offline=offline)
-    apply_state(payload, system.modules(), str(path))
-    return system.train(False)
+    wrong = ""
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        kinds = (int, float) if type(default) is float else (type(default),)
+        if type(value) not in kinds or (type(value) is int and not 0 <= value < 2**31):
+            wrong = wrong or f"{field.name} is {str(value)[:40]!r}"
+    if not wrong:
+        agent, solver2 = n_weights(payload["agent"]), n_weights(payload["solver2"])
+        blocks = config.blocks + config.encoder_blocks
+        # A block has more than 8 matrices of width x width (attention 4, MLP 6).
+        needed = {
+            "width": (8 * max(1, blocks) * config.width**2, agent),
+            "heads": (config.heads, config.width),
+            "planning_steps": (config.planning_steps * config.width, agent),
+            "n_tasks": (config.n_tasks * config.width, solver2),
+        }
+        too_large = [name for name, (least, there) in needed.items() if least > there]
+        if too_large:
+            name = too_large[0]
+            wrong = f"{name} is {getattr(config, name)}, which its weights are too few for"
+    if wrong:
+        raise UserError(
+            f"{path}: its settings and its weights do not belong together: {wrong}. The file is "
+            "damaged or was made by hand; use another.",
+            EXIT_MISSING,
+        )
+    return config
+
+
+def n_weights(state: Any) -> int:
+    """Numbers in a saved module, each memory counted once."""
+    import torch
+
+    found = {}
+    for value in state.values() if isinstance(state, dict) else ():
+        if isinstance(value, torch.Tensor) and value.numel():
+            found[value.untyped_storage().data_ptr()] = value.numel()
+    return sum(found.values())
 
 
 def optimizer_of(payload: dict[str, Any], system: System) -> Any:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import (
+    EXIT_ARGUMENTS,
     EXIT_DIVERGED,
     EXIT_DONE,
     EXIT_MEMORY,
@@ -87,6 +88,13 @@ def task_counts(text: str) -> tuple[int, int]:
     if len(numbers) != len(parts) or len(parts) > 2 or numbers[0] > numbers[-1]:
         raise argparse.ArgumentTypeError(f"{text!r} is not N or N:M with whole numbers N <= M")
     return numbers[0], numbers[-1]
+
+
+def named_folder(text: str) -> str:
+    """An argparse type: a folder's path, made absolute: a resume may run in another folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("names no folder; leave the flag out for no backup")
+    return str(Path(text).expanduser().absolute())
 
 
 def build_parser() -> Parser:
@@ -324,7 +332,17 @@ def build_parser() -> Parser:
         help="what best_model.pt is best by (default: %(default)s)",
     )
     saving.add_argument(
-        "--drive_backup", metavar="DIR", help="copy checkpoints there (default: off)"
+        "--drive_backup",
+        type=named_folder,
+        metavar="DIR",
+        help="copy checkpoints there (default: off)",
+    )
+    saving.add_argument(
+        "--drive_wait",
+        type=number(real, 0),
+        metavar="S",
+        help="seconds that the end of a run waits for copies to Drive at most (default: "
+        f"{DRIVE_WAIT_S:g}; {DRIVE_WAIT_STOPPED_S:g} after a signal or an error)",
     )
     saving.add_argument(
         "--report_to",
@@ -442,14 +460,53 @@ def explicit_arguments(argv: list[str] | None) -> set[str]:
 
 
 def run_to_resume(args: argparse.Namespace) -> Path | None:
-    """The folder that --resume means: the named one, else the newest in --runs_dir, if any."""
-    from model_persistence import LATEST_LINK, find_latest_run
+    """The folder that --resume means, as `locate` found it; None where there is nothing to resume."""
+    return args.located.folder
 
-    if args.resume in ("latest", "auto"):
-        return find_latest_run(args.runs_dir)
-    folder = Path(args.resume)
-    # Through runs/arc_complete_latest the run itself: its name is that of its backup, too.
-    return folder.resolve() if folder.name == LATEST_LINK and folder.is_symlink() else folder
+
+def drive_folder(args: argparse.Namespace, *runs_dirs: Path) -> Path | None:
+    """Where copies go: --drive_backup, else what `setup_drive_backup` recorded, else None.
+
+    Raises UserError for a folder among the runs.
+    """
+    from model_persistence import PersistenceError, configured_drive_backup, refuse_runs_folder
+
+    drive = args.drive_backup or configured_drive_backup()
+    if drive is None:
+        return None
+    try:
+        for runs_dir in runs_dirs:
+            refuse_runs_folder(drive, runs_dir)
+    except PersistenceError as error:
+        raise UserError(f"--drive_backup: {error}", EXIT_ARGUMENTS) from error
+    return Path(drive)
+
+
+def locate(args: argparse.Namespace, given: set[str]) -> Any:
+    """Find the run that --resume means, and bring it back from Drive before its flags are taken.
+
+    args.drive_backup becomes the run's own folder where none is given. Raises UserError.
+    """
+    from model_persistence import PersistenceError, find_latest_run, locate_run, read_json, run_of
+
+    try:
+        latest = args.resume in ("latest", "auto")
+        here = find_latest_run(args.runs_dir) if latest else run_of(args.resume)
+        if here is not None and "drive_backup" not in given:
+            saved = read_json(here / "config.json")
+            arguments = saved.get("arguments") if isinstance(saved, dict) else None
+            own = arguments.get("drive_backup") if isinstance(arguments, dict) else None
+            args.drive_backup = own if isinstance(own, str) and own.strip() else None
+        runs_dir = Path(args.runs_dir)
+        drive = drive_folder(args, runs_dir, runs_dir if here is None else here.parent)
+        say = (lambda _: None) if args.quiet else print
+        return locate_run(args.resume, runs_dir, drive, say)
+    except PersistenceError as error:
+        raise UserError(str(error), EXIT_MISSING) from error
+    except OSError as error:
+        raise UserError(
+            f"--resume {args.resume}: {error}. Check the disk.", EXIT_MISSING
+        ) from error
 
 
 def take_saved_arguments(args: argparse.Namespace, given: set[str]) -> None:
@@ -477,17 +534,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags with the defaults that depend on other flags filled in."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.resume is not None:
-        take_saved_arguments(args, explicit_arguments(argv))
-    if args.epochs is None:
-        args.epochs = (
-            10**6 if args.time_budget or args.schedule_batches else (1 if args.max_batches else 20)
-        )
     device = args.device
     if device not in ("auto", "cpu", "cuda") and not (
         device.startswith("cuda:") and device[5:].isdigit()
     ):
         parser.error(f"--device {device}: use auto, cpu, cuda or cuda:N")
+    if args.resume is not None:
+        given = explicit_arguments(argv)
+        args.located = locate(args, given)  # first: what Drive brings back holds the run's flags
+        take_saved_arguments(args, given | {"drive_backup"})
+    if args.epochs is None:
+        args.epochs = (
+            10**6 if args.time_budget or args.schedule_batches else (1 if args.max_batches else 20)
+        )
     if args.width is not None and args.width % heads_of(args.width):
         unit = 24 if args.width < 256 else 64
         parser.error(f"--width {args.width}: use a multiple of {unit} (channels of a head)")
@@ -1741,9 +1800,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     from model_persistence import (
         ModelPersistence,
         StopSignals,
-        configured_drive_backup,
         point_latest_at,
-        restore_run_from_drive,
     )
 
     args.device = pick_device(args.device)
@@ -1764,25 +1821,24 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     args.data_sha256 = tasks.sha256
     runs_dir = Path(args.runs_dir)
     resuming = args.resume is not None
+    drive_folder(args, runs_dir)
     folder: Path | None = None
+    found: list[str] = []  # how the run was found, and what was passed over
+    skipped: list[dict[str, str]] = []
     if resuming:
-        folder = run_to_resume(args)
-        drive = args.drive_backup or configured_drive_backup()
-        if (folder is None or not folder.is_dir()) and drive:  # a new machine
-            parent, name = (folder.parent, folder.name) if folder else (runs_dir, None)
-            folder = restore_run_from_drive(drive, parent, name)
-            if folder is not None:
-                notes.append(f"Restored {folder} from {drive}")
-        if folder is None or not folder.is_dir():
+        located = vars(args).pop("located")  # no setting: it stays out of config.json
+        folder, found, skipped = located
+        if folder is None:
             looked = runs_dir if args.resume in ("latest", "auto") else args.resume
+            why = f" ({'; '.join(found)})" if found else ""
             if args.resume != "auto":
                 raise UserError(
-                    f"--resume: nothing to resume in {looked}. Start a run without --resume, name "
-                    "a run with --resume RUN, or its parent with --runs_dir.",
+                    f"--resume: nothing to resume in {looked}{why}. Start a run without --resume, "
+                    "name a run with --resume RUN, or its parent with --runs_dir.",
                     EXIT_MISSING,
                 )
-            notes.append(f"--resume auto: NOTHING TO RESUME in {looked}; a fresh run starts")
-            resuming, folder = False, None
+            notes.append(f"--resume auto: NOTHING TO RESUME in {looked}{why}; a fresh run starts")
+            resuming, found = False, []
     run = set_up(args, tasks, None, started)  # its log begins once the run is locked
     if run.stream.n_batches(0) == 0:
         raise UserError(
@@ -1806,6 +1862,8 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     )
     if args.dry_run:
         banner(run, tasks, folder, notes)
+        for note in found:
+            run.log.say(note, important=True)
         return EXIT_DONE
     assert folder is not None
 
@@ -1822,7 +1880,9 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             on_message=listener(run.log),
             lock=False,  # held here, for life
         )
-        drive_s = DRIVE_WAIT_STOPPED_S
+        persistence.tidy()
+        persistence.passed_over = skipped
+        drive_s = DRIVE_WAIT_STOPPED_S if args.drive_wait is None else args.drive_wait
         code, failed, unsaved = EXIT_DONE, True, None
         try:
             run.stop = stop
@@ -1830,6 +1890,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
                 resume(run, persistence)
                 run.resumed_from = run.place()
                 settle_best(run, persistence)
+                persistence.back_up()
             if args.time_budget:  # of all processes of the run together
                 plan.deadline = run.started + 60 * args.time_budget
             run.log.write_json("config.json", full_config(run, tasks))
@@ -1840,7 +1901,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
                 slices["held_out"] = plan.final - slices["seen"]
             run_to_the_end(run, plan, persistence, slices)
             finish_saving(run, persistence)
-            drive_s = DRIVE_WAIT_S
+            drive_s = DRIVE_WAIT_S if args.drive_wait is None else args.drive_wait
             failed = False
         except StopRequested:
             code = leave_early(run, persistence)
@@ -2080,10 +2141,11 @@ def main(argv: list[str] | None = None) -> int:
     """The script: parse, train, and turn what goes wrong into one message and an exit code."""
     started = time.monotonic()
     settle_threads()
-    args = parse_arguments(argv)
     try:
-        return run_training(args, started)
-    except KeyboardInterrupt:  # before training: nothing to save
+        return run_training(parse_arguments(argv), started)
+    except (
+        KeyboardInterrupt
+    ):  # before training: nothing to save; a restore is finished by the next --resume
         return 130
     except UserError as error:
         message, code = str(error), error.code
