@@ -2497,6 +2497,17 @@ class ModelPersistence:
             looked.append(str(self._drive.folder))
         raise NoCheckpointError(looked, skipped)
 
+    def peek(self) -> dict[str, Any] | None:
+        """What the newest good checkpoint, else best_model.pt, holds beside the six states; None if
+        there is none. Nothing is loaded into anything, and nothing is moved."""
+        files = sorted(self._files().items(), reverse=True)
+        for checkpoint_id, path in [*files, (None, self.best_path)]:
+            source = "best model" if checkpoint_id is None else "checkpoint"
+            with contextlib.suppress(OSError, CheckpointError):
+                loaded = verify_checkpoint_file(path, expect_id=checkpoint_id, fs=self.fs)
+                return _metadata_of(loaded, path, source)
+        return None
+
     def _load_chosen(
         self,
         objects: tuple[Any, ...],

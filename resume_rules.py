@@ -157,10 +157,12 @@ def shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def settings_of(extra: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(extra: Any) -> dict[str, Any]:
     """The flags that a checkpoint's `extra` records, and where they are missing, what it says of
     its model; an empty dict where neither is there."""
     found: dict[str, Any] = {}
+    if not isinstance(extra, Mapping):
+        return found
     system = extra.get("system")
     if isinstance(system, Mapping):
         for name in RULES:
@@ -171,6 +173,8 @@ def settings_of(extra: Mapping[str, Any]) -> dict[str, Any]:
     for part in ("flags", "config"):
         if isinstance(extra.get(part), Mapping):
             found |= extra[part]
+    if found.get("qwen_train") == "auto" and isinstance(system, Mapping):
+        found["qwen_train"] = system.get("qwen_train", "auto")  # the mode that was really used
     return found
 
 
