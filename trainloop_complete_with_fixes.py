@@ -484,7 +484,7 @@ def take_saved_arguments(args: argparse.Namespace, given: set[str]) -> list[str]
     except OSError:
         config = None
     saved = config.get("arguments") if isinstance(config, dict) else None
-    wanted = [name for name in vars(args) if name not in given and RULES[name] != PROCESS]
+    wanted = [name for name in RULES if name not in given and RULES[name] != PROCESS]
     if isinstance(saved, dict):
         # A flag that it does not know is younger than the run: the default is right.
         unusable = fill(args, [name for name in wanted if name in saved], saved)
