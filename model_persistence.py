@@ -2557,6 +2557,20 @@ class ModelPersistence:
             self._move(results, self.set_aside_dir)
         return moved[::-1]
 
+    def set_best_aside(self) -> Path | None:
+        """Move best_model.pt, chosen by figures that no longer compare, to `set_aside/`; where it is
+        now, or None."""
+        try:
+            if not _exists(self.fs, self.best_path):
+                return None
+            moved = self._move(self.best_path, self.set_aside_dir)
+            if _exists(self.fs, self.best_metadata_path):
+                self._move(self.best_metadata_path, self.set_aside_dir)
+        except OSError as e:
+            self._on_message(f"best_model.pt could not be set aside: {e}")
+            return None
+        return moved
+
     def _move(self, path: Path, folder: Path) -> Path:
         """Move a file into a folder of the run, durably, under a name that is free there."""
         self.fs.mkdir(folder)

@@ -2033,9 +2033,12 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
         first = before_training(run) if progress.total else run
         untrained = evaluate(first, plan.tasks, plan.validation, 1, title="Untrained model")
         if counted != len(plan.validation):
+            aside = persistence.set_best_aside()
+            progress.best = float("-inf")
             run.log.say(
                 f"Validation: {len(plan.validation)} pairs now, {counted:g} before: the untrained model "
-                "was measured again, and Accuracy Delta counts from there",
+                "was measured again, and Accuracy Delta counts from there"
+                + (f"; the best model on those before is {aside} now" if aside else ""),
                 important=True,
             )
         run.clock.query_s = (time.monotonic() - begun) / len(plan.validation)

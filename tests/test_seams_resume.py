@@ -15,10 +15,16 @@ import torch
 import model_persistence as mp
 import resume_rules
 import trainloop_complete_with_fixes as trainloop
-from conftest import FAST, Script
+from conftest import Script
 
 SHORT = ("--max_batches", 4, "--val_pairs", 2, "--eval_views", 1, "--policy", "off")
 PLAIN = ("--device", "cpu", "--threads", 1)
+
+
+def save_each(patch):
+    """Every save waits, so that a slow disk makes none of them be skipped."""
+    real = trainloop.save
+    patch.setattr(trainloop, "save", lambda *args, **rest: real(*args, **{**rest, "wait": True}))
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +42,7 @@ def stopped_run(tasks_file, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainloop, "train_step", step)
+        save_each(patch)
         outcome = script("--epochs", 2, *SHORT, "--save_every", 1)
     assert outcome.code == 130, outcome.err
     return outcome
@@ -46,7 +53,9 @@ def finished_run(tasks_file, tmp_path_factory):
     """A finished run of 2 x 4 batches with all its checkpoints; copy it, do not change it."""
     script = Script(tmp_path_factory.mktemp("finished"), tasks_file)
     flags = ("--save_every", 1, "--max_checkpoints", 20)
-    outcome = script("--epochs", 2, *SHORT, *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        save_each(patch)
+        outcome = script("--epochs", 2, *SHORT, *flags)
     assert outcome.code == 0, outcome.err
     return outcome
 
@@ -297,6 +306,7 @@ def test_the_advice_of_exit_5_works_as_printed(train, monkeypatch):
     monkeypatch.setattr(trainloop, "MAX_SKIPPED_IN_A_ROW", 3)
     with monkeypatch.context() as patch:
         break_losses(patch, range(5, 99))
+        save_each(patch)
         ended = train("--epochs", 9, *SHORT, "--save_every", 1)
     line = one_line(ended, 5)
     assert "3 batches in a row" in line
@@ -344,6 +354,7 @@ def test_a_count_of_bad_batches_begins_anew_on_a_resume(train, again, monkeypatc
 def test_no_checkpoint_is_saved_within_bad_batches(train, monkeypatch):
     with monkeypatch.context() as patch:
         break_losses(patch, (1, 2))
+        save_each(patch)
         outcome = train("--epochs", 1, *SHORT, "--save_every", 1)
     assert outcome.code == 0, outcome.err
     at = [entry["batch"] for entry in mp.ModelPersistence(outcome.folder).checkpoints.values()]
@@ -352,7 +363,6 @@ def test_no_checkpoint_is_saved_within_bad_batches(train, monkeypatch):
 
 def test_an_earlier_checkpoint_can_be_named(copied, again, finished_run):
     folder = copied(finished_run)
-    (best_at,) = {torch.load(folder / "best_model.pt", weights_only=True)["checkpoint_id"]}
     results = (folder / "results.json").read_bytes()
     everything = {path.name for path in checkpoints_of(folder)}
     outcome = again(folder, "--checkpoint", 2)
@@ -364,7 +374,6 @@ def test_an_earlier_checkpoint_can_be_named(copied, again, finished_run):
     assert (folder / "set_aside" / "results.json").read_bytes() == results
     assert not aside & {path.name for path in checkpoints_of(folder)}
     assert (folder / "best_model.pt").exists()
-    assert best_at is not None
     missing = one_line(again(folder, "--checkpoint", 5), 3)
     assert "no checkpoint 5" in missing
     assert "checkpoint_00005.pt" in missing  # it lies among those set aside
@@ -461,9 +470,13 @@ def test_other_hardware_libraries_and_program_are_not_called_exact(
     assert f"program: saved {'0' * 40}" in line
 
 
-def test_other_validation_pairs_are_measured_before_training_too(copied, again, train, stopped_run):
-    folder = copied(stopped_run)
-    outcome = again(folder, "--val_pairs", 4)
+def test_other_validation_pairs_get_a_baseline_and_a_best_of_their_own(
+    copied, again, train, finished_run
+):
+    folder = copied(finished_run)
+    before = (folder / "best_model.pt").read_bytes()
+    outcome = again(folder, "--val_pairs", 4, "--epochs", 3)
+    assert outcome.code == 0, outcome.err
     assert "Validation: 4 pairs now, 2 before" in outcome.out
     fresh = train("--dry_run", *SHORT)
     assert fresh.code == 0
@@ -475,6 +488,10 @@ def test_other_validation_pairs_are_measured_before_training_too(copied, again, 
     assert start == json.loads(json.dumps(untrained))
     last = outcome.rows("epoch")[-1]
     assert last["accuracy_delta"] == last["cell_accuracy"] - untrained["cell_accuracy"]
+    assert (folder / "set_aside" / "best_model.pt").read_bytes() == before
+    best = json.loads((folder / "best_metadata.json").read_text())
+    assert best["epoch"] == 2
+    assert best["value"] == pytest.approx(last["accuracy_delta"])
 
 
 def finished_tasks(train):
@@ -580,12 +597,13 @@ def test_a_spent_budget_trains_and_votes_no_more(train, again, working_clock):
 
 
 def test_a_fallen_learning_rate_is_extended_from_before_its_fall(train, again, working_clock):
-    first = train("--time_budget", 0.6, *TIMED, "--save_every", 3, "--max_checkpoints", 20)
+    first = train("--time_budget", 0.6, *TIMED, "--save_every", 3, "--max_checkpoints", 60)
     assert first.code == 0, first.err
     outcome = again(first.folder)
-    assert "Nothing is left to train: the learning rate's schedule has ended" in outcome.out
+    assert "Nothing is left to train: " in outcome.out
     assert outcome.figures() == first.figures()
     words = command_in(outcome.out.split("To train more")[1])
+    assert "--checkpoint" in words
     assert words[words.index("--time_budget") + 1] == "1.2"
     code, out = call(words)
     assert code == 0, out
@@ -605,9 +623,8 @@ def test_an_epoch_that_the_schedule_ended_is_still_closed(train, again, monkeypa
     flags = ("--schedule_batches", "1:3", "--val_pairs", 1, "--eval_views", 1, "--policy", "off")
     with monkeypatch.context() as patch:
         patch.setattr(trainloop, "evaluate", evaluate)
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(trainloop, "leave_early", lambda *_: 130)
-            stopped = train(*flags)
+        patch.setattr(trainloop, "leave_early", lambda *_: 130)
+        stopped = train(*flags)
     assert stopped.code == 130
     outcome = again(stopped.folder)
     assert "EXACT" in verdict(outcome)
@@ -710,7 +727,3 @@ def test_a_checkpoint_of_the_version_before_this_table_resumes(copied, again, st
     line = verdict(again(folder))
     assert line.startswith("Resume: EQUIVALENT (")
     assert "does not record --time_budget, --max_batches, --best_metric, --val_pairs" in line
-
-
-def test_fast_settings_are_used():
-    assert "--hypotheses" in FAST
