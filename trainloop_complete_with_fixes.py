@@ -1375,7 +1375,9 @@ def restore(run: Run, metadata: dict[str, Any]) -> tuple[list[str], list[str]]:
                 why = f"{type(e).__name__}: {e}"
             if name in before:
                 parts[name](before[name])
-            fresh.append(f"'{name}' of the checkpoint is not this version's ({why}): a fresh one is used")
+            fresh.append(
+                f"'{name}' of the checkpoint is not this version's ({why}): a fresh one is used"
+            )
         if name == "average":  # of weights that are loaded already
             run.average = WeightAverage(run.average.params, run.average.decay)
         if name == "progress":
@@ -1420,7 +1422,7 @@ def in_use(run: Run) -> dict[str, str | None]:
     return {
         "precision": str(run.dtype or torch.float32).removeprefix("torch."),
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "program": commit_hash(),
+        "program": (commit_hash() or "")[:12] or None,
     }
 
 
@@ -1693,7 +1695,10 @@ def after_divergence(run: Run, persistence: Any) -> str:
         "was not finite. "
     )
     if before is None:
-        return f"{what}No checkpoint from before them is left: start a new run with a lower --agent_lr, such as {lower[1]}{off}."
+        return (
+            f"{what}No checkpoint from before them is left: start a new run with a lower "
+            f"--agent_lr, such as {lower[1]}{off}."
+        )
     command = resume_command(run, "--checkpoint", before, *lower)
     return f"{what}Go on from before them with a lower learning rate{off}: {command}"
 
@@ -2240,7 +2245,9 @@ def nothing_left(run: Run) -> str:
     text = f"Nothing is left to train: {why}. "
     if flags is None:
         longer = "--schedule_batches" if args.schedule_batches else "--time_budget"
-        return text + f"The learning rate has fallen: only a new run with a longer {longer} trains more."
+        return (
+            f"{text}The learning rate has fallen: only a new run with a longer {longer} trains more."
+        )
     note = " (--max_batches counts for epochs to come only)" if args.max_batches else ""
     return text + f"To train more{note}: {resume_command(run, *flags)}"
 
