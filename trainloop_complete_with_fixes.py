@@ -2211,9 +2211,7 @@ def resume(run: Run, persistence: Any) -> None:
         run.log.say(f"Going on at epoch {progress.epoch}, batch {progress.batch}")
 
 
-def batches_since(
-    run: Run, metadata: dict[str, Any], seen: tuple[int, int] | None
-) -> int | None:
+def batches_since(run: Run, metadata: dict[str, Any], seen: tuple[int, int] | None) -> int | None:
     """Batches that the log saw after the checkpoint; None without a log."""
     if seen is None:
         return None
@@ -2245,9 +2243,7 @@ def nothing_left(run: Run) -> str:
     text = f"Nothing is left to train: {why}. "
     if flags is None:
         longer = "--schedule_batches" if args.schedule_batches else "--time_budget"
-        return (
-            f"{text}The learning rate has fallen: only a new run with a longer {longer} trains more."
-        )
+        return f"{text}The learning rate has fallen: only a new run with a longer {longer} trains more."
     note = " (--max_batches counts for epochs to come only)" if args.max_batches else ""
     return text + f"To train more{note}: {resume_command(run, *flags)}"
 

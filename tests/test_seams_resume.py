@@ -11,11 +11,11 @@ import time
 
 import pytest
 import torch
+from conftest import Script
 
 import model_persistence as mp
 import resume_rules
 import trainloop_complete_with_fixes as trainloop
-from conftest import Script
 
 SHORT = ("--max_batches", 4, "--val_pairs", 2, "--eval_views", 1, "--policy", "off")
 PLAIN = ("--device", "cpu", "--threads", 1)
@@ -186,7 +186,9 @@ def test_compare_config_takes_its_exceptions_from_the_table():
 # ---------------------------------------------------------------- settings before weights
 
 
-def test_a_changed_width_is_named_before_a_weight_is_touched(copied, again, finished_run, monkeypatch):
+def test_a_changed_width_is_named_before_a_weight_is_touched(
+    copied, again, finished_run, monkeypatch
+):
     folder = copied(finished_run)
     monkeypatch.setattr(mp, "apply_state", lambda *_: pytest.fail("weights were loaded"))
     line = one_line(again(folder, "--width", 48, "--epochs", 3), 3)
