@@ -2092,7 +2092,6 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
             "untrained": progress.untrained,
             "validated": progress.validated,
             "views": views,
-            "vote": {name: plain(getattr(args, name)) for name in OF_THE_VOTE},
             "seed": args.seed,
             "epoch": progress.epoch,
             "batch": progress.total,
@@ -2256,17 +2255,24 @@ def results_stand(run: Run) -> bool:
     """
     from model_persistence import read_json
 
+    args = run.args
     assert run.log.folder is not None
     try:
         results = read_json(run.log.folder / "results.json")
+        config = read_json(run.log.folder / "config.json")
     except OSError:
         return False
     here = (run.progress.epoch, run.progress.total)
     if not isinstance(results, dict) or (results.get("epoch"), results.get("batch")) != here:
         return False
-    vote = {name: plain(getattr(run.args, name)) for name in OF_THE_VOTE}
-    if run.args.time_budget is None and results.get("vote", vote) != vote:
-        return False
+    if args.time_budget is None:
+        saved = config.get("arguments") if isinstance(config, dict) else None  # of that vote
+        saved = saved if isinstance(saved, dict) else {}
+        now = {name: getattr(args, name) for name in OF_THE_VOTE}
+        if any(plain(saved.get(name, value)) != plain(value) for name, value in now.items()):
+            return False
+        if args.eval_views not in (None, results.get("views")):
+            return False
     run.log.say(
         f"results.json stays as it is: {results.get('exact_at_2')}/{results.get('n')} exact in two "
         f"attempts\nRun: {run.log.folder}",
