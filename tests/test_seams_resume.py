@@ -374,9 +374,13 @@ def test_an_earlier_checkpoint_can_be_named(copied, again, finished_run):
     folder = copied(finished_run)
     results = (folder / "results.json").read_bytes()
     everything = {path.name for path in checkpoints_of(folder)}
-    outcome = again(folder, "--checkpoint", 2)
-    assert "EXACT" in verdict(outcome)
-    assert "checkpoint 2, epoch 0, batch 2" in verdict(outcome)
+    named = verdict(again(folder, "--checkpoint", 2, whole=False))
+    assert "EXACT" in named
+    assert "checkpoint 2, epoch 0, batch 2" in named
+    for name in ("checkpoint_metadata.json", "training_state.json", "best_model.pt"):
+        (folder / name).unlink()  # what else remembers the ids
+    outcome = again(folder)
+    assert "from checkpoint 2," in verdict(outcome)
     assert outcome.figures() == finished_run.figures()
     aside = {path.name for path in (folder / "set_aside").glob("*.pt")}
     assert aside == {name for name in everything if name > "checkpoint_00002.pt"}
