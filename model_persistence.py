@@ -34,12 +34,15 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
+from importlib import metadata as installed
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
+
+from resume_rules import APPLIED, FREE, NO_FLAGS, PROCESS, VERDICT, with_meaning
 
 try:
     import fcntl
@@ -93,32 +96,7 @@ OPTIMIZER_SWITCHES = frozenset(
     {"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"}
 )
 # A resumed run may change these; everything else must be what it was.
-MAY_CHANGE = frozenset(
-    {
-        "allow_mismatch",
-        "argv",
-        "command",
-        "commit",
-        "created",
-        "device",
-        "device_name",
-        "drive_backup",
-        "dry_run",
-        "epochs",
-        "eval_views",
-        "max_batches",
-        "max_checkpoints",
-        "offline",
-        "quiet",
-        "report_to",
-        "resume",
-        "runs_dir",
-        "save_every",
-        "time_budget",
-        "timestamp",
-        "versions",
-    }
-)
+MAY_CHANGE = frozenset({*with_meaning(APPLIED, VERDICT, FREE, PROCESS), *NO_FLAGS})
 _log = logging.getLogger("model_persistence")
 
 
@@ -1225,6 +1203,15 @@ def _check_optimizer_fit(optimizer: Any, saved: Any, where: str) -> None:
             f"key 'optimizer.param_groups': expected {live} parameters per group, found {found}",
             fix,
         )
+    live_names, found_names = (
+        [g.get("name") for g in g_list] for g_list in (groups, saved["param_groups"])
+    )
+    if None not in (*live_names, *found_names) and live_names != found_names:
+        raise MismatchError(
+            f"{where} does not fit 'optimizer'",
+            f"key 'optimizer.param_groups': expected {live_names}, found {found_names}",
+            fix,
+        )
 
 
 def _foreign_optimizer(optimizer: Any, saved: Any, where: str) -> str | None:
@@ -1367,6 +1354,15 @@ def restore_rng_state(state: Mapping[str, Any]) -> list[str]:
     return [f"random number states of {len(cuda)} CUDA devices, {have} here"]
 
 
+@lru_cache
+def _version(package: str) -> str | None:
+    """The version of an installed package, without importing it; None if there is none."""
+    try:
+        return installed.version(package)
+    except installed.PackageNotFoundError:
+        return None
+
+
 def environment() -> dict[str, Any]:
     """What decides whether the same arithmetic gives the same bits here."""
     gpus = []
@@ -1376,6 +1372,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
+        "transformers": _version("transformers"),
         "cuda": str(torch.version.cuda),
         "gpus": gpus,
         "machine": platform.machine(),
@@ -1417,22 +1414,27 @@ def resume_report(
     *,
     rng_missing: Iterable[str] = (),
     mismatches: Iterable[str] = (),
+    changed: Iterable[str] = (),
     last_seen: tuple[int, int] | None = None,
     batches_per_epoch: int | None = None,
+    batches_lost: int | None = None,
     current_environment: Mapping[str, Any] | None = None,
 ) -> tuple[str, str]:
     """(verdict, one line) after a resume: EXACT, EQUIVALENT or DEGRADED, and why.
 
     `metadata` is what a load returned. `rng_missing` is what `restore_rng_state` returned (or a
-    reason why it was not called), `mismatches` what the user insisted on, `last_seen` the (epoch,
-    batch) that the log saw last, for the number of batches to repeat.
+    reason why it was not called), `mismatches` what trains otherwise from here on or is missing,
+    `changed` what else is not as it was. `last_seen` is the (epoch, batch) that the log saw last, for
+    the number of batches to repeat where `batches_lost` does not give it.
     """
     here = environment() if current_environment is None else current_environment
     saved = metadata.get("environment") or {}
-    other = [f"{k}: {saved.get(k)} -> {here[k]}" for k in here if saved.get(k) != here[k]]
+    known = {k: saved.get(k, "not recorded") for k in here}
+    other = [f"{k}: {known[k]} -> {here[k]}" for k in here if known[k] != here[k]]
     broken = [*metadata.get("cast", ()), *mismatches]
     hardware_moved = any(o.startswith(("gpus:", "cuda:")) for o in other)
     (other if hardware_moved else broken).extend(rng_missing)
+    other.extend(changed)
     if broken:
         verdict, why = "DEGRADED", "; ".join([*broken, *other])
     elif other:
@@ -1442,9 +1444,10 @@ def resume_report(
     epoch, batch = metadata["epoch"], metadata["batch"]
     line = f"Resume: {verdict} ({why}) | from {metadata.get('source', 'checkpoint')}"
     line += f" {metadata.get('checkpoint_id')}, epoch {epoch}, batch {batch}"
-    if last_seen is not None:
-        span = (last_seen[0] - epoch) * (batches_per_epoch or 0) + last_seen[1] - batch
-        line += f" | batches lost: {max(0, span)}"
+    if batches_lost is None and last_seen is not None:
+        batches_lost = (last_seen[0] - epoch) * (batches_per_epoch or 0) + last_seen[1] - batch
+    if batches_lost is not None:
+        line += f" | batches lost: {max(0, batches_lost)}"
     skipped = metadata.get("skipped") or []
     line += f" | files skipped: {len(skipped)}"
     for item in skipped:
@@ -1703,6 +1706,7 @@ class ModelPersistence:
         self.output_dir = Path(output_dir)
         self.checkpoints_dir = self.output_dir / "checkpoints"
         self.quarantine_dir = self.checkpoints_dir / "quarantine"
+        self.set_aside_dir = self.output_dir / "set_aside"
         self.best_path = self.output_dir / "best_model.pt"
         self.manifest_path = self.output_dir / "checkpoint_metadata.json"
         self.best_metadata_path = self.output_dir / "best_metadata.json"
@@ -2034,7 +2038,7 @@ class ModelPersistence:
     def _highest_id(self, manifest: dict[str, Any]) -> int:
         """The largest id ever seen, from every place that may remember one; -1 if none."""
         seen = [-1, manifest["next_id"] - 1, *manifest["checkpoints"], *self._files()]
-        for folder in (self.checkpoints_dir, self.quarantine_dir):
+        for folder in (self.checkpoints_dir, self.quarantine_dir, self.set_aside_dir):
             for name in _names(self.fs, folder):
                 match = CHECKPOINT_NAME.search(name)
                 if match:
@@ -2558,24 +2562,35 @@ class ModelPersistence:
         policy_rl: Any,
         optimizer: Any,
         device: Any = "cpu",
+        *,
+        checkpoint: int | str | None = None,
+        check: Callable[[dict[str, Any]], object] | None = None,
     ) -> dict[str, Any]:
         """Load the newest good checkpoint: local ones newest first, best_model.pt, then Drive.
 
         A bad file goes to `checkpoints/quarantine/` with the reason beside it. A good file that does
         not fit the objects, the optimizer included, raises MismatchError at once. `skipped` in the result lists what was
         rejected. Raises NoCheckpointError if nothing is left, saying where it looked.
+
+        checkpoint: load this id, or "best", instead; what is newer then moves to `set_aside/` in the run
+        directory (`set_aside` in the result), so that no later load takes it and no id comes twice.
+        check: called with the file's metadata before anything is changed; what it raises is raised.
         """
         _check_device(device)
         self._join()
         objects = (agent, qwen, solver2, efe_loss, policy_rl, optimizer)
         try:
-            return self._load_newest(objects)
+            if checkpoint is not None:
+                return self._load_chosen(objects, checkpoint, check)
+            return self._load_newest(objects, check)
         except OSError as e:
             raise CheckpointError(
                 f"cannot read {self.output_dir}", str(e), "Check the disk and its permissions."
             ) from e
 
-    def _load_newest(self, objects: tuple[Any, ...]) -> dict[str, Any]:
+    def _load_newest(
+        self, objects: tuple[Any, ...], check: Callable[[dict[str, Any]], object] | None = None
+    ) -> dict[str, Any]:
         skipped: list[dict[str, str]] = list(self.passed_over)
         tried: set[Path] = set()
         for source in ("checkpoint", "best model", "Drive copy of checkpoint"):
@@ -2593,6 +2608,8 @@ class ModelPersistence:
                         continue  # quarantined: the name is free for Drive's copy
                     tried.add(path)
                     continue
+                if check is not None:
+                    check(_metadata_of(loaded, path, source))
                 metadata = self._apply(loaded, objects, path, source)
                 self._check_best(path, skipped)
                 metadata["skipped"] = skipped
@@ -2601,6 +2618,94 @@ class ModelPersistence:
         if self._drive is not None:
             looked.append(str(self._drive.folder))
         raise NoCheckpointError(looked, skipped)
+
+    def peek(self) -> dict[str, Any] | None:
+        """What the newest good checkpoint, else best_model.pt, holds beside the six states; None if
+        there is none. Nothing is loaded into anything, and nothing is moved."""
+        files = sorted(self._files().items(), reverse=True)
+        for checkpoint_id, path in [*files, (None, self.best_path)]:
+            source = "best model" if checkpoint_id is None else "checkpoint"
+            with contextlib.suppress(OSError, CheckpointError):
+                loaded = verify_checkpoint_file(path, expect_id=checkpoint_id, fs=self.fs)
+                return _metadata_of(loaded, path, source)
+        return None
+
+    def _load_chosen(
+        self,
+        objects: tuple[Any, ...],
+        checkpoint: int | str,
+        check: Callable[[dict[str, Any]], object] | None,
+    ) -> dict[str, Any]:
+        """The checkpoint that the user names; no other is taken in its place."""
+        if isinstance(checkpoint, int):
+            path, source, what = self.checkpoint_path(checkpoint), "checkpoint", f" {checkpoint}"
+        else:
+            path, source, what = self.best_path, "best model", ""
+        if not _exists(self.fs, path):
+            aside = ", ".join(_names(self.fs, self.set_aside_dir))
+            why = f"{path} does not exist" + (f"; set aside are {aside}" if aside else "")
+            raise CheckpointError(f"no {source}{what}", why, self._have_text())
+        manifest = self._manifest()
+        loaded = verify_checkpoint_file(
+            path,
+            expect_id=checkpoint if isinstance(checkpoint, int) else None,
+            entry=manifest["checkpoints"].get(checkpoint),
+            run_id=manifest["run_id"],
+            fs=self.fs,
+        )
+        if check is not None:
+            check(_metadata_of(loaded, path, source))
+        metadata = self._apply(loaded, objects, path, source)
+        metadata["set_aside"] = self._set_aside(metadata)
+        return metadata
+
+    def _set_aside(self, metadata: Mapping[str, Any]) -> list[int]:
+        """Move the checkpoints that are newer than a loaded one out of the way, and results.json,
+        which tells of them; the ids moved."""
+        own_id, here = metadata["checkpoint_id"], (metadata["epoch"], metadata["batch"])
+        moved = []
+        for checkpoint_id, path in sorted(self._files().items(), reverse=True):
+            if own_id is None:  # a best model with a file of its own
+                told = self._describe(path)
+                at = (told["epoch"], told["batch"])
+                newer = None in at or at > here
+            else:
+                newer = checkpoint_id > own_id
+            if newer:
+                self._move(path, self.set_aside_dir)
+                moved.append(checkpoint_id)
+        results = self.output_dir / "results.json"
+        if moved and _exists(self.fs, results):
+            self._move(results, self.set_aside_dir)
+        return moved[::-1]
+
+    def set_best_aside(self) -> Path | None:
+        """Move best_model.pt, chosen by figures that no longer compare, to `set_aside/`; where it is
+        now, or None."""
+        try:
+            if not _exists(self.fs, self.best_path):
+                return None
+            moved = self._move(self.best_path, self.set_aside_dir)
+            if _exists(self.fs, self.best_metadata_path):
+                self._move(self.best_metadata_path, self.set_aside_dir)
+        except OSError as e:
+            self._on_message(f"best_model.pt could not be set aside: {e}")
+            return None
+        return moved
+
+    def _move(self, path: Path, folder: Path) -> Path:
+        """Move a file into a folder of the run, durably, under a name that is free there."""
+        self.fs.mkdir(folder)
+        taken = set(_names(self.fs, folder))
+        name, number = path.name, 1
+        while name in taken:
+            number += 1
+            name = f"{path.stem}.{number}{path.suffix}"
+        target = folder / name
+        self.fs.replace(path, target)
+        self.fs.fsync_dir(folder)
+        self.fs.fsync_dir(path.parent)
+        return target
 
     def _try(self, checkpoint_id: int, path: Path, skipped: list[dict[str, str]]) -> Loaded | None:
         """Verify one candidate; a bad one is quarantined and noted."""
@@ -2642,18 +2747,9 @@ class ModelPersistence:
     def _quarantine(self, path: Path, reason: str) -> Path | None:
         """Move a bad file out of the way, with the reason beside it. None if the disk forbids it."""
         try:
-            self.fs.mkdir(self.quarantine_dir)
-            taken = set(_names(self.fs, self.quarantine_dir))
-            name, number = path.name, 1
-            while name in taken:
-                number += 1
-                name = f"{path.stem}.{number}{path.suffix}"
-            target = self.quarantine_dir / name
-            self.fs.replace(path, target)
-            self.fs.fsync_dir(self.quarantine_dir)
-            self.fs.fsync_dir(path.parent)
+            target = self._move(path, self.quarantine_dir)
             note = {"file": str(path), "reason": reason, "when": _now()}
-            atomic_write_json(target.with_name(f"{name}.reason.json"), note, self.fs)
+            atomic_write_json(target.with_name(f"{target.name}.reason.json"), note, self.fs)
         except OSError as e:
             self._on_message(f"{path} could not be moved to quarantine: {e}")
             return None
@@ -2679,17 +2775,9 @@ class ModelPersistence:
             self._on_message(note)
         if optimizer.startswith("left out"):
             self._on_message(f"{path}: weights loaded, the optimizer's state {optimizer}")
-        metadata = {
-            k: v
-            for k, v in payload.items()
-            if k not in MODULES and k not in ("optimizer", "sealed")
-        }
-        metadata.setdefault("checkpoint_id", None)
-        metadata.setdefault("extra", {})
-        metadata |= {"path": str(path), "source": source, "cast": recast, "skipped": []}
-        metadata |= {"notes": loaded.notes, "sha256": loaded.sha256, "optimizer": optimizer}
+        metadata = _metadata_of(loaded, path, source)
         self.loaded = {k: metadata[k] for k in ("checkpoint_id", "epoch", "batch", "metrics")}
-        return metadata
+        return metadata | {"cast": recast, "skipped": [], "optimizer": optimizer}
 
     def load_best_model(
         self,
@@ -2758,6 +2846,16 @@ class ModelPersistence:
     def drive_status(self) -> dict[str, Any]:
         """{state: off | ok | degraded | lost, ...} of the Drive backup."""
         return self._drive.status() if self._drive is not None else {"state": "off"}
+
+
+def _metadata_of(loaded: Loaded, path: Path, source: str) -> dict[str, Any]:
+    """What a load returns of a file beside what it did: everything but the six states."""
+    left_out = (*MODULES, "optimizer", "sealed")
+    metadata = {k: v for k, v in loaded.payload.items() if k not in left_out}
+    metadata.setdefault("checkpoint_id", None)
+    metadata.setdefault("extra", {})
+    metadata |= {"path": str(path), "source": source}
+    return metadata | {"notes": loaded.notes, "sha256": loaded.sha256}
 
 
 def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

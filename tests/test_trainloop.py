@@ -39,7 +39,8 @@ import trainloop_complete_with_fixes as trainloop
 
 SCRIPT = Path(trainloop.__file__)
 MODULES = ("agent", "qwen", "solver2", "efe_loss", "policy_rl")
-CLOCKS = ("clock", "rng")  # of a checkpoint's extra: what two equal runs may differ in
+# Of a checkpoint's extra: what two equal runs may differ in.
+CLOCKS = ("clock", "rng", "flags", "in_use")
 
 NUMBER = r"\d+\.\d{4}"
 BATCH_LINE = re.compile(
@@ -525,10 +526,10 @@ def test_gradient_accumulation_is_the_mean_over_its_batches_and_ends_with_the_ep
 
 def test_a_changed_seed_is_refused_with_the_list_and_can_be_insisted_on(train):
     first = train("--max_batches", 1)
-    refused = train("--resume", "--epochs", 2, "--max_batches", 1, "--seed", 7, "--clip", 0.5)
+    refused = train("--resume", "--epochs", 2, "--max_batches", 1, "--seed", 7, "--max_side", 29)
     line = one_line_error(refused, 3)
     assert "seed: saved 0, now 7" in line
-    assert "clip: saved 1.0, now 0.5" in line
+    assert "--max_side: saved 30, now 29" in line
     assert "--allow_mismatch" in line
     insisted = train("--resume", "--epochs", 2, "--max_batches", 1, "--seed", 7, "--allow_mismatch")
     assert insisted.code == 0, insisted.err
@@ -541,7 +542,7 @@ def test_changed_data_is_refused(train):
     train("--max_batches", 1)
     other = write_tasks(train.folder / "other.json", make_tasks(seed=5))
     line = one_line_error(train("--resume", "--max_batches", 1, data=other), 3)
-    assert "data_sha256" in line
+    assert "--data: saved " in line
 
 
 def test_resume_with_nothing_to_resume(train):
@@ -588,7 +589,7 @@ def test_the_names_that_save_writes_are_the_names_that_restore_reads(fresh_run):
     trainloop.restore(run, {"extra": extra})
     # The rest is for `resume` (config) and for other programs (what the model is).
     identity = set(trainloop.model_identity(run))
-    assert set(written) - extra.read == {"config"} | identity
+    assert set(written) - extra.read == {"config", "flags", "in_use"} | identity
     assert set(run.state()) | {"qwen_cache", "rng"} == extra.read
 
 

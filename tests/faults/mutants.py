@@ -145,7 +145,7 @@ MUTANTS = [
     Mutant(
         "ids from every place that remembers one",
         'seen = [-1, manifest["next_id"] - 1, *manifest["checkpoints"], *self._files()]\n'
-        "        for folder in (self.checkpoints_dir, self.quarantine_dir):",
+        "        for folder in (self.checkpoints_dir, self.quarantine_dir, self.set_aside_dir):",
         "seen = [-1, *self._files()]\n        for folder in ():",
         "test_ids_are_never_used_twice",
     ),
@@ -214,6 +214,7 @@ def try_out(mutant: Mutant) -> tuple[bool, str, float]:
                 "adapt the table"
             )
         (copy / "model_persistence.py").write_text(source.replace(mutant.old, mutant.new))
+        shutil.copy(REPO / "resume_rules.py", copy)
         (copy / "tests").mkdir()
         shutil.copytree(REPO / "tests/faults", copy / "tests/faults")
         shutil.copy(REPO / "tests/test_model_persistence.py", copy / "tests")
