@@ -2053,6 +2053,8 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     with hold(folder), StopSignals() as stop:
         run.log = RunLog(folder, quiet=args.quiet, report_to=args.report_to)
         banner(run, tasks, folder, notes)
+        for note in found:
+            run.log.say(note, important=True)
         point_latest_at(folder)
         persistence = ModelPersistence(
             folder,

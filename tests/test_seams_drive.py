@@ -303,7 +303,7 @@ def test_two_branches_of_a_run_are_never_mixed(bare: Bare, here: Path) -> None:
     done = bare("--resume", "--epochs", 3, "--device", "cpu", "--drive_backup", "drive")
     assert done.code == 0, done.err
     assert "holds another branch of this run (checkpoint" in done.out
-    assert "Drive backup: off (" in done.out
+    assert "Drive backup: off (" in done.err
     assert contents(backup) == before
     state = json.loads((done.folder / "training_state.json").read_text())["drive"]
     assert (state["state"], state["backed_up"]) == ("off", [])
@@ -392,10 +392,10 @@ def test_the_end_waits_visibly_for_drive_and_says_what_is_missing(
         Slow(patch)
         done = train(*flags, "--drive_wait", 0.6)
     assert done.code == 0, done.err
-    waiting = [line for line in done.out.splitlines() if "waiting" in line]
+    waiting = [line for line in done.err.splitlines() if "waiting" in line]
     assert len(waiting) in (2, 3)
     assert "files, " in waiting[0]
-    (last,) = (line for line in done.out.splitlines() if "NOT complete" in line)
+    (last,) = (line for line in done.err.splitlines() if "NOT complete" in line)
     newest = max((done.folder / "checkpoints").glob("*.pt")).name
     assert newest in last
     assert "best_model.pt" in last
