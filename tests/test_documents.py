@@ -214,7 +214,10 @@ def test_tests_named_in_the_page_on_saving_exist() -> None:
     text = (ROOT / "docs" / "PERSISTENCE.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)(?:\[\w+\])?`", text))
     assert named
-    files = [ROOT / "tests" / "test_model_persistence.py", *(ROOT / "tests").glob("test_seams_*.py")]
+    files = [
+        ROOT / "tests" / "test_model_persistence.py",
+        *(ROOT / "tests").glob("test_seams_*.py"),
+    ]
     assert len(files) == 4
     assert named <= set().union(*(names_in(path) for path in files))
 
