@@ -88,6 +88,8 @@ FIRST_BACK = ("config.json", "best_metadata.json")  # a resume needs them before
 DRIVE_ANSWER_S = 30.0  # a mount that says nothing for so long is left out of account
 DRIVE_SILENT_S = 1.0  # of waiting for a copy at the end, before a line says so
 DRIVE_SAY_EVERY_S = 10.0  # ... and between two such lines
+DRIVE_HURRY_S = 5.0  # what a signal leaves of that wait
+DRIVE_LOOK_S = 0.1  # between two looks for a signal
 MAX_FOLDERS = 200  # looked into for checkpoints that were copied by hand
 DRIVE_MARKER = ".arc_drive_backup"
 LATEST_LINK = "arc_complete_latest"  # beside the runs: a link to the one that is, or was, trained
@@ -2257,16 +2259,20 @@ class ModelPersistence:
         self._deliver()
         return not failed
 
-    def close(self, drive_timeout_s: float = 0.0) -> None:
+    def close(
+        self, drive_timeout_s: float = 0.0, hurry: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Flush, stop the Drive worker and give the lock back.
 
-        The copy to Drive gets up to `drive_timeout_s`; lines say what is left, and what is missing.
+        The copy to Drive gets up to `drive_timeout_s`; lines say what is left, and what is missing. Once `hurry` says so
+        (a signal) it gets DRIVE_HURRY_S more at most. Returns False if that cut the copy short.
         """
+        whole = True
         try:
             self._join()
             if self._drive is not None and self._drive.asked:
                 self._drive.notify()  # the small files written since, results.json among them
-                self._wait_for_drive(drive_timeout_s)
+                whole = self._wait_for_drive(drive_timeout_s, hurry)
             self.flush()
         finally:
             if self._drive is not None:
@@ -2276,25 +2282,34 @@ class ModelPersistence:
             self._next_id = None
             self._buffers.clear()
             self._job = None
+        return whole
 
     def back_up(self) -> None:
         """Bring Drive up to date, also with what an earlier process could not copy. Does not wait."""
         if self._drive is not None:
             self._drive.notify()
 
-    def _wait_for_drive(self, timeout_s: float) -> None:
-        """Give the copy to Drive its time, visibly, and say how far behind it is in the end."""
+    def _wait_for_drive(self, timeout_s: float, hurry: Callable[[], bool]) -> bool:
+        """Give the copy to Drive its time, visibly, and say how far behind it is in the end. False if `hurry` cut it."""
         drive, started = self._drive, time.monotonic()
         assert drive is not None
-        end, shown = started + timeout_s, False
-        done = drive.drain(min(DRIVE_SILENT_S, timeout_s))
+        end, shown, hurried = started + timeout_s, False, hurry()
+        cut = False
+        say_at = started + DRIVE_SILENT_S
+        done = drive.drain(min(DRIVE_LOOK_S, timeout_s))
         while not done and drive.state not in ("lost", "off") and time.monotonic() < end:
-            left = end - time.monotonic()
-            self._on_message(
-                f"Drive backup: {drive.behind_text()} to copy; waiting, {left:.0f} s at most"
-            )
-            shown = True
-            done = drive.drain(min(DRIVE_SAY_EVERY_S, left))
+            now = time.monotonic()
+            if hurry() and not hurried:
+                hurried, say_at = True, now
+                cut = end > now + DRIVE_HURRY_S
+                end = min(end, now + DRIVE_HURRY_S)
+            if now >= say_at:
+                left = end - now
+                self._on_message(
+                    f"Drive backup: {drive.behind_text()} to copy; waiting, {left:.0f} s at most"
+                )
+                shown, say_at = True, now + DRIVE_SAY_EVERY_S
+            done = drive.drain(min(DRIVE_LOOK_S, max(0.0, end - time.monotonic())))
         missing = drive.behind()
         if missing:
             names = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in missing)
@@ -2311,6 +2326,7 @@ class ModelPersistence:
         self._guarded(
             "training_state.json was not updated", lambda: self.training_state.save(fields)
         )
+        return done or not cut
 
     def __enter__(self) -> ModelPersistence:
         return self

@@ -109,7 +109,9 @@ def task_counts(text: str) -> tuple[int, int]:
 def named_folder(text: str) -> str:
     """An argparse type: a folder's path, made absolute: a resume may run in another folder."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("names no folder; leave the flag out for no backup")
+        raise argparse.ArgumentTypeError(
+            "names no folder; a fresh run without the flag has no backup, a resumed one keeps its own"
+        )
     return str(Path(text).expanduser().absolute())
 
 
@@ -2103,7 +2105,9 @@ def run_training(args: argparse.Namespace, started: float) -> int:
             if run.fitter is not None:
                 run.fitter.close()
             try:
-                persistence.close(drive_timeout_s=drive_s)
+                whole = persistence.close(drive_timeout_s=drive_s, hurry=lambda: stop.requested)
+                if not whole and code == EXIT_DONE:  # a signal ended the wait for Drive
+                    code = stop.exit_code
             finally:
                 run.log.close()
                 # Last of all. An error has a line of its own on stderr, and its own code.

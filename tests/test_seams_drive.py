@@ -9,8 +9,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -413,6 +415,28 @@ def test_the_end_waits_visibly_for_drive_and_says_what_is_missing(
     assert (backup / newest).exists()
     assert (backup / "results.json").read_bytes() == (done.folder / "results.json").read_bytes()
     assert not any("NOT complete" in line for line in said)
+
+
+def test_a_signal_while_the_end_waits_for_drive_shortens_the_wait(
+    train: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mp, "DRIVE_HURRY_S", 0.3)
+    real = mp.ModelPersistence._wait_for_drive
+
+    def wait(self: Any, timeout_s: float, hurry: Any) -> bool:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return real(self, timeout_s, hurry)
+
+    monkeypatch.setattr(mp.ModelPersistence, "_wait_for_drive", wait)
+    flags = ("--max_batches", 1, *SMALL, "--drive_backup", train.folder / "drive")
+    with pytest.MonkeyPatch.context() as patch:
+        Slow(patch)
+        begun = time.monotonic()
+        done = train(*flags, "--drive_wait", 60)
+    assert time.monotonic() - begun < 30
+    assert done.code == 143, done.err
+    assert (done.folder / "results.json").exists()
+    assert "NOT complete after" in done.err
 
 
 def test_falling_behind_is_said_while_training(

@@ -1296,6 +1296,21 @@ def test_the_best_model_is_best_by_the_metric_that_was_asked_for(saved):
     assert saved.run.progress.best == row["cell_accuracy"] != row["accuracy_delta"]
 
 
+def test_a_later_epoch_is_the_best_by_the_metric_that_was_asked_for(train, monkeypatch):
+    """Breaks: epochs compared by another metric than the record's."""
+    real, shares = trainloop.evaluate, iter((0.5, 0.6, 0.7, 0.7))
+
+    def evaluate(*args, **given):
+        return real(*args, **given) | {"cell_accuracy": next(shares)}
+
+    monkeypatch.setattr(trainloop, "evaluate", evaluate)
+    small = ("--max_batches", 1, "--eval_views", 1, "--policy", "off", "--planning_steps", 1)
+    outcome = train(*small, "--epochs", 2, "--hypotheses", "off", "--best_metric", "cell_accuracy")
+    assert outcome.code == 0, outcome.err
+    best = json.loads((outcome.folder / "best_metadata.json").read_text())
+    assert (best["epoch"], best["metrics"]["cell_accuracy"]) == (1, 0.7)
+
+
 # ---------------------------------------------------------------- checkpoints and metrics
 
 

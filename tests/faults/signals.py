@@ -127,8 +127,9 @@ def last_logged(folder: Path) -> tuple[int, int]:
 
 def run() -> dict[str, Any]:
     """Every signal in every place; returns the figures."""
-    # Under nohup SIGHUP is ignored, and a run rightly goes on: here it would go on for ever.
+    # Under nohup SIGHUP is ignored, in a shell's background SIGINT, and a run rightly goes on: here for ever.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warm_up()
     figures: dict[str, Any] = {"cases": 0, "good": 0, "slowest_s": 0.0, "problems": []}
     with scratch() as root:

@@ -754,7 +754,7 @@ OTHERS = [
         T,
         "row.get(args.best_metric)",
         'row.get("accuracy_delta")',
-        "wiring: best_by_the_metric",
+        "wiring: by_the_metric",
     ),
     Mutant(
         "24 checkpoints without metrics",
