@@ -773,8 +773,8 @@ OTHERS = [
     Mutant(
         "25 the cache's content not restored",
         T,
-        '    run.system.qwen.load_cache_state(extra["qwen_cache"])\n',
-        "",
+        'in {**parts, "qwen_cache": run.system.qwen.load_cache_state}.items():',
+        "in parts.items():",
         "trainloop: names_that_save",
     ),
     Mutant(
