@@ -1496,8 +1496,7 @@ class RunLock:
         except OSError as e:
             if not is_space_error(e):
                 raise
-            _log.warning("No lock on %s (%s): do not start a second writer.", self.path, e)
-            return os.open(os.devnull, os.O_RDONLY)
+            return self._unlocked(e)
         try:
             if fcntl is not None:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1505,8 +1504,7 @@ class RunLock:
             holder = os.read(fd, 1000).decode("utf-8", "replace").strip() or "unknown"
             os.close(fd)
             if e.errno not in (errno.EAGAIN, errno.EACCES):
-                _log.warning("No lock on %s (%s): do not start a second writer.", self.path, e)
-                return os.open(os.devnull, os.O_RDONLY)
+                return self._unlocked(e)
             raise LockedError(
                 f"{self.path.parent} is in use by another process",
                 holder,
@@ -1521,6 +1519,11 @@ class RunLock:
             os.register_at_fork(after_in_child=RunLock._forget)
             RunLock._fork_hook = True
         return fd
+
+    def _unlocked(self, error: OSError) -> int:
+        """A descriptor that holds nothing, where the file system gives no lock; said."""
+        _log.warning("No lock on %s (%s): do not start a second writer.", self.path, error)
+        return os.open(os.devnull, os.O_RDONLY)
 
     @classmethod
     def _forget(cls) -> None:

@@ -485,11 +485,6 @@ def explicit_arguments(argv: list[str] | None) -> set[str]:
     return set(vars(parser.parse_args(argv)))
 
 
-def run_to_resume(args: argparse.Namespace) -> Path | None:
-    """The folder that --resume means, as `locate` found it; None where there is nothing to resume."""
-    return args.located.folder
-
-
 def drive_folder(args: argparse.Namespace, *runs_dirs: Path) -> Path | None:
     """Where copies go: --drive_backup, else what `setup_drive_backup` recorded, else None.
 
@@ -513,15 +508,13 @@ def locate(args: argparse.Namespace, given: set[str]) -> Any:
 
     args.drive_backup becomes the run's own folder where none is given. Raises UserError.
     """
-    from model_persistence import PersistenceError, find_latest_run, locate_run, read_json, run_of
+    from model_persistence import PersistenceError, find_latest_run, locate_run, run_of
 
     try:
         latest = args.resume in ("latest", "auto")
         here = find_latest_run(args.runs_dir) if latest else run_of(args.resume)
         if here is not None and "drive_backup" not in given:
-            saved = read_json(here / "config.json")
-            arguments = saved.get("arguments") if isinstance(saved, dict) else None
-            own = arguments.get("drive_backup") if isinstance(arguments, dict) else None
+            own = (recorded_flags(here) or {}).get("drive_backup")
             args.drive_backup = own if isinstance(own, str) and own.strip() else None
         runs_dir = Path(args.runs_dir)
         drive = drive_folder(args, runs_dir, runs_dir if here is None else here.parent)
@@ -535,23 +528,31 @@ def locate(args: argparse.Namespace, given: set[str]) -> Any:
         ) from error
 
 
+def recorded_flags(folder: Path) -> dict[str, Any] | None:
+    """The flags in a run's config.json; None where there are none. Raises OSError where it cannot be read."""
+    from model_persistence import read_json
+
+    config = read_json(folder / "config.json")
+    flags = config.get("arguments") if isinstance(config, dict) else None
+    return flags if isinstance(flags, dict) else None
+
+
 def take_saved_arguments(args: argparse.Namespace, given: set[str]) -> list[str]:
     """Fill `args` from the run to resume, except for what was given; notes for the banner.
 
     Its config.json says the flags. Where that is missing or unusable, the newest good checkpoint does.
     """
-    from model_persistence import ModelPersistence, read_json
+    from model_persistence import ModelPersistence
 
-    folder = run_to_resume(args)
+    folder = args.located.folder
     if folder is None or not folder.is_dir():
         return []
     try:
-        config = read_json(folder / "config.json")
+        saved = recorded_flags(folder)
     except OSError:
-        config = None
-    saved = config.get("arguments") if isinstance(config, dict) else None
+        saved = None
     wanted = [name for name in RULES if name not in given and RULES[name] != PROCESS]
-    if isinstance(saved, dict):
+    if saved is not None:
         # A flag that it does not know is younger than the run: the default is right.
         unusable = fill(args, [name for name in wanted if name in saved], saved)
         if not unusable:
@@ -1554,8 +1555,8 @@ def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
         args.threads = max(1, n_cores - args.workers)  # they are fitted until the end
 
 
-def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: float) -> Run:
-    """Build every object of the loop. Weights and order depend on --seed alone."""
+def set_up(args: argparse.Namespace, tasks: Any, started: float) -> Run:
+    """Build every object of the loop; its log writes no files. Weights and order depend on --seed alone."""
     import torch
 
     import arc_system
@@ -1620,7 +1621,7 @@ def set_up(args: argparse.Namespace, tasks: Any, folder: Path | None, started: f
         curriculum=SizeWarmupCurriculum(),
         threshold=DynamicMemoryThreshold(),
         monitor=GradientMonitor(),
-        log=RunLog(folder, quiet=args.quiet, report_to=args.report_to),
+        log=RunLog(None, quiet=args.quiet, report_to=args.report_to),
         clock=Clock(),
         started=started,
     )
@@ -2024,7 +2025,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
                 )
             notes.append(f"--resume auto: NOTHING TO RESUME in {looked}{why}; a fresh run starts")
             resuming, found = False, []
-    run = set_up(args, tasks, None, started)  # its log begins once the run is locked
+    run = set_up(args, tasks, started)  # its log begins once the run is locked
     if run.stream.n_batches(0) == 0:
         raise UserError(
             f"{tasks.name}: no task to train on: {run.stream.n_skipped_single} of "
@@ -2113,10 +2114,11 @@ def run_training(args: argparse.Namespace, started: float) -> int:
                 # Last of all. An error has a line of its own on stderr, and its own code.
                 held = on_disk(run, persistence) or (0, 0, 0)
                 trained = run.train_started > 0 and run.progress.total > held[2]
-                unsaved = unsaved_line(run, persistence) if trained or not failed else None
-                if unsaved is not None and failed and not diverged:
+                if not diverged and (trained or not failed):
+                    unsaved = unsaved_line(run, persistence)
+                if unsaved is not None and failed:
                     run.log.say(unsaved, important=True)
-                elif unsaved is not None and not diverged:
+                elif unsaved is not None:
                     run.log.warn(unsaved)
         return code if unsaved is None else EXIT_UNSAVED
 
@@ -2404,15 +2406,13 @@ def results_stand(run: Run) -> bool:
     assert run.log.folder is not None
     try:
         results = read_json(run.log.folder / "results.json")
-        config = read_json(run.log.folder / "config.json")
+        saved = recorded_flags(run.log.folder) or {}  # of that vote
     except OSError:
         return False
     here = (run.progress.epoch, run.progress.total)
     if not isinstance(results, dict) or (results.get("epoch"), results.get("batch")) != here:
         return False
     if args.time_budget is None:
-        saved = config.get("arguments") if isinstance(config, dict) else None  # of that vote
-        saved = saved if isinstance(saved, dict) else {}
         now = {name: getattr(args, name) for name in OF_THE_VOTE}
         if any(plain(saved.get(name, value)) != plain(value) for name, value in now.items()):
             return False

@@ -58,7 +58,8 @@ def main() -> None:
         args.data_sha256 = tasks.sha256
 
         def fresh(folder: Path) -> tuple[Any, Any]:
-            run = script.set_up(args, tasks, folder, time.monotonic())
+            run = script.set_up(args, tasks, time.monotonic())
+            run.log = script.RunLog(folder, quiet=True)
             return run, ModelPersistence(folder, drive_backup=False, on_message=lambda _: None)
 
         def first_batch(run: Any) -> None:

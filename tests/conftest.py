@@ -10,6 +10,8 @@ import dataclasses
 import io
 import json
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -284,3 +286,40 @@ def lively_system(seed: int = 0, **options: Any) -> Any:
 def system() -> Any:
     """A lively system that tests only read."""
     return lively_system()
+
+
+def work_moves_the_clock(patch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that the work moves: a step takes a second, a batch of predictions as long. Its time is the one entry."""
+    import arc_system
+
+    clock = [time.monotonic()]
+
+    def now() -> float:
+        clock[0] += 1e-4  # so that whoever waits for a time gets there
+        return clock[0]
+
+    def second_long(real: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            clock[0] += 1.0
+            return real(*args, **options)
+
+        return call
+
+    patch.setattr(time, "monotonic", now)
+    patch.setattr(trainloop, "train_step", second_long(trainloop.train_step))
+    patch.setattr(arc_system.System, "predict", second_long(arc_system.System.predict))
+    return clock
+
+
+def interrupt_after(patch: pytest.MonkeyPatch, n_batches: int) -> None:
+    """Ctrl+C comes at the end of the batch of that number."""
+    real, calls = trainloop.train_step, []
+
+    def step(*args: Any, **options: Any) -> Any:
+        figures = real(*args, **options)
+        calls.append(1)
+        if len(calls) == n_batches:
+            signal.raise_signal(signal.SIGINT)
+        return figures
+
+    patch.setattr(trainloop, "train_step", step)

@@ -137,6 +137,20 @@ def test_a_new_machine_needs_nothing_but_resume_and_the_drive_folder(
     assert not (done.folder / mp.RESTORING).exists()
 
 
+def copies_before_a_kill(patch: pytest.MonkeyPatch) -> list[str]:
+    """A restore is interrupted at its fifth file; the names of those that came before, as they come."""
+    real, copied = mp._copy_in, []
+
+    def copy_in(source: Path, *rest: Any) -> None:
+        if len(copied) == 4:
+            raise KeyboardInterrupt
+        real(source, *rest)
+        copied.append(source.name)
+
+    patch.setattr(mp, "_copy_in", copy_in)
+    return copied
+
+
 def test_a_restore_that_is_killed_at_any_file_is_finished_by_the_next(here: Path) -> None:
     """Breaks: a marker that is missing or late, config.json or best_model.pt at the end."""
     backup = on_a_new_machine(here)
@@ -183,17 +197,8 @@ def test_a_killed_restore_is_finished_by_resume_alone_even_without_the_flag(
     bare: Bare, here: Path
 ) -> None:
     backup = on_a_new_machine(here)
-    real = mp._copy_in
-    copied: list[str] = []
-
-    def copy_in(source: Path, *rest: Any) -> None:
-        if len(copied) == 4:
-            raise KeyboardInterrupt
-        real(source, *rest)
-        copied.append(source.name)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mp, "_copy_in", copy_in)
+        copied = copies_before_a_kill(patch)
         assert bare("--resume", "--drive_backup", "drive").code == 130
     assert copied[-1].startswith("checkpoint_")
     shutil.move(here / "drive", here / "away")
@@ -270,16 +275,8 @@ def test_taking_a_newer_drive_can_be_interrupted_too(here: Path) -> None:
         path.unlink()
     toy, _ = toy_run(here / "other", 1)
     shutil.copy(toy.checkpoint_path(0), run / "best_model.pt")  # an older one
-    real, copied = mp._copy_in, []
-
-    def copy_in(source: Path, *rest: Any) -> None:
-        if len(copied) == 4:
-            raise KeyboardInterrupt
-        real(source, *rest)
-        copied.append(source.name)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mp, "_copy_in", copy_in)
+        copied = copies_before_a_kill(patch)
         with pytest.raises(KeyboardInterrupt):
             mp.locate_run("latest", "runs", here / "drive")
     assert copied[2:] == ["best_model.pt", newer[-1].name]

@@ -6,12 +6,10 @@ import json
 import re
 import shlex
 import shutil
-import signal
-import time
 
 import pytest
 import torch
-from conftest import Script
+from conftest import Script, interrupt_after, work_moves_the_clock
 
 import model_persistence as mp
 import resume_rules
@@ -34,17 +32,8 @@ def save_each(patch):
 def stopped_run(tasks_file, tmp_path_factory):
     """A run of 2 x 4 batches, stopped by a signal after 2 of them; copy it, do not change it."""
     script = Script(tmp_path_factory.mktemp("stopped"), tasks_file)
-    real, calls = trainloop.train_step, []
-
-    def step(*args, **options):
-        figures = real(*args, **options)
-        calls.append(1)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return figures
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainloop, "train_step", step)
+        interrupt_after(patch, 2)
         save_each(patch)
         outcome = script("--epochs", 2, *SHORT, "--save_every", 1)
     assert outcome.code == 130, outcome.err
@@ -340,16 +329,7 @@ def test_a_count_of_bad_batches_begins_anew_on_a_resume(train, again, monkeypatc
     monkeypatch.setattr(trainloop, "MAX_SKIPPED_IN_A_ROW", 3)
     with monkeypatch.context() as patch:
         break_losses(patch, (1, 2))
-        real, calls = trainloop.train_step, []
-
-        def step(*args, **options):
-            figures = real(*args, **options)
-            calls.append(1)
-            if len(calls) == 3:
-                signal.raise_signal(signal.SIGINT)
-            return figures
-
-        patch.setattr(trainloop, "train_step", step)
+        interrupt_after(patch, 3)
         stopped = train("--epochs", 2, *SHORT)
     assert stopped.code == 130, stopped.err
     assert stopped.checkpoint()["extra"]["progress"]["skipped_in_a_row"] == 2
@@ -567,24 +547,7 @@ def test_a_finished_run_votes_again_where_its_vote_is_missing_or_other(copied, a
 @pytest.fixture
 def working_clock(monkeypatch):
     """A clock that the work moves: a step takes a second, a batch of predictions as long."""
-    import arc_system
-
-    clock = [time.monotonic()]
-
-    def now():
-        clock[0] += 1e-4
-        return clock[0]
-
-    def second_long(real):
-        def call(*args, **options):
-            clock[0] += 1.0
-            return real(*args, **options)
-
-        return call
-
-    monkeypatch.setattr(time, "monotonic", now)
-    monkeypatch.setattr(trainloop, "train_step", second_long(trainloop.train_step))
-    monkeypatch.setattr(arc_system.System, "predict", second_long(arc_system.System.predict))
+    work_moves_the_clock(monkeypatch)
 
 
 TIMED = ("--planning_steps", 1, "--policy", "off", "--eval_views", 1, "--val_pairs", 1)

@@ -25,11 +25,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, Script, differing, make_tasks, write_tasks
+from conftest import FAST, Script, differing, make_tasks, work_moves_the_clock, write_tasks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import arc_system
 import dataset_arc
 import evaluation
 import human_rl_agent
@@ -832,22 +831,7 @@ def test_a_run_that_time_cut_short_is_repeated_and_resumed_to_the_same_batch(tra
 
 def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(train, monkeypatch):
     """By a clock that the work moves: a step takes a second, a batch of predictions as long."""
-    clock = [time.monotonic()]
-
-    def now():
-        clock[0] += 1e-4  # so that whoever waits for a time gets there
-        return clock[0]
-
-    def second_long(real):
-        def call(*args, **options):
-            clock[0] += 1.0
-            return real(*args, **options)
-
-        return call
-
-    monkeypatch.setattr(time, "monotonic", now)
-    monkeypatch.setattr(trainloop, "train_step", second_long(trainloop.train_step))
-    monkeypatch.setattr(arc_system.System, "predict", second_long(arc_system.System.predict))
+    clock = work_moves_the_clock(monkeypatch)
     quick = ("--seed", 3, "--planning_steps", 2, "--batch_size", 3, "--hypotheses", "on")
     begun = clock[0]
     outcome = train("--time_budget", 0.7, *quick)

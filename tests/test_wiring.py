@@ -14,7 +14,6 @@ import io
 import json
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import Proposer, Script, differing, lively_system, make_tasks, write_tasks
+from conftest import (
+    Proposer,
+    Script,
+    differing,
+    interrupt_after,
+    lively_system,
+    make_tasks,
+    write_tasks,
+)
 from torch.nn import functional
 
 import dataset_arc
@@ -1016,20 +1023,11 @@ BAR = re.compile(r"Epoch 0: +\d+%\|[^|]*\| (\d+)/(\d+) \[")
 
 def test_a_terminal_shows_the_bar_and_a_resumed_one_goes_on_where_it_was(train, monkeypatch):
     """Breaks: the bar never shown on a terminal, shown elsewhere, or begun at 0 on a resume."""
-    real, calls = trainloop.train_step, []
-
-    def step(*args, **options):
-        result = real(*args, **options)
-        calls.append(1)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return result
-
     flags = (
         "--max_batches", 3, "--val_pairs", 1, "--eval_views", 1, "--policy", "off", "--planning_steps", 1,
     )  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(trainloop, "train_step", step)
+        interrupt_after(patch, 2)
         stopped = train(*flags)  # no terminal
     assert stopped.code == 130
     assert not BAR.search(stopped.err)
