@@ -1,8 +1,8 @@
-"""Checkpoints that survive kills, power cuts, full disks and rotten files; best model; resume state.
+"""Checkpoints that survive kills, power cuts, full disks and rotten files; best model; resuming.
 
 The front door of `persistence/`: the calls that save and load one run directory, and the names that
-its documents promise (`__all__`). Knows nothing about models: a module is anything with `state_dict`
-and `load_state_dict`. Never unpickles code, never seeds, never trains.
+its documents promise (`__all__`). Knows nothing about models: a module is anything that has
+`state_dict` and `load_state_dict`. Never unpickles code, never seeds, never trains.
     from model_persistence import ModelPersistence
     persistence = ModelPersistence("runs/arc_complete_20260101_120000", max_checkpoints=5)
 What is guaranteed, and how to recover by hand: docs/PERSISTENCE.md.
@@ -99,20 +99,20 @@ class ModelPersistence:
 
     Args:
         output_dir: the run directory; created at the first save.
-        max_checkpoints: rolling checkpoints kept (at least 1). Old ones go only after the new one is
-            durable and read back; one that only `best_metadata.json` points to is never removed.
+        max_checkpoints: rolling checkpoints kept (at least 1). Old ones go only after the new one
+            is durable and read back; one that only `best_metadata.json` points to is never removed.
         save_every_n_batches: interval of `should_save_checkpoint`; 0 never.
         drive_backup: folder of a mounted Drive; None uses what `setup_drive_backup` recorded, False
             switches it off.
-        async_save: copy into memory and write in a thread; the loop is blocked only for the copy. At
-            most one write is in flight; a save that comes too early is skipped and counted.
+        async_save: copy into memory and write in a thread; the loop is blocked only for the copy.
+            At most one write is in flight; a save that comes too early is skipped and counted.
         fs, drive_fs: the file operations.
         drive_options: further arguments of `DriveBackup` (keep, stall_timeout_s, backoff_s, ...).
         on_message: receives one-line reports, always in the caller's thread; default: logging.
         lock: take the run's lock at the first save; LockedError if another process holds it.
 
-    A save that fails for a reason of the disk is reported and counted (`failed_saves`), and training
-    goes on; anything else a writer thread raised is raised at the next call.
+    A save that fails for a reason of the disk is reported and counted (`failed_saves`), and
+    training goes on; anything else a writer thread raised is raised at the next call.
     """
 
     def __init__(
@@ -188,7 +188,10 @@ class ModelPersistence:
         return self._index.files().get(checkpoint_id, self._index.own_path(checkpoint_id))
 
     def get_resume_info(self) -> dict[str, Any] | None:
-        """{checkpoint_id, epoch, batch, metrics} of the newest checkpoint that verifies, or None."""
+        """{checkpoint_id, epoch, batch, metrics} of the newest checkpoint that verifies, or None.
+
+        What does not verify is said, and stays where it is.
+        """
         self._deliver()
         manifest = self._index.manifest()
         for checkpoint_id, path in sorted(self._index.files().items(), reverse=True):
@@ -202,8 +205,8 @@ class ModelPersistence:
 
     # -- saving ----------------------------------------------------------------------------------
     def should_save_checkpoint(self, batch: int) -> bool:
-        """True every `save_every_n_batches` batches, not at batch 0. Call it once per batch: it also
-        delivers what the writer and the Drive worker have to say."""
+        """True every `save_every_n_batches` batches, not at batch 0. Call it once per batch: it
+        also delivers what the writer and the Drive worker have to say."""
         self.poll()
         n = self.save_every_n_batches
         return n > 0 and batch > 0 and batch % n == 0
@@ -374,8 +377,8 @@ class ModelPersistence:
         """Flush, stop the Drive worker and give the lock back.
 
         The copy to Drive gets up to `drive_timeout_s`; lines say what is left, and what is missing.
-        Once `hurry` says so (a signal) it gets DRIVE_HURRY_S more at most. Returns False if that cut
-        the copy short.
+        Once `hurry` says so (a signal) it gets DRIVE_HURRY_S more at most. Returns False if that
+        cut the copy short.
         """
         whole = True
         try:
@@ -396,7 +399,7 @@ class ModelPersistence:
         return whole
 
     def back_up(self) -> None:
-        """Bring Drive up to date, also with what an earlier process could not copy. Does not wait."""
+        """Bring Drive up to date, also with what an earlier process could not copy; no waiting."""
         if self._drive is not None:
             self._drive.notify()
 
@@ -576,14 +579,14 @@ class ModelPersistence:
     ) -> dict[str, Any]:
         """Load the newest good checkpoint: local ones newest first, best_model.pt, then Drive.
 
-        A bad file goes to `checkpoints/quarantine/` with the reason beside it. A good file that does
-        not fit the objects, the optimizer included, raises MismatchError at once. `skipped` in the
-        result lists what was rejected. Raises NoCheckpointError if nothing is left, saying where it
-        looked.
+        A bad file goes to `checkpoints/quarantine/` with the reason beside it. A good file that
+        does not fit the objects, the optimizer included, raises MismatchError at once. `skipped` in
+        the result lists what was rejected. Raises NoCheckpointError if nothing is left, saying
+        where it looked.
 
-        checkpoint: load this id, or "best", instead; what is newer then moves to `set_aside/` in the
-        run directory (`set_aside` in the result), so that no later load takes it and no id comes
-        twice.
+        checkpoint: load this id, or "best", instead; what is newer then moves to `set_aside/` in
+        the run directory (`set_aside` in the result), so that no later load takes it and no id
+        comes twice.
         check: called with the file's metadata before anything is changed; what it raises is raised.
         """
         check_device(device)
@@ -686,8 +689,8 @@ class ModelPersistence:
         return moved[::-1]
 
     def set_best_aside(self) -> Path | None:
-        """Move best_model.pt, chosen by figures that no longer compare, to `set_aside/`; where it is
-        now, or None."""
+        """Move best_model.pt, chosen by figures that no longer compare, to `set_aside/`; where it
+        is now, or None."""
         try:
             if not exists(self._index.fs, self.best_path):
                 return None
@@ -733,7 +736,7 @@ class ModelPersistence:
             self._on_message(f"Skipped {e}; moved to {moved}")
 
     def _quarantine(self, path: Path, reason: str) -> Path | None:
-        """Move a bad file out of the way, with the reason beside it. None if the disk forbids it."""
+        """Move a bad file out of the way, the reason beside it. None if the disk forbids it."""
         try:
             target = self._index.move(path, self.quarantine_dir)
             note = {"file": str(path), "reason": reason, "when": timestamp_now()}
@@ -779,7 +782,8 @@ class ModelPersistence:
     ) -> dict[str, Any]:
         """Load best_model.pt into the six (None leaves one out); see `load_checkpoint`.
 
-        If it is damaged and the checkpoint it was linked from is a separate, good file, that is used.
+        If it is damaged and the checkpoint it was linked from is a separate, good file, that one
+        is used.
         """
         check_device(device)
         self._writer.join()

@@ -71,8 +71,8 @@ class SealedWriter:
     before that hex. A checkpoint can so be checked, and listed, with no other file at hand, and
     remains a zip that `torch.load` reads.
 
-    Errors are kept and raised by `finish`, never inside `write`: torch turns an exception that passes
-    through its C++ writer into an unrelated one ("unexpected pos").
+    Errors are kept and raised by `finish`, never inside `write`: torch turns an exception that
+    passes through its C++ writer into an unrelated one ("unexpected pos").
     """
 
     END = struct.Struct("<4s4H2LH")  # zip end-of-central-directory record, 22 bytes
@@ -242,7 +242,7 @@ def _hash_file(
 
 
 def _zip_members(reader: io.BufferedReader, size: int) -> list[zipfile.ZipInfo]:
-    """The archive's members, refused unless they are what `torch.save` writes: plain and bounded."""
+    """The archive's members, refused unless they are what `torch.save` writes: plain, bounded."""
     reader.seek(0)
     try:
         with zipfile.ZipFile(reader) as archive:
@@ -481,7 +481,7 @@ def _check_payload(payload: Any, seal: Mapping[str, Any] | None, expect_id: int 
 
 def _check_tensors(payload: Mapping[str, Any]) -> None:
     """Refuse tensors that are more than the memory behind them: a small file with a stride of 0
-    would become gigabytes where it is used. All together at most UNFOLD times what the file holds."""
+    would become gigabytes where it is used. All together at most UNFOLD times what it holds."""
     total, stored = 0, {}
     for path, leaf in iter_leaves(payload):
         if not is_tensor(leaf):

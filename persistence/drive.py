@@ -1,4 +1,4 @@
-"""The copy of a run on a mounted Drive: which folder, and the worker that copies beside the training.
+"""The copy of a run on a mounted Drive: which folder, and the worker beside the training.
 
 Never blocks training, never writes over another branch of a run. The way back: `from_drive.py`.
     from persistence.drive import DriveBackup, configured_drive_backup, setup_drive_backup
@@ -61,16 +61,18 @@ class DriveBackup:
 
     A worker thread does everything that touches the mount; if it hangs there it is abandoned and
     replaced, and training never waits. A file counts as backed up when its copy was read back with
-    the right size and hash, renamed, and `<name>.ok` was written, in this order. "In the Drive folder"
-    is not yet "in the cloud": the mount uploads when it likes, and nothing here can see that.
+    the right size and hash, renamed, and `<name>.ok` was written, in this order. "In the Drive
+    folder" is not yet "in the cloud": the mount uploads when it likes, and nothing here can see
+    that.
 
     `state`: waiting (the first copies are under way), ok (everything wanted is there), degraded
-    (behind for long, or failing and retrying), lost (five failures in a row, or three workers hung),
-    off (the folder must not be written: it holds another branch of this run, or the run itself).
+    (behind for long, or failing and retrying), lost (five failures in a row, or three workers
+    hung), off (the folder must not be written: it holds another branch of this run, or the run
+    itself).
 
-    known_id: the newest checkpoint id that the run here has ever had. A folder that holds another run
-    under this run's name, the same ids with other content, or newer ones than that, is left alone:
-    nothing is copied to it, and nothing there is replaced or removed.
+    known_id: the newest checkpoint id that the run here has ever had. A folder that holds another
+    run under this run's name, the same ids with other content, or newer ones than that, is left
+    alone: nothing is copied to it, and nothing there is replaced or removed.
     """
 
     LOST_AFTER = 5
@@ -210,9 +212,9 @@ class DriveBackup:
     def wait_visibly(
         self, timeout_s: float, hurry: Callable[[], bool], say: Callable[[str], None]
     ) -> bool:
-        """Give the copy its time at the end, and `say` how far behind it is. False if `hurry` cut it.
+        """Give the last copy up to `timeout_s`, and `say` how far it is, and what is missing.
 
-        Once `hurry` says so it gets DRIVE_HURRY_S more at most.
+        Once `hurry` says so it gets DRIVE_HURRY_S more at most; False if that cut it short.
         """
         started = time.monotonic()
         end, shown, hurried = started + timeout_s, False, hurry()
@@ -234,8 +236,9 @@ class DriveBackup:
         if missing:
             names = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in missing)
             why = f" ({self.state}: {self.last_error})" if self.last_error else ""
+            waited_s = time.monotonic() - started
             say(
-                f"Drive backup: NOT complete after {time.monotonic() - started:.0f} s{why}: {names} "
+                f"Drive backup: NOT complete after {waited_s:.0f} s{why}: {names} "
                 f"not in {self.folder}. Here they are in {self.run_dir}; --resume copies them."
             )
         elif not done and timeout_s > 0:
@@ -366,8 +369,8 @@ class DriveBackup:
         )
         if why:
             raise _Refused(
-                f"{self.folder} holds another branch of this run: {why}. Nothing there is changed. To "
-                "back up this one, give another --drive_backup folder, or move that folder away"
+                f"{self.folder} holds another branch of this run: {why}. Nothing there is changed. "
+                "To back up this one, give another --drive_backup folder, or move that folder away"
             )
 
     def _check_mount(self, generation: int) -> None:
@@ -467,7 +470,7 @@ class DriveBackup:
             size += got
 
     def _already_there(self, target: Path, ok: Path, fd: int, size: int, generation: int) -> bool:
-        """A complete copy from an earlier attempt or process; its mark is added if it is missing."""
+        """A complete copy from an earlier attempt or process; a missing mark is added."""
         if not exists(self._fs, target) or self._fs.stat(target).st_size != size:
             return False
         record = read_json(ok, self._fs)
@@ -486,7 +489,7 @@ class DriveBackup:
         atomic_write_json(ok, record, self._fs)
 
     def _prune(self, wanted: set[str], generation: int) -> None:
-        """Remove older checkpoints from Drive, their marks first; and temporary files left there."""
+        """Remove older checkpoints from Drive, their marks first; and temporary files there."""
         self._step(generation)
         present = self._fs.listdir(self.folder)
         newest = max((n for n in wanted if CHECKPOINT_NAME.fullmatch(n)), default="")
@@ -626,7 +629,7 @@ def branch_conflict(
     there_fs: FileSystem = REAL_FS,
     tick: Callable[[], None] = lambda: None,
 ) -> str:
-    """Why two sets of checkpoints are not one history of one run, as far as their seals tell; or "".
+    """Why two sets of checkpoints are not one history of one run, as far as seals tell; or "".
 
     Speaks against it: another run's id, the same id with other content, ids in another order than
     their times, and (with `known`, the newest id that was ever here) one there that is newer. A

@@ -88,8 +88,8 @@ def is_space_error(error: BaseException) -> bool:
 class FileSystem:
     """Every file operation of saving, one thin method each. Tests subclass it.
 
-    `concurrent` False runs steps that would overlap (fsync and read-back) one after the other, which
-    gives tests a fixed order of operations.
+    `concurrent` False runs steps that would overlap (fsync and read-back) one after the other,
+    which gives tests a fixed order of operations.
     """
 
     concurrent = True
@@ -253,7 +253,7 @@ def is_folder(path: Path) -> bool:
 
 
 def version_of(path: Path) -> tuple[int, int, int] | None:
-    """(bytes, time of change in ns, inode): one content of a file against the next; None without it."""
+    """(bytes, time of change in ns, inode): tells contents of a file apart; None: no file."""
     try:
         s = path.stat()
     except OSError:
@@ -339,7 +339,7 @@ def atomic_write_json(path: str | os.PathLike[str], obj: Any, fs: FileSystem = R
 
 
 def json_safe(obj: Any) -> Any:
-    """Strict JSON's values: what is not finite becomes null, keys become text, numpy's scalars plain."""
+    """As strict JSON has it: what is not finite becomes null, keys text, numpy's scalars plain."""
     if isinstance(obj, float):
         return float(obj) if math.isfinite(obj) else None
     if isinstance(obj, Mapping):
@@ -374,7 +374,7 @@ def timestamp_now() -> str:
 
 
 def seconds_of(stamp: Any) -> float | None:
-    """A timestamp of a file as seconds since 1970; None if it is none. Older ones have no UTC offset."""
+    """A saved timestamp as seconds since 1970; None if it is none. Old ones have no UTC offset."""
     try:
         return datetime.fromisoformat(stamp).timestamp()
     except (TypeError, ValueError, OverflowError, OSError):

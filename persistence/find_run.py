@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
 
 
 def saved_last(folder: Path, files: Mapping[int, Path]) -> tuple[float | None, Any]:
-    """When a run was last saved and its run_id, by its newest readable seal; contents unverified."""
+    """When a run was last saved and its run_id, by its newest readable seal; not verified."""
     paths = [files[i] for i in sorted(files, reverse=True)]
     if is_file(folder / "best_model.pt"):
         paths.append(folder / "best_model.pt")

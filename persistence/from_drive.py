@@ -72,10 +72,10 @@ def copy_back_from_drive(
 
     Settings and best model come first, then checkpoints, the newest first, then the rest. Until all
     are there `.restoring.json` lies in the run directory, so that an interrupted copy is finished.
-    Only what is missing here is copied, and only what verifies; with `above` checkpoints with higher
-    ids alone, and the other files replace those here. Returns the files written; rejected ones are
-    appended to `skipped`. A backup that is not this run's history is rejected as a whole. Raises
-    PersistenceError if the local disk does not take the files.
+    Only what is missing here is copied, and only what verifies; with `above` checkpoints with
+    higher ids alone, and the other files replace those here. Returns the files written; rejected
+    ones are appended to `skipped`. A backup that is not this run's history is rejected as a whole.
+    Raises PersistenceError if the local disk does not take the files.
     """
     flat = flat_files(source)
     places: list[tuple[Path, Path, int | None]] = [
@@ -210,10 +210,10 @@ def restore_run_from_drive(
 ) -> Path | None:
     """Rebuild a run directory from its backup, e.g. on a new machine. Returns it, or None.
 
-    Without `run_name` the run that was saved last (by the seals) and has a good checkpoint is taken.
-    Checkpoints laid flat into the Drive folder by hand are restored as `arc_complete_restored`. Bad
-    copies that were passed over are appended to `skipped`. An interrupted restore is finished by the
-    next call, or by `--resume`.
+    Without `run_name` the run that was saved last (by the seals) and has a good checkpoint is
+    taken. Checkpoints laid flat into the Drive folder by hand are restored as
+    `arc_complete_restored`. Bad copies that were passed over are appended to `skipped`. An
+    interrupted restore is finished by the next call, or by `--resume`.
     """
     root = Path(drive_dir)
     if run_name is not None and not RUN_NAME.fullmatch(run_name):
@@ -240,8 +240,8 @@ def restore_run_from_drive(
 
 
 class Located(NamedTuple):
-    """The run that --resume means; None: nothing to resume. What was passed over on the way there, or
-    done, in lines to show; and the copies on Drive that were rejected."""
+    """The run that --resume means; None: nothing to resume. What was passed over on the way there,
+    or done, in lines to show; and the copies on Drive that were rejected."""
 
     folder: Path | None
     notes: list[str]
@@ -257,8 +257,8 @@ def locate_run(
     """Find the run to resume, and bring it back, or up to date, from Drive.
 
     resume: "latest" or "auto" (what was saved last in `runs_dir`), or a run folder. An interrupted
-    restore is finished; a run that is gone is restored; if its backup is newer than the run here and
-    the run here is that one's past, the newer state is taken. Raises PersistenceError.
+    restore is finished; a run that is gone is restored; if its backup is newer than the run here
+    and the run here is that one's past, the newer state is taken. Raises PersistenceError.
     """
     notes: list[str] = []
     skipped: list[dict[str, str]] = []
@@ -302,7 +302,8 @@ def _a_file(path: Path) -> PersistenceError:
     match, folder = CHECKPOINT_NAME.fullmatch(path.name), path.parent
     run = folder.parent if folder.name == "checkpoints" else folder
     if match and folder.name == "checkpoints":
-        fix = f"Use --resume {run} --checkpoint {int(match[1])} to go on from this one, or --resume {run}."
+        this = f"--resume {run} --checkpoint {int(match[1])}"
+        fix = f"Use {this} to go on from this one, or --resume {run}."
     elif path.name == "best_model.pt":
         fix = f"Use --resume {run}, which goes on from its newest checkpoint."
     else:

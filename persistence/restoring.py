@@ -1,7 +1,7 @@
 """From live objects to what is saved of them and back, and how exact a resume is.
 
 States of modules and optimizer, random numbers, settings, the resume's verdict. Writes no file.
-    from persistence.restoring import apply_state, capture_rng_state, restore_rng_state, resume_report
+    from persistence.restoring import apply_state, collect_state, environment
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def module_state(module: Any) -> Any:
 
 
 def frozen_reference_of(module: Any) -> dict[str, Any] | None:
-    """What identifies the weights that a module keeps by reference, not in its state; None: none."""
+    """What identifies the weights that a module keeps by reference, not in its state; or None."""
     reference = module.frozen_reference() if hasattr(module, "frozen_reference") else None
     return None if reference is None else dict(reference)
 
@@ -103,7 +103,7 @@ def _shape_text(value: Any) -> str:
 
 
 def _check_fit(name: str, module: Any, saved: Any, where: str) -> None:
-    """Names and shapes of one module before anything is changed; the first difference is an error."""
+    """Names and shapes of one module before anything is changed; a difference is an error."""
     fix = "Resume with the model settings of that run, or start a new run."
     if saved is None:
         raise MismatchError(f"{where} has no state for '{name}'", "it was saved as None", fix)
@@ -372,8 +372,8 @@ def resume_report(
 
     `metadata` is what a load returned. `rng_missing` is what `restore_rng_state` returned (or a
     reason why it was not called), `mismatches` what trains otherwise from here on or is missing,
-    `changed` what else is not as it was. `last_seen` is the (epoch, batch) that the log saw last, for
-    the number of batches to repeat where `batches_lost` does not give it.
+    `changed` what else is not as it was. `last_seen` is the (epoch, batch) that the log saw last,
+    for the number of batches to repeat where `batches_lost` does not give it.
     """
     here = environment() if current_environment is None else current_environment
     saved = metadata.get("environment") or {}

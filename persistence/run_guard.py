@@ -1,7 +1,7 @@
 """One writer per run, and signals that let it save first.
 
-The lock on a run directory, and SIGTERM, SIGINT and SIGHUP as a flag. Saves nothing itself, and needs
-the standard library alone.
+The lock on a run directory, and SIGTERM, SIGINT and SIGHUP as a flag. Saves nothing itself, and
+needs the standard library alone.
     from persistence.run_guard import RunLock, StopSignals
 """
 

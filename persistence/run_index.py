@@ -1,7 +1,7 @@
 """What one run directory holds: names, ids, the index of its checkpoints, small state.
 
-The `.pt` files decide; `checkpoint_metadata.json` and `training_state.json` are derived from them and
-may be lost. Loads nothing into anything, and does not decide what is kept.
+The `.pt` files decide; `checkpoint_metadata.json` and `training_state.json` are derived from them
+and may be lost. Loads nothing into anything, and does not decide what is kept.
     from persistence.run_index import RunIndex, TrainingState
 """
 
@@ -54,7 +54,7 @@ def _may_be_folder(name: str) -> bool:
 
 
 class TrainingState:
-    """`training_state.json`: a few facts about the run for people and tools; derived, may be lost."""
+    """`training_state.json`: a few facts about the run for people and tools; may be lost."""
 
     def __init__(self, output_dir: str | os.PathLike[str], fs: FileSystem = REAL_FS) -> None:
         self.path = Path(output_dir) / "training_state.json"

@@ -1,7 +1,7 @@
 """A file's way to the disk: in the background, in order, with room made where there is none.
 
-One job at a time: file, index entry, rotation, each durable before the next; then the best model. It
-collects no state and loads nothing; what fails is counted and said, and training goes on.
+One job at a time: file, index entry, rotation, each durable before the next; then the best model.
+Collects no state and loads nothing.
     from persistence.saving import CheckpointWriter, Job
 """
 
@@ -60,7 +60,7 @@ class Job:
         self.closed = False  # no more follow-ups: the thread is past them
 
     def holds(self, state: Any, epoch: int, batch: int, metrics: Mapping[str, Any]) -> bool:
-        """True if a checkpoint (in flight or on disk) holds exactly this state and these metrics."""
+        """True if a checkpoint, in flight or on disk, has exactly this state and these metrics."""
         if self.checkpoint_id is None:
             return False
         if (self.seal["epoch"], self.seal["batch"]) != (epoch, batch):
@@ -80,7 +80,7 @@ class Job:
 
 
 class CheckpointWriter:
-    """Puts checkpoints and the best model of one run on the disk, one job at a time, and counts them.
+    """Puts checkpoints and the best model of one run on the disk, one job at a time.
 
     A job that the disk refuses is counted and said, and training goes on. What there is to say goes
     into `messages`; what else a thread raised waits in `error` for the caller's thread.

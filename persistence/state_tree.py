@@ -181,7 +181,8 @@ def is_tensor(value: Any) -> bool:
 
 
 class SnapshotBuffers:
-    """Copies of a state tree in memory that is kept and reused, pinned where the source is on CUDA."""
+    """Copies of a state tree in memory that is kept and reused, pinned where the source is on
+    CUDA."""
 
     def __init__(self) -> None:
         self._kept: dict[str, torch.Tensor] = {}
@@ -284,7 +285,7 @@ def compact(tree: Any) -> Any:
 
 
 def free_memory_bytes() -> int | None:
-    """Memory that can be taken without swapping, respecting a container's limit; None if unknown."""
+    """Bytes that can be taken without swapping, within a container's limit; None if unknown."""
     found: list[int] = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
