@@ -296,7 +296,7 @@ def run_prediction(args: argparse.Namespace) -> int:
         without_outputs,
     )
     from hypotheses import Fitter
-    from model_persistence import atomic_write_bytes, atomic_write_json
+    from persistence.files import atomic_write_bytes, atomic_write_json
 
     started = time.monotonic()
     device = pick_device(args.device)

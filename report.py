@@ -131,7 +131,7 @@ class Record:
 
 def read_record(folder: Path) -> Record:
     """Read a run's JSON files. Raises UserError where there is nothing to report on."""
-    from model_persistence import read_json
+    from persistence.files import read_json
 
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -503,7 +503,7 @@ def run_report(args: argparse.Namespace) -> int:
     import torch
 
     from dataset_arc import load_tasks
-    from model_persistence import atomic_write_bytes
+    from persistence.files import atomic_write_bytes
 
     device = pick_device(args.device)
     if args.threads:

@@ -91,8 +91,6 @@ RULES = {
 BY_EFFECT = ("data", "amp")
 # The final evaluation alone depends on these.
 OF_THE_VOTE = ("eval_views", "vote_batches", "acceptance", "hypothesis_tasks")
-# What else a configuration may hold, of no weight for a resume.
-NO_FLAGS = ("argv", "command", "commit", "created", "device_name", "timestamp", "versions")
 
 
 def with_meaning(*meanings: str) -> tuple[str, ...]:

@@ -276,7 +276,7 @@ class RunLog:
         """Replace a file of the run folder in one step. False if it has to wait for a `flush`."""
         if self.folder is None:
             return True
-        from model_persistence import atomic_write_json
+        from persistence.files import atomic_write_json
 
         error = ""
         try:
@@ -309,7 +309,7 @@ class RunLog:
             self._try_rewind()
 
     def _try_rewind(self) -> None:
-        from model_persistence import atomic_write_bytes
+        from persistence.files import atomic_write_bytes
 
         assert self.folder is not None
         assert self._rewind is not None

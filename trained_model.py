@@ -59,7 +59,8 @@ def load_modules(
     averaged ones) and its optimizer's state, in evaluation mode. metadata: epoch, batch, metrics,
     timestamp, path, extra, ... Arguments and errors as those of `load_model`.
     """
-    from model_persistence import MODULES, apply_state
+    from persistence.checkpoint_file import MODULES
+    from persistence.restoring import apply_state
 
     payload, path, notes = read_model(spec, checkpoint)
     system = system_of(payload, path, device=device, offline=offline)
@@ -130,7 +131,8 @@ def find_run(spec: Path, notes: list[str] | None = None) -> Path:
 
     Runs that were passed over, and may be the one that is meant, are appended to `notes`.
     """
-    from model_persistence import RESTORING, ModelPersistence, find_latest_run, run_of
+    from model_persistence import ModelPersistence
+    from persistence.find_run import RESTORING, find_latest_run, run_of
 
     notes = [] if notes is None else notes
     if spec.name == "checkpoints":
@@ -174,7 +176,7 @@ def model_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool)
 def system_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool) -> System:
     """The modules that a checkpoint describes, with its weights, in evaluation mode."""
     from arc_system import build_system
-    from model_persistence import apply_state
+    from persistence.restoring import apply_state
 
     extra = payload.get("extra") or {}
     needed = ("system", "task_ids", "progress", "average", "average_names")

@@ -42,6 +42,7 @@ from command_line import (
     pick_precision,
     settle_threads,
 )
+from persistence.run_guard import DRIVE_HURRY_S
 from resume_rules import (
     APPLIED,
     BY_EFFECT,
@@ -63,7 +64,6 @@ from run_log import RunLog
 LOG_EVERY = 50  # batches between two batch lines
 MAX_SKIPPED_IN_A_ROW = 25  # non-finite batches in a row before the run counts as diverged
 DRIVE_WAIT_S = 60.0  # at a normal end, seconds the last copy to Drive may still take
-DRIVE_WAIT_STOPPED_S = 5.0  # ... and after a signal or an error
 FINAL_RESERVE_S = 6.0  # seconds kept for saving and leaving at the end of a time budget
 MEMORY_ADVICE = (
     "Use a smaller --batch_size (with --grad_accum), a smaller --width, or --qwen_train frozen."
@@ -374,7 +374,7 @@ def build_parser() -> Parser:
         type=number(real, 0),
         metavar="S",
         help="seconds that the end of a run waits for copies to Drive at most (default: "
-        f"{DRIVE_WAIT_S:g}; {DRIVE_WAIT_STOPPED_S:g} after a signal or an error)",
+        f"{DRIVE_WAIT_S:g}; {DRIVE_HURRY_S:g} after a signal or an error)",
     )
     saving.add_argument(
         "--report_to",
@@ -490,7 +490,8 @@ def drive_folder(args: argparse.Namespace, *runs_dirs: Path) -> Path | None:
 
     Raises UserError for a folder among the runs.
     """
-    from model_persistence import PersistenceError, configured_drive_backup, refuse_runs_folder
+    from model_persistence import PersistenceError
+    from persistence.drive import configured_drive_backup, refuse_runs_folder
 
     drive = args.drive_backup or configured_drive_backup()
     if drive is None:
@@ -508,7 +509,9 @@ def locate(args: argparse.Namespace, given: set[str]) -> Any:
 
     args.drive_backup becomes the run's own folder where none is given. Raises UserError.
     """
-    from model_persistence import PersistenceError, find_latest_run, locate_run, run_of
+    from model_persistence import PersistenceError
+    from persistence.find_run import find_latest_run, run_of
+    from persistence.from_drive import locate_run
 
     try:
         latest = args.resume in ("latest", "auto")
@@ -530,7 +533,7 @@ def locate(args: argparse.Namespace, given: set[str]) -> Any:
 
 def recorded_flags(folder: Path) -> dict[str, Any] | None:
     """The flags in a run's config.json; None where there are none. Raises OSError where it cannot be read."""
-    from model_persistence import read_json
+    from persistence.files import read_json
 
     config = read_json(folder / "config.json")
     flags = config.get("arguments") if isinstance(config, dict) else None
@@ -1983,11 +1986,8 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     import torch
 
     from dataset_arc import default_data, load_tasks, slices_of
-    from model_persistence import (
-        ModelPersistence,
-        StopSignals,
-        point_latest_at,
-    )
+    from model_persistence import ModelPersistence, StopSignals
+    from persistence.find_run import point_latest_at
 
     args.device = pick_device(args.device)
     fill_device_defaults(args, args.device)
@@ -2070,7 +2070,7 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         )
         persistence.tidy()
         persistence.passed_over = skipped
-        drive_s = DRIVE_WAIT_STOPPED_S if args.drive_wait is None else args.drive_wait
+        drive_s = DRIVE_HURRY_S if args.drive_wait is None else args.drive_wait
         code, failed, diverged, unsaved = EXIT_DONE, True, False, None
         try:
             run.stop = stop
@@ -2400,7 +2400,7 @@ def results_stand(run: Run) -> bool:
     Where the flags of the voting are other ones the answer is no, but not against a spent budget:
     a vote in no time would be worse.
     """
-    from model_persistence import read_json
+    from persistence.files import read_json
 
     args = run.args
     assert run.log.folder is not None

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from model_persistence import ModelPersistence, iter_leaves
+from model_persistence import ModelPersistence
+from persistence.state_tree import iter_leaves
 
 RAW = "raw write + fsync"
 

@@ -228,11 +228,8 @@ class CheckpointWriter:
             files = self._index.own_files()
             ids = sorted(files)
             doomed = [i for i in ids[: max(0, len(ids) - keep)] if i != self._index.protected_id()]
-            if (
-                doomed
-                and verify
-                and not any(self._index.is_good(i, files[i]) for i in ids[-keep:][::-1])
-            ):
+            kept = ids[-keep:][::-1]  # one good one is enough: the newest first
+            if doomed and verify and not any(self._index.is_good(i, files[i]) for i in kept):
                 return removed
             for checkpoint_id in doomed:
                 self._index.fs.unlink(files[checkpoint_id])

@@ -15,10 +15,12 @@ import torch
 from conftest import FAST, differing, make_task, make_tasks, write_tasks
 
 import evaluation
-import model_persistence
 import predict
 import trained_model
 import trainloop_complete_with_fixes as trainloop
+from persistence.checkpoint_file import MODULES
+from persistence.files import FileSystem
+from persistence.restoring import module_state
 
 ROOT = Path(predict.__file__).parent
 
@@ -258,7 +260,7 @@ def test_an_interrupted_or_failed_write_leaves_the_old_file(
         patch.setattr(evaluation, "predict_tasks", interrupt)
         assert call(run, "--data", data, "--out", out) == 130
     with monkeypatch.context() as patch:
-        patch.setattr(model_persistence.FileSystem, "replace", full)
+        patch.setattr(FileSystem, "replace", full)
         assert call(run, "--data", data, "--out", out, "--views", 1) == 3
     assert "No space left on device" in capsys.readouterr().err
     assert out.read_text() == "old"
@@ -292,9 +294,9 @@ def test_the_six_objects_come_from_a_run_or_a_lone_file(run: Path, tmp_path: Pat
     lone = tmp_path / "moved.pt"
     shutil.copy(run / "best_model.pt", lone)
     *modules, optimizer, metadata = trained_model.load_modules(lone)
-    for name, module in zip(model_persistence.MODULES, modules, strict=True):
+    for name, module in zip(MODULES, modules, strict=True):
         saved = payload[name]
-        assert differing(model_persistence.module_state(module), saved) == [], name
+        assert differing(module_state(module), saved) == [], name
         assert not module.training
     assert differing(optimizer.state_dict(), payload["optimizer"]) == []
     names = [group["name"] for group in optimizer.param_groups]

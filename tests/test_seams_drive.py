@@ -25,11 +25,22 @@ sys.path.insert(0, str(Path(__file__).parent / "faults"))
 
 from harness import FileSystem, Toy, forked, temps
 
-import model_persistence as mp
 import predict
 import report
 import trainloop_complete_with_fixes as trainloop
-from model_persistence import CorruptCheckpointError, ModelPersistence, PersistenceError
+from model_persistence import (
+    CorruptCheckpointError,
+    ModelPersistence,
+    PersistenceError,
+    setup_drive_backup,
+    verify_checkpoint_file,
+)
+from persistence import drive, from_drive
+from persistence.checkpoint_file import seal_of
+from persistence.drive import DriveBackup, branch_conflict
+from persistence.files import TEMP_NAME, AtomicFile
+from persistence.find_run import RESTORING, find_latest_run
+from persistence.from_drive import locate_run, restore_run_from_drive
 
 SCRIPT = Path(trainloop.__file__)
 SMALL = ("--save_every", 2, "--eval_views", 1)
@@ -134,12 +145,12 @@ def test_a_new_machine_needs_nothing_but_resume_and_the_drive_folder(
     assert done.figures() == reference.figures()  # also the metrics of before came back
     assert differing(done.checkpoint()["agent"], reference.checkpoint()["agent"]) == []
     assert (done.folder / "best_model.pt").exists()
-    assert not (done.folder / mp.RESTORING).exists()
+    assert not (done.folder / RESTORING).exists()
 
 
 def copies_before_a_kill(patch: pytest.MonkeyPatch) -> list[str]:
     """A restore is interrupted at its fifth file; the names of those that came before, as they come."""
-    real, copied = mp._copy_in, []
+    real, copied = from_drive._copy_in, []
 
     def copy_in(source: Path, *rest: Any) -> None:
         if len(copied) == 4:
@@ -147,19 +158,19 @@ def copies_before_a_kill(patch: pytest.MonkeyPatch) -> list[str]:
         real(source, *rest)
         copied.append(source.name)
 
-    patch.setattr(mp, "_copy_in", copy_in)
+    patch.setattr(from_drive, "_copy_in", copy_in)
     return copied
 
 
 def test_a_restore_that_is_killed_at_any_file_is_finished_by_the_next(here: Path) -> None:
     """Breaks: a marker that is missing or late, config.json or best_model.pt at the end."""
     backup = on_a_new_machine(here)
-    whole = mp.restore_run_from_drive(here / "drive", here / "whole")
+    whole = restore_run_from_drive(here / "drive", here / "whole")
     assert whole is not None
     wanted = contents(whole)
     assert {"config.json", "best_model.pt", "best_metadata.json", "metrics.jsonl"} <= set(wanted)
     order: list[str] = []
-    real = mp.AtomicFile.sync
+    real = AtomicFile.sync
     n = 0
     while True:
         runs = here / f"runs{n}"
@@ -174,22 +185,22 @@ def test_a_restore_that_is_killed_at_any_file_is_finished_by_the_next(here: Path
                 left[0] -= 1
                 real(file)
 
-            mp.AtomicFile.sync = sync  # type: ignore[method-assign]
-            mp.restore_run_from_drive(here / "drive", runs)
+            AtomicFile.sync = sync  # type: ignore[method-assign]
+            restore_run_from_drive(here / "drive", runs)
 
         status, order = forked(restore)
         if status == 0:
             break
         assert status == 9, order
         if n:
-            assert (runs / backup.name / mp.RESTORING).exists()
-        found = mp.locate_run("latest", runs, here / "drive")
+            assert (runs / backup.name / RESTORING).exists()
+        found = locate_run("latest", runs, here / "drive")
         assert found.folder == runs / backup.name
         assert contents(found.folder) == wanted, order
         assert not temps(runs)
         n += 1
     assert n == len(order) >= 8
-    assert order[:4] == [mp.RESTORING, "config.json", "best_metadata.json", "best_model.pt"]
+    assert order[:4] == [RESTORING, "config.json", "best_metadata.json", "best_model.pt"]
     assert order[4] > order[5] > "checkpoint_"  # the newest first
 
 
@@ -230,7 +241,7 @@ def test_damaged_copies_on_drive_that_are_passed_over_are_reported(bare: Bare, h
 
 def test_a_restore_onto_a_full_disk_is_one_line_and_goes_on_later(bare: Bare, here: Path) -> None:
     backup = on_a_new_machine(here)
-    real = mp.FileSystem.write
+    real = FileSystem.write
 
     def full(fs: Any, fd: int, data: Any) -> int:
         if len(data) > 100_000:
@@ -238,11 +249,11 @@ def test_a_restore_onto_a_full_disk_is_one_line_and_goes_on_later(bare: Bare, he
         return real(fs, fd, data)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mp.FileSystem, "write", full)
+        patch.setattr(FileSystem, "write", full)
         line = one_line(bare("--resume", "--drive_backup", "drive"), 3)
     assert "No space left" in line
     assert "goes on where this one stopped" in line
-    found = mp.locate_run("latest", "runs")
+    found = locate_run("latest", "runs")
     assert len(list((found.folder / "checkpoints").glob("*.pt"))) == 2  # type: ignore[operator]
     assert (here / "runs" / backup.name / "best_model.pt").exists()
 
@@ -264,7 +275,7 @@ def test_a_newer_drive_is_noticed_and_taken(bare: Bare, here: Path) -> None:
     assert f"from checkpoint {newest}" in done.out
     assert "EXACT" in done.out
     assert (run / "best_model.pt").read_bytes() == (backup / "best_model.pt").read_bytes()
-    assert not (run / mp.RESTORING).exists()
+    assert not (run / RESTORING).exists()
     assert "another branch" not in done.out
 
 
@@ -278,11 +289,11 @@ def test_taking_a_newer_drive_can_be_interrupted_too(here: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         copied = copies_before_a_kill(patch)
         with pytest.raises(KeyboardInterrupt):
-            mp.locate_run("latest", "runs", here / "drive")
+            locate_run("latest", "runs", here / "drive")
     assert copied[2:] == ["best_model.pt", newer[-1].name]
-    found = mp.locate_run("latest", "runs", here / "drive")
+    found = locate_run("latest", "runs", here / "drive")
     assert (found.folder, found.skipped) == (Path("runs") / run.name, [])
-    assert not (run / mp.RESTORING).exists()
+    assert not (run / RESTORING).exists()
     for name in ("best_model.pt", "config.json", "metrics.jsonl"):
         assert (run / name).read_bytes() == (backup / name).read_bytes()
     there = sorted(p.name for p in backup.glob("checkpoint_*.pt"))
@@ -314,19 +325,19 @@ def test_a_branch_is_seen_without_common_ids_by_the_times_in_the_seals(tmp_path:
     toy_run(tmp_path / "there", 4)
     files = {i: tmp_path / f"there/checkpoints/checkpoint_{i:05d}.pt" for i in (2, 3)}
     (tmp_path / "here/checkpoints/checkpoint_00001.pt").unlink()
-    why = mp.branch_conflict(mine._files(), files)
+    why = branch_conflict(mine._index.files(), files)
     assert "of another run" in why
     here = {i: files[i] for i in (2,)}
-    assert mp.branch_conflict(here, files) == ""
-    assert "newer than any here" in mp.branch_conflict(here, files, known=2)
+    assert branch_conflict(here, files) == ""
+    assert "newer than any here" in branch_conflict(here, files, known=2)
     toy = Toy()
-    mine._next_id, mine._run_id = 9, mp._seal_of(files[2])["run_id"]  # type: ignore[index]
+    mine._index.next_id, mine._index.run_id = 9, seal_of(files[2])["run_id"]  # type: ignore[index]
     mine.save_checkpoint(*toy.six, 0, 0, {})
     late = {1: mine.checkpoints_dir / "checkpoint_00009.pt"}
-    assert "was saved before checkpoint 1 here" in mp.branch_conflict(late, files)
+    assert "was saved before checkpoint 1 here" in branch_conflict(late, files)
     flip_a_bit(files[2])
     flip_a_bit(files[3])
-    assert mp.branch_conflict(late, files) == ""  # damaged files are no branch
+    assert branch_conflict(late, files) == ""  # damaged files are no branch
 
 
 def test_a_newer_run_of_another_name_on_drive_is_said(bare: Bare, here: Path) -> None:
@@ -353,7 +364,7 @@ def test_a_backup_folder_that_cannot_be_meant_is_refused_by_the_class_too(tmp_pa
             ModelPersistence(run, drive_backup=wrong)
     for wrong in (True, ""):
         with pytest.raises(PersistenceError, match="names no folder"):
-            mp.setup_drive_backup(wrong)
+            setup_drive_backup(wrong)
     ModelPersistence(run, drive_backup=tmp_path / "drive")
     (tmp_path / "link").symlink_to(tmp_path / "runs")  # found when it is looked at
     said: list[str] = []
@@ -369,7 +380,7 @@ class Slow:
     """Drive takes ten seconds for the first block of a file."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        real = mp.DriveBackup._transfer
+        real = DriveBackup._transfer
 
         def transfer(drive: Any, fd: int, size: int, file: Any, generation: int) -> str:
             end = time.monotonic() + 10
@@ -378,14 +389,14 @@ class Slow:
                 time.sleep(0.01)
             return real(drive, fd, size, file, generation)
 
-        patch.setattr(mp.DriveBackup, "_transfer", transfer)
+        patch.setattr(DriveBackup, "_transfer", transfer)
 
 
 def test_the_end_waits_visibly_for_drive_and_says_what_is_missing(
     train: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mp, "DRIVE_SILENT_S", 0.1)
-    monkeypatch.setattr(mp, "DRIVE_SAY_EVERY_S", 0.2)
+    monkeypatch.setattr(drive, "DRIVE_SILENT_S", 0.1)
+    monkeypatch.setattr(drive, "DRIVE_SAY_EVERY_S", 0.2)
     flags = ("--max_batches", 1, *SMALL, "--drive_backup", train.folder / "drive")
     with pytest.MonkeyPatch.context() as patch:
         Slow(patch)
@@ -417,14 +428,14 @@ def test_the_end_waits_visibly_for_drive_and_says_what_is_missing(
 def test_a_signal_while_the_end_waits_for_drive_shortens_the_wait(
     train: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mp, "DRIVE_HURRY_S", 0.3)
-    real = mp.ModelPersistence._wait_for_drive
+    monkeypatch.setattr(drive, "DRIVE_HURRY_S", 0.3)
+    real = DriveBackup.wait_visibly
 
-    def wait(self: Any, timeout_s: float, hurry: Any) -> bool:
+    def wait(self: Any, *rest: Any) -> bool:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        return real(self, timeout_s, hurry)
+        return real(self, *rest)
 
-    monkeypatch.setattr(mp.ModelPersistence, "_wait_for_drive", wait)
+    monkeypatch.setattr(DriveBackup, "wait_visibly", wait)
     flags = ("--max_batches", 1, *SMALL, "--drive_backup", train.folder / "drive")
     with pytest.MonkeyPatch.context() as patch:
         Slow(patch)
@@ -444,7 +455,7 @@ def test_falling_behind_is_said_while_training(
             time.sleep(0.3)
             return super().write(fd, data)
 
-    monkeypatch.setattr(mp.DriveBackup, "BEHIND_AFTER_S", 0.1)
+    monkeypatch.setattr(DriveBackup, "BEHIND_AFTER_S", 0.1)
     said: list[str] = []
     options = {"drive_backup": tmp_path / "drive", "drive_fs": Slower(), "on_message": said.append}
     persistence, _ = toy_run(tmp_path / "run", 1, **options)
@@ -490,11 +501,11 @@ def test_the_run_that_was_saved_last_is_taken_and_what_was_passed_over_is_said(
     made.checkpoint_path(max(made.checkpoints)).unlink()
     time.sleep(0.01)
     toy_run(here / "runs" / "a first by name", 1)  # a space, and before all others by name
-    assert mp.find_latest_run("runs") == Path("runs/a first by name")
+    assert find_latest_run("runs") == Path("runs/a first by name")
     shutil.move(here / "runs" / "a first by name", here / "überall")
     (here / "runs" / "große Läufe").symlink_to(here / "überall")
     notes: list[str] = []
-    assert mp.find_latest_run("runs", notes) == Path("runs/große Läufe")
+    assert find_latest_run("runs", notes) == Path("runs/große Läufe")
     assert not any("latest" in note for note in notes)
 
 
@@ -571,10 +582,10 @@ def test_equal_process_ids_and_counters_give_other_temporary_names(
     monkeypatch.setattr(os, "getpid", lambda: 1)
     names = []
     for _ in range(2):
-        monkeypatch.setattr(mp, "_temp_numbers", iter(range(9)))
-        names.append(mp.AtomicFile(tmp_path / "metrics.jsonl").temp.name)  # never finished
+        monkeypatch.setattr("persistence.files._temp_numbers", iter(range(9)))
+        names.append(AtomicFile(tmp_path / "metrics.jsonl").temp.name)  # never finished
     assert names[0] != names[1]
-    assert all(mp.TEMP_NAME.fullmatch(name) for name in (*names, ".metrics.jsonl.1-0.tmp"))
+    assert all(TEMP_NAME.fullmatch(name) for name in (*names, ".metrics.jsonl.1-0.tmp"))
     (tmp_path / ".metrics.jsonl.1-0.tmp").touch()
     (tmp_path / "x.tmp").touch()
     ModelPersistence(tmp_path, drive_backup=False, lock=False).tidy()
@@ -625,10 +636,10 @@ def test_absurd_keys_in_the_small_files_are_ignored(tmp_path: Path) -> None:
         assert sorted(again.checkpoints) == [0, 1]
         assert again.load_best_model(*Toy().six)["metrics"] == {"accuracy_delta": 1.0}
         assert again.load_latest(*Toy().six)["checkpoint_id"] == 1
-        assert mp.find_latest_run(tmp_path) == tmp_path / "run"
-    (tmp_path / "run" / mp.RESTORING).write_text('{"from": [1], "above": "x", "timestamp": {}}')
+        assert find_latest_run(tmp_path) == tmp_path / "run"
+    (tmp_path / "run" / RESTORING).write_text('{"from": [1], "above": "x", "timestamp": {}}')
     with pytest.raises(PersistenceError, match="not wholly restored"):
-        mp.locate_run("latest", tmp_path)
+        locate_run("latest", tmp_path)
 
 
 def hostile(run: Path, change: Any, target: Path) -> Path:
@@ -660,7 +671,7 @@ def test_tensors_larger_than_their_memory_are_refused(here: Path) -> None:
         file = hostile(the_run(here / "runs"), change, here / f"{change.__name__}.pt")
         begun = time.perf_counter()
         with pytest.raises(CorruptCheckpointError, match=why):
-            mp.verify_checkpoint_file(file)
+            verify_checkpoint_file(file)
         assert time.perf_counter() - begun < 5
 
 

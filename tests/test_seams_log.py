@@ -24,12 +24,13 @@ import pytest
 import torch
 from conftest import Script
 
-import model_persistence as mp
 import predict
 import report
 import run_log
 import trainloop_complete_with_fixes as trainloop
 from command_line import EXIT_MEMORY, EXIT_UNSAVED, memory_message
+from persistence import saving
+from persistence.files import FileSystem
 from run_log import RunLog, read_metrics
 
 SMALL = (
@@ -84,7 +85,7 @@ class StandIn(Disk):
         self.full, self.code = False, code
         self.patch(patch, run_log, "append_bytes")
         for name in ("create", "write", "mkdir", "link", "unlink", "replace"):
-            self.patch(patch, mp.FileSystem, name)
+            self.patch(patch, FileSystem, name)
 
     def patch(self, patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
         real = getattr(owner, name)
@@ -550,7 +551,7 @@ def best_of(folder: Path) -> tuple[int, float]:
 
 
 def failing_links(monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
-    real, calls = mp.FileSystem.link, []
+    real, calls = FileSystem.link, []
 
     def link(self, source, target):
         calls.append(1)
@@ -558,7 +559,7 @@ def failing_links(monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
             raise OSError(errno.EIO, "Input/output error")
         real(self, source, target)
 
-    monkeypatch.setattr(mp.FileSystem, "link", link)
+    monkeypatch.setattr(FileSystem, "link", link)
 
 
 def test_a_best_model_that_could_not_be_saved_is_no_record(train, monkeypatch):
@@ -650,7 +651,7 @@ def test_memory_that_runs_out_in_the_writer_thread_exits_4(train, monkeypatch):
     def full(*_, **__):
         raise MemoryError("no memory for the copy")
 
-    monkeypatch.setattr(mp, "write_checkpoint_file", full)
+    monkeypatch.setattr(saving, "write_checkpoint_file", full)
     outcome = train(*SMALL, "--save_every", 1)
     assert outcome.code == EXIT_MEMORY
     assert "out of memory: no memory for the copy. Use" in last_line(outcome.err)

@@ -30,7 +30,9 @@ import dataset_arc
 import model_persistence
 import trainloop_complete_with_fixes as trainloop
 from loss_function import EFELoss, combined_loss
-from model_persistence import ModelPersistence, PersistenceError, find_latest_run
+from model_persistence import ModelPersistence, PersistenceError
+from persistence.drive import configured_drive_backup
+from persistence.find_run import find_latest_run, point_latest_at
 from policy_refined import RefinedPolicy
 from trained_model import load_modules
 
@@ -232,7 +234,7 @@ def test_latest_is_a_link_that_the_other_scripts_follow(home: Path) -> None:
     folder.mkdir()
     link.unlink()
     link.mkdir()
-    model_persistence.point_latest_at(folder)  # a folder of that name is someone's own
+    point_latest_at(folder)  # a folder of that name is someone's own
     assert link.is_dir()
     assert not link.is_symlink()
 
@@ -246,7 +248,7 @@ def test_a_file_system_without_links_costs_the_link_alone(
     monkeypatch.setattr(Path, "symlink_to", refuse)
     run = tmp_path / "arc_complete_20260101_120000"
     run.mkdir()
-    model_persistence.point_latest_at(run)
+    point_latest_at(run)
     assert list(tmp_path.iterdir()) == [run]
 
 
@@ -428,7 +430,7 @@ def test_drive_backup_is_set_up_once(tmp_path: Path, monkeypatch: Any, capsys: A
     drive_backup_path = setup_drive_backup(str(backup_folder))
     assert drive_backup_path == backup_folder.resolve()
     assert f"Drive backup enabled: {backup_folder}" in capsys.readouterr().out
-    assert model_persistence.configured_drive_backup() == backup_folder.resolve()
+    assert configured_drive_backup() == backup_folder.resolve()
 
 
 # -- what is not as written ----------------------------------------------------------------------

@@ -22,7 +22,8 @@ import torch
 from harness import Toy, arguments, copy_tree, finish, scratch, share_of
 from kill_points import expected_states, manager, prepare
 
-from model_persistence import CheckpointError, NoCheckpointError, write_checkpoint_file
+from model_persistence import CheckpointError, NoCheckpointError
+from persistence.checkpoint_file import write_checkpoint_file
 
 SAVES = 4  # max_checkpoints=2: ids 2 and 3 are there, best is 3
 NEWEST = "checkpoints/checkpoint_00003.pt"

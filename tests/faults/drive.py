@@ -22,7 +22,8 @@ from typing import Any
 
 from harness import FileSystem, Toy, arguments, finish, forked, scratch, warm_up
 
-from model_persistence import ModelPersistence, restore_run_from_drive
+from model_persistence import ModelPersistence
+from persistence.from_drive import restore_run_from_drive
 
 FAST = {"stall_timeout_s": 0.3, "backoff_s": 0.05, "max_backoff_s": 0.1, "chunk_bytes": 4096}
 SAVES = 12

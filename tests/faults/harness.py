@@ -30,14 +30,13 @@ import numpy as np
 import torch
 
 from model_persistence import (
-    AtomicFile,
-    FileSystem,
     ModelPersistence,
     StopSignals,
     capture_rng_state,
     restore_rng_state,
-    state_fingerprint,
 )
+from persistence.files import AtomicFile, FileSystem
+from persistence.state_tree import state_fingerprint
 
 MUTATING = frozenset(
     {"create", "write", "fsync", "close", "replace", "link", "unlink", "mkdir", "fsync_dir"}

@@ -24,7 +24,8 @@ from typing import Any
 from harness import arguments, finish, forked, scratch
 from kill_points import manager
 
-from model_persistence import find_latest_run, state_fingerprint
+from persistence.find_run import find_latest_run
+from persistence.state_tree import state_fingerprint
 
 NOT_STATE = ("clock", "flags", "in_use")  # parts of `extra` on which no training depends
 OPTIONS = (

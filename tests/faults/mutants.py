@@ -1,4 +1,4 @@
-"""Remove each guard of model_persistence in a copy, and show which test notices.
+"""Remove each guard of saving in a copy, and show which test notices.
 
 A guard whose removal no test catches is either useless or untested.
     python tests/faults/mutants.py            # all, and the table
@@ -19,12 +19,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parents[2]
+IGNORED = shutil.ignore_patterns("__pycache__")
+
+
+DOOR, FILES, SEALED = (
+    "model_persistence.py",
+    "persistence/files.py",
+    "persistence/checkpoint_file.py",
+)
+RESTORING, GUARD, INDEX = (
+    f"persistence/{name}.py" for name in ("restoring", "run_guard", "run_index")
+)
+SAVING, DRIVE = "persistence/saving.py", "persistence/drive.py"
 
 
 class Mutant(NamedTuple):
-    """A guard, the edit that removes it, and the test expected to notice."""
+    """A guard, its file, the edit that removes it, and the test expected to notice."""
 
     guard: str
+    file: str
     old: str
     new: str
     test: str  # a pytest -k expression, or `script.py --options`
@@ -32,7 +45,7 @@ class Mutant(NamedTuple):
 
 IN_PLACE = """self.fs.mkdir(self.target.parent)
         data = self.temp.read_bytes()
-        if _exists(self.fs, self.target):
+        if exists(self.fs, self.target):
             self.fs.unlink(self.target)
         fd = self.fs.create(self.target)
         self.fs.write(fd, data)
@@ -40,35 +53,39 @@ IN_PLACE = """self.fs.mkdir(self.target.parent)
         self.fs.unlink(self.temp)
 """
 MUTANTS = [
-    Mutant("fsync of the file", "        self.fs.fsync(self._fd)\n", "", "test_power_cuts"),
+    Mutant("fsync of the file", FILES, "        self.fs.fsync(self._fd)\n", "", "test_power_cuts"),
     Mutant(
         "fsync of the directory",
+        FILES,
         "self.fs.fsync_dir(self.target.parent)\n",
         "pass\n",
         "test_power_cuts",
     ),
     Mutant(
         "temporary file in the same directory",
-        "self.temp = target.parent / f",
-        "self.temp = Path(os.environ.get('TMPDIR', '/tmp')) / f",
+        FILES,
+        "self.temp = target.parent / temp",
+        "self.temp = Path(os.environ.get('TMPDIR', '/tmp')) / temp",
         "test_order_of_operations or test_failing_operations",
     ),
     Mutant(
         "rename instead of writing in place",
+        FILES,
         "self.fs.replace(self.temp, self.target)\n",
         IN_PLACE,
         "kill_points.py --share 1/15",
     ),
     Mutant(
         "index after the file",
-        "            size, sha256 = self._write_file(target, job.payload, job.seal)\n"
+        SAVING,
+        "            size, sha256 = self._write_where_there_is_room(job.target, job.payload, job.seal)\n"
         "        except (OSError, RuntimeError) as e:\n"
         "            if isinstance(e, RuntimeError) and not is_space_error(e):\n"
         "                raise\n"
         "            try:",
         "            early = {**job.seal, 'size': 1, 'sha256': ''}\n"
-        "            self._write_manifest(job.checkpoint_id, early)\n"
-        "            size, sha256 = self._write_file(target, job.payload, job.seal)\n"
+        "            self._index.write(checkpoint_id, early)\n"
+        "            size, sha256 = self._write_where_there_is_room(job.target, job.payload, job.seal)\n"
         "        except (OSError, RuntimeError) as e:\n"
         "            if isinstance(e, RuntimeError) and not is_space_error(e):\n"
         "                raise\n"
@@ -77,60 +94,70 @@ MUTANTS = [
     ),
     Mutant(
         "hash compared on load",
+        SEALED,
         'if seal["seal_sha256"] != body:',
         "if False:",
         "test_corrupt_and_hostile_files",
     ),
     Mutant(
         "checksums of an unsealed file",
+        SEALED,
         "        else:\n            _check_crc(reader, size)\n        if not load",
         "        if not load",
         "test_an_unsealed_file",
     ),
     Mutant(
         "file holds what its name says",
+        SEALED,
         "if expect_id is not None and found_id is not None and found_id != expect_id:",
         "if False:",
         "test_corrupt_and_hostile_files",
     ),
     Mutant(
         "weights only, no code",
+        SEALED,
         'map_location="cpu", weights_only=True)\n    except OSError',
         'map_location="cpu", weights_only=False)\n    except OSError',
         "test_corrupt_and_hostile_files",
     ),
     Mutant(
         "fallback to an older file",
+        DOOR,
         '            item = {"file": str(path), "reason": reason.removeprefix',
         '            raise\n            item = {"file": str(path), "reason": reason.removeprefix',
         "test_a_damaged_file_goes_to_quarantine",
     ),
     Mutant(
         "read back before publishing",
+        SEALED,
         "        _sync_and_read_back(file, size)\n",
         "        file.sync()\n",
         "test_a_disk_that_loses_bytes",
     ),
     Mutant(
         "rotation after the save",
+        SAVING,
         '        """The protocol: file, index entry',
-        '        self._rotate(self.max_checkpoints - 1)\n        """The protocol: file, index entry',
+        '        self._rotate(self._max_checkpoints - 1)\n        """The protocol: file, index entry',
         "kill_points.py --only only",
     ),
     Mutant(
         "rotation spares what best points to",
-        "if i != self._protected_id()]",
+        SAVING,
+        "if i != self._index.protected_id()]",
         "]",
         "test_rotation_spares",
     ),
     Mutant(
         "making room spares the last good one",
+        SAVING,
         "if doomed and verify and not any(",
         "if False and not any(",
         "test_making_room_never",
     ),
     Mutant(
         "second try on a full disk",
+        SAVING,
         "            if not is_space_error(e):\n                raise\n            self._make_room()\n"
         "            return write",
         "            raise\n            return write",
@@ -138,27 +165,31 @@ MUTANTS = [
     ),
     Mutant(
         "own temporary file removed after a failure",
+        FILES,
         "                self.fs.unlink(self.temp)\n            except FileNotFoundError:",
         "                pass\n            except FileNotFoundError:",
         "test_failing_operations",
     ),
     Mutant(
         "ids from every place that remembers one",
-        'seen = [-1, manifest["next_id"] - 1, *manifest["checkpoints"], *self._files()]\n'
+        INDEX,
+        'seen = [-1, manifest["next_id"] - 1, *manifest["checkpoints"], *self.files()]\n'
         "        for folder in (self.checkpoints_dir, self.quarantine_dir, self.set_aside_dir):",
-        "seen = [-1, *self._files()]\n        for folder in ():",
+        "seen = [-1, *self.files()]\n        for folder in ():",
         "test_ids_are_never_used_twice",
     ),
     Mutant(
         "best model replaced in one step",
-        "            self.fs.replace(temp, self.best_path)\n",
-        "            if _exists(self.fs, self.best_path):\n"
-        "                self.fs.unlink(self.best_path)\n"
-        "            self.fs.replace(temp, self.best_path)\n",
+        SAVING,
+        "            fs.replace(temp, best_path)\n",
+        "            if exists(fs, best_path):\n"
+        "                fs.unlink(best_path)\n"
+        "            fs.replace(temp, best_path)\n",
         "kill_points.py --only best",
     ),
     Mutant(
         "snapshot copied before training goes on",
+        DOOR,
         "                state = self._buffers.copy(state)\n            else:\n"
         "                self._buffers.clear()",
         "                pass\n            else:\n                self._buffers.clear()",
@@ -166,36 +197,42 @@ MUTANTS = [
     ),
     Mutant(
         "random number states restored",
+        RESTORING,
         '        torch.set_rng_state(state["torch"].cpu())\n',
         "",
         "bitwise.py --batches 4 --share 1/3",
     ),
     Mutant(
         "live state compared after loading",
+        RESTORING,
         "    if not verify_live:\n        return recast\n",
         "    return recast\n",
         "test_a_module_that_does_not_restore",
     ),
     Mutant(
         "lock on the run",
+        GUARD,
         "                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "                pass\n",
         "test_a_second_writer or test_a_manager_takes_the_lock",
     ),
     Mutant(
         "signals become a flag",
+        GUARD,
         "self._previous[number] = signal.signal(number, self._handle)",
         "pass",
         "signals.py",
     ),
     Mutant(
         "Drive copy read back before it is marked",
+        DRIVE,
         "                if found != (size, sha256):",
         "                if False:",
         "drive.py",
     ),
     Mutant(
         "Drive still mounted",
+        DRIVE,
         "        elif self._seen_mount:\n            raise OSError(",
         "        elif False:\n            raise OSError(",
         "drive.py",
@@ -207,14 +244,15 @@ def try_out(mutant: Mutant) -> tuple[bool, str, float]:
     """(caught, by what, seconds)."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(folder)
-        source = (REPO / "model_persistence.py").read_text()
+        source = (REPO / mutant.file).read_text()
         if source.count(mutant.old) != 1:
             raise SystemExit(
-                f"{mutant.guard}: the guard is found {source.count(mutant.old)} times; "
-                "adapt the table"
+                f"{mutant.guard}: the guard is found {source.count(mutant.old)} times in "
+                f"{mutant.file}; adapt the table"
             )
-        (copy / "model_persistence.py").write_text(source.replace(mutant.old, mutant.new))
-        shutil.copy(REPO / "resume_rules.py", copy)
+        shutil.copy(REPO / "model_persistence.py", copy)
+        shutil.copytree(REPO / "persistence", copy / "persistence", ignore=IGNORED)
+        (copy / mutant.file).write_text(source.replace(mutant.old, mutant.new))
         (copy / "tests").mkdir()
         shutil.copytree(REPO / "tests/faults", copy / "tests/faults")
         shutil.copy(REPO / "tests/test_model_persistence.py", copy / "tests")

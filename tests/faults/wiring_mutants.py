@@ -1356,7 +1356,8 @@ def outcome_of(test: str, file: str = "", text: str = "") -> tuple[int | None, s
         folder = Path(name)
         for source in (*REPO.glob("*.py"), REPO / "pyproject.toml"):
             shutil.copy(source, folder)
-        shutil.copytree(REPO / "tests", folder / "tests", ignore=shutil.ignore_patterns("__*"))
+        for part in ("persistence", "tests"):
+            shutil.copytree(REPO / part, folder / part, ignore=shutil.ignore_patterns("__p*"))
         if file:
             (folder / file).write_text(text, encoding="utf-8")
         process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, test))
