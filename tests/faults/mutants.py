@@ -20,17 +20,13 @@ from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parents[2]
 IGNORED = shutil.ignore_patterns("__pycache__")
-
-
-DOOR, FILES, SEALED = (
-    "model_persistence.py",
-    "persistence/files.py",
-    "persistence/checkpoint_file.py",
-)
-RESTORING, GUARD, INDEX = (
-    f"persistence/{name}.py" for name in ("restoring", "run_guard", "run_index")
-)
-SAVING, DRIVE = "persistence/saving.py", "persistence/drive.py"
+DOOR = "model_persistence.py"
+FILES, SEALED, RESTORING, INDEX, SAVING, GUARD, DRIVE = (
+    f"persistence/{name}.py"
+    for name in (
+        "files", "checkpoint_file", "restoring", "run_index", "saving", "run_guard", "drive",
+    )
+)  # fmt: skip
 
 
 class Mutant(NamedTuple):
