@@ -32,6 +32,7 @@ from grid_features import (
 )
 from hypotheses import N_PROPOSAL_FACTS, Proposals
 from size_rules import (
+    DEMONSTRATION_RULE_INDEX,
     N_INPUT_CANDIDATES,
     N_SIZE_CANDIDATES,
     UNCHECKED_SUPPORT,
@@ -152,9 +153,10 @@ class Batch(_Movable):
     """Everything a model may see of Q queries and C demonstrations; no query's own output.
 
     Sizes and canvases are (rows, cols). K = N_SOURCES, F = N_CELL_FEATURES, S = N_SIZE_CANDIDATES,
-    M = longest context, A = most proposals of a query. Grids sit at the top left; outside them is -1 (long) or OUTSIDE (sources)
-    or CELL_FEATURE_BINS (cells). All colours and orientations are those of the query's view, but
-    for own_*.
+    M = longest context, A = most proposals of a query. Grids sit at the top left; outside them is
+    -1 (long) or OUTSIDE (sources) or CELL_FEATURE_BINS (cells). All colours and orientations are
+    those of the query's view, but for own_*. Fields named demo_* and own_* have a row a
+    demonstration, all other tensors a row a query.
     """
 
     task_index: torch.Tensor  # (Q,) long: row of the run's task table, -1 = unseen task
@@ -279,8 +281,8 @@ class Request:
     """One task's part of a batch.
 
     demonstrations: numbers of those that enter the batch. queries: (kind, number), kind "train" or
-    "test". contexts: per query, the demonstrations it may see, among `demonstrations`. proposals: per
-    query, empty for none at all.
+    "test". contexts: per query, the demonstrations it may see, among `demonstrations`. proposals:
+    per query, empty for none at all.
     """
 
     task: Task
@@ -343,8 +345,9 @@ class Collator:
         """Build one batch.
 
         canvas: (rows, cols) of both the queries' and the demonstrations' planes; what is larger is
-        cut, a proposed answer left out. None: as large as the bounds of the queries, proposed answers and
-        the outputs of the demonstrations ask.
+        cut, a proposed answer left out. None: as large as the bounds of the queries, proposed
+        answers and the outputs of the demonstrations ask. Raises ValueError where there is no query
+        or one is in its own context.
         """
         # Demonstrations (C) and queries (Q) in the order of the requests, turned as their view has
         # them. Colours are left for later: what is kept of a grid then serves every permutation.
@@ -434,7 +437,7 @@ class Collator:
             demo_input[c, : grid.shape[0], : grid.shape[1]] = table[grid]
             demo_control[c] = compared.control
 
-        # Proposed answers, each in its query's view; one that is larger than the canvas is left out.
+        # Proposed answers, in their queries' views; what is larger than the canvas is left out.
         n_offered = max((len(o.grids) for o in offers if o is not None), default=0)
         proposed = np.full((n_q, n_offered, hc, wc), OUTSIDE, np.uint8)
         proposed_size = np.zeros((n_q, n_offered, 2), np.int64)
@@ -558,7 +561,7 @@ def _targets(outputs: Sequence[Grid], canvas: torch.Tensor) -> Targets:
 
 
 def _padded(grids: Sequence[Grid]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grids at the top left of one canvas, (N, rows, cols) long with -1 outside, and sizes (N, 2)."""
+    """Grids at the top left of one canvas, (N, rows, cols) long, -1 outside, and sizes (N, 2)."""
     sizes: Ints = np.array([g.shape for g in grids], np.int64).reshape(-1, 2)
     padded = np.full((len(grids), *sizes.max(0, initial=1).tolist()), -1, np.int64)
     for i, grid in enumerate(grids):
@@ -633,7 +636,7 @@ class TrainingStream:
         for task in tasks:
             if len(task.demonstrations) < 2:
                 self.n_skipped_single += 1
-            elif max_side is not None and _longest_side(task) > max_side:
+            elif max_side is not None and longest_side(task) > max_side:
                 self.n_skipped_large += 1
             else:
                 self.tasks.append(replace(task, tests=()))
@@ -802,7 +805,8 @@ def _swapped(sides: tuple[int, int], view: View) -> tuple[int, int]:
     return sides[::-1] if view.swaps_axes else sides
 
 
-def _longest_side(task: Task) -> int:
+def longest_side(task: Task) -> int:
+    """The longest side of any grid among a task's demonstrations."""
     return max(
         max(g.shape) for p in task.demonstrations for g in (p.input, p.output) if g is not None
     )
@@ -908,11 +912,12 @@ def _likely_sides(request: Request) -> tuple[int, int]:
     outs = np.array([p.output.shape for p in pairs if p.output is not None], np.int64)[None]
     ins = np.array([p.input.shape for p in pairs], np.int64)[None]
     known = np.ones(ins.shape[:2], bool)
+    unsteady = [DEMONSTRATION_RULE_INDEX[name] for name in ("modal", "maximum")]
     sides = []
     for kind, i in request.queries:
         own = np.array([_pair_of(request.task, kind, i).input.shape], np.int64)
         ruled = demonstration_rules(ins, outs, known, own)[0]
-        steady = np.delete(ruled, [1, 2], axis=1).max(1)  # without modal and maximum
+        steady = np.delete(ruled, unsteady, axis=1).max(1)
         sides.append(np.where(steady > 0, steady, np.maximum(own[0], outs[0].max(0))))
     rows, cols = np.max(sides, axis=0)
     return int(rows), int(cols)

@@ -38,8 +38,9 @@ MAX_PROPOSALS = 12  # different answers a query
 TRAINING_ARMS = ("plain", "pairs", "shadow", "objects", "places", "drawn")
 TRAINING_LIMITS = Limits(max_cells=1600)
 
-# What is known of a proposed answer before anybody looks at it: how the demonstrations judge the way it was found, each
-# predicted from the others ("verdict": all, half, some, none right, not tried), and by which ways (arms) it was found.
+# What is known of a proposed answer before anybody looks at it: how the demonstrations judge the
+# way it was found, each predicted from the others ("verdict": all, half, some, none right, not
+# tried), and by which ways (arms) it was found. `proposals_of` fills it in.
 VERDICTS = ("full", "half", "some", "none", "untried")
 N_ARM_SLOTS = 24
 PROPOSAL_FACTS: tuple[str, ...] = (
@@ -53,8 +54,8 @@ N_PROPOSAL_FACTS = len(PROPOSAL_FACTS)
 class Proposals:
     """Answers proposed for one query, best first; made from its demonstrations alone.
 
-    grids: uint8 (rows, cols), colours 0..9, in the task's own colours and orientation; facts: float32
-    (n, N_PROPOSAL_FACTS), see PROPOSAL_FACTS.
+    grids: uint8 (rows, cols), colours 0..9, in the task's own colours and orientation; facts:
+    float32 (n, N_PROPOSAL_FACTS), see PROPOSAL_FACTS.
     """
 
     grids: tuple[Grid, ...]

@@ -2,8 +2,8 @@
 
 A *candidate* is a side that a rule gives, from the input alone (sources and rules of
 `grid_features`) or from the demonstrations too; its *support* is the share of the context on which
-that rule is right. No query's own output is looked at; colours, batches and models are unknown here.
-NumPy alone. `from size_rules import demonstration_rules`.
+that rule is right. No query's own output is looked at, nor any colour. NumPy alone.
+`from size_rules import demonstration_rules`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SIZE_CANDIDATE_NAMES: tuple[str, ...] = (
 )
 N_INPUT_CANDIDATES = N_SOURCES + N_SIZE_RULES
 N_SIZE_CANDIDATES = len(SIZE_CANDIDATE_NAMES)
+DEMONSTRATION_RULE_INDEX = {name: k for k, name in enumerate(DEMONSTRATION_RULE_NAMES)}
 # One demonstration cannot check a rule made from itself: neither refuted nor confirmed.
 UNCHECKED_SUPPORT = 0.5
 
@@ -43,35 +44,37 @@ def demonstration_rules(ins: Ints, outs: Ints, known: NDArray[np.bool_], query: 
     ins, outs (P, n, 2): input and output sides of the demonstrations; known (P, n): which of them
     count; query (P, 2): sides of the input in question. Returns (P, 2, rules), 0 = none.
     """
+    at = DEMONSTRATION_RULE_INDEX
     p, n = known.shape
     values = np.zeros((p, 2, len(DEMONSTRATION_RULE_NAMES)), np.int64)
     if n == 0:
         return values
     any_known: NDArray[np.bool_] = np.logical_or.reduce(known, axis=1)
     first = known.argmax(1)
-    at = np.arange(p)
+    problem = np.arange(p)
     mask = known[:, :, None]
-    out0 = outs[at, first]  # (P, 2)
+    out0 = outs[problem, first]  # (P, 2)
 
     def everywhere(holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return np.all(holds | ~mask, axis=1) & any_known[:, None]
 
-    values[..., 0] = np.where(everywhere(outs == out0[:, None]), out0, 0)
+    values[..., at["constant"]] = np.where(everywhere(outs == out0[:, None]), out0, 0)
     votes = ((outs[:, :, None] == outs[:, None]) & mask[:, None]).sum(2)  # (P, n, 2)
     rank = np.where(mask, votes * (MAX_SIDE + 1) + outs, -1)
-    values[..., 1] = np.take_along_axis(outs, rank.argmax(1)[:, None], 1)[:, 0]
-    values[..., 2] = np.where(mask, outs, 0).max(1)
-    for k, swap in ((3, False), (5, True)):
+    values[..., at["modal"]] = np.take_along_axis(outs, rank.argmax(1)[:, None], 1)[:, 0]
+    values[..., at["maximum"]] = np.where(mask, outs, 0).max(1)
+    for suffix, swap in (("", False), ("_swapped", True)):
         side = ins[..., ::-1] if swap else ins
         own = query[:, ::-1] if swap else query
-        in0 = np.maximum(side[at, first], 1)
+        in0 = np.maximum(side[problem, first], 1)
         whole = (out0 % in0 == 0) | (in0 % np.maximum(out0, 1) == 0)
         scaled = own * out0
         ratio = everywhere(outs * in0[:, None] == side * out0[:, None]) & whole
-        values[..., k] = np.where(ratio & (scaled % in0 == 0), scaled // in0, 0)
-        change = out0 - side[at, first]
+        whole_ratio = ratio & (scaled % in0 == 0)
+        values[..., at[f"ratio{suffix}"]] = np.where(whole_ratio, scaled // in0, 0)
+        change = out0 - side[problem, first]
         steady = everywhere(outs - side == change[:, None])
-        values[..., k + 1] = np.where(steady, own + change, 0)
+        values[..., at[f"difference{suffix}"]] = np.where(steady, own + change, 0)
     values[~any_known] = 0
     return np.where((values >= 1) & (values <= MAX_SIDE), values, 0)
 
