@@ -109,6 +109,12 @@ def test_the_child_gives_what_a_call_gives_smallest_task_first(task_set):
         fitter.close()
 
 
+def test_a_child_loads_no_torch():
+    """Breaks: seconds and hundreds of megabytes for every child."""
+    program = "import sys, hypotheses; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 def test_outputs_in_sight_are_refused(task_set):
     with pytest.raises(ValueError, match="must not see test outputs"):
         Fitter(task_set.train)
