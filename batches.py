@@ -402,8 +402,11 @@ class Collator:
         for offer, (request, _) in zip(offers, query_of, strict=True):
             for grid in () if offer is None else offer.grids:
                 room = np.maximum(room, _swapped((grid.shape[0], grid.shape[1]), request.view))
-        hc, wc = map(int, np.minimum(room, MAX_SIDE) if canvas is None else canvas)
-        hd, wd = map(int, demo_out.max(0, initial=1) if canvas is None else canvas)
+        if canvas is None:
+            hc, wc = np.minimum(room, MAX_SIDE).tolist()
+            hd, wd = demo_out.max(0, initial=1).tolist()
+        else:
+            hc, wc = hd, wd = canvas
         bounds = np.minimum(bounds, (hc, wc))
 
         # Queries: planes and features within the bound of the output, whole inputs. Cells beyond
