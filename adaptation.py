@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import torch
 
 from arc_system import System, answer_stats
-from dataset_arc import Batch, Targets, Task, TrainingStream, View, generator
+from batches import Batch, Targets, TrainingStream, View, generator
+from dataset_arc import Task
 from evaluation import outcomes, predict_tasks, without_outputs
 from grid_accuracy_loss import resize_logits
 

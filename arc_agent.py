@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import grid_features
-from dataset_arc import N_PROPOSAL_FACTS, VERDICTS
+from batches import Batch, bare_batch
 from grid_accuracy_loss import resize_turned
 from grid_features import (
     CELL_FEATURE_BINS,
@@ -29,6 +28,7 @@ from grid_features import (
     N_SOURCES,
     OUTSIDE,
 )
+from hypotheses import N_PROPOSAL_FACTS, VERDICTS
 
 N_STEPS = 5  # planning steps; fixed by the contract logits [5, H, W, 10]
 N_SURE = 4  # figures of an answer that its confidence is judged by, see `sureness`
@@ -100,7 +100,7 @@ class Sight:
 @dataclass
 class Proposal:
     """One proposed answer a query: colours (Q, H, W) int64, -1 outside; size (Q, 2) int64, 0 where a query has none;
-    facts (Q, N_PROPOSAL_FACTS) float32 (`dataset_arc.PROPOSAL_FACTS`)."""
+    facts (Q, N_PROPOSAL_FACTS) float32 (`hypotheses.PROPOSAL_FACTS`)."""
 
     colours: Tensor
     size: Tensor
@@ -113,7 +113,7 @@ class Proposal:
 
     @property
     def verdict(self) -> Tensor:
-        """(Q,) int64: place in `dataset_arc.VERDICTS`."""
+        """(Q,) int64: place in `hypotheses.VERDICTS`."""
         return self.facts[:, : len(VERDICTS)].argmax(-1)
 
 
@@ -665,7 +665,7 @@ class BackwardModel(nn.Module):
         features = torch.cat([F.silu(self.norm(x).float()), shown[:, :, 0], alike], dim=-1)
         return x, shown, F.pad(features, (0, 1), value=1.0)
 
-    def fit(self, batch: Any) -> Tensor:
+    def fit(self, batch: Batch) -> Tensor:
         """The rule from output to input (Q, R, N_BACKWARD_POINTERS) float32 of each query's
         demonstrations; 0 for a query without any."""
         output, canvas = batch.demo_output, tuple(batch.demo_input.shape[1:])
@@ -765,7 +765,7 @@ class ArcAgent(nn.Module):
         dim = rotary_dim(self.config.width // self.config.heads)
         return rotary_table(rows, cols, dim, device)
 
-    def read_demonstrations(self, batch: Any) -> DemonstrationCells:
+    def read_demonstrations(self, batch: Batch) -> DemonstrationCells:
         """Encode each demonstration of a batch once; every query that may see it reuses it."""
         sources = batch.demo_sources
         output = batch.demo_output
@@ -779,7 +779,7 @@ class ArcAgent(nn.Module):
         plain = self._encode(x, _with_first(mask), rows, cols)
         return DemonstrationCells(x, plain, plain + self.right(right), mask, right, rows, cols)
 
-    def look(self, batch: Any, demos: DemonstrationCells) -> Sight:
+    def look(self, batch: Batch, demos: DemonstrationCells) -> Sight:
         """Everything about a batch's queries that no prompt changes. No query's output is used."""
         sources = batch.query_sources
         rows, cols = sources.shape[2:]
@@ -818,7 +818,7 @@ class ArcAgent(nn.Module):
 
     def plan(
         self,
-        batch: Any,
+        batch: Batch,
         sight: Sight,
         prompt: Any,
         *,
@@ -909,7 +909,7 @@ class ArcAgent(nn.Module):
 
     def backward_logits(
         self,
-        batch: Any,
+        batch: Batch,
         colours: Tensor,
         size: Tensor,
         summary: Tensor,
@@ -938,7 +938,7 @@ class ArcAgent(nn.Module):
         With a batch instead of a grid it is `plan`. A bare grid has no demonstrations, so the
         answer is what the agent believes of any task; use `evaluation` to solve one.
         """
-        if hasattr(input_grid, "query_sources"):
+        if isinstance(input_grid, Batch):
             if demos is None:
                 demos = self.read_demonstrations(input_grid)
             return self.plan(input_grid, self.look(input_grid, demos), prompt)
@@ -957,36 +957,6 @@ class EmptyPrompt:
         self.tokens = torch.zeros(n, 1, width, device=device)
         self.mask = torch.zeros(n, 1, dtype=torch.bool, device=device)
         self.summary = torch.zeros(n, width, device=device)
-
-
-def bare_batch(input_grid: Any, n_candidates: int, device: torch.device) -> Any:
-    """A batch of one query without demonstrations, from a grid (H, W) of colours 0..9."""
-    from types import SimpleNamespace
-
-    grid = torch.as_tensor(input_grid).to("cpu", torch.uint8)
-    if grid.ndim != 2 or not (1 <= grid.shape[0] <= MAX_SIDE and 1 <= grid.shape[1] <= MAX_SIDE):
-        raise ValueError(f"a grid is (rows, cols) with sides 1..30, not {tuple(grid.shape)}")
-    analysis = grid_features.analyse(grid.numpy())
-    rows, cols = grid.shape
-    sources = torch.from_numpy(grid_features.place(analysis.planes, (rows, cols)).copy())
-    cells = torch.from_numpy(analysis.cells.copy())
-    size = torch.tensor([[rows, cols]], device=device)
-    candidates = torch.zeros(1, 2, n_candidates, dtype=torch.long, device=device)
-    candidates[0, :, 0] = size[0]
-    return SimpleNamespace(
-        query_sources=sources[None].to(device),
-        query_cells=cells[None].to(device),
-        query_canvas=size,
-        query_input=grid[None].long().to(device),
-        query_input_size=size,
-        size_candidates=candidates,
-        size_support=torch.zeros(1, 2, n_candidates, device=device),
-        demo_sources=sources[None].to(device),
-        demo_cells=cells[None].to(device),
-        demo_output=torch.full((1, rows, cols), -1, dtype=torch.long, device=device),
-        demo_output_size=torch.zeros(1, 2, dtype=torch.long, device=device),
-        context=torch.full((1, 1), -1, dtype=torch.long, device=device),
-    )
 
 
 def choose_size(size_logits: Tensor, canvas: Tensor) -> Tensor:

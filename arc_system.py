@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from arc_agent import AgentConfig, AgentOutput, ArcAgent, Proposal, Sight, size_mask
-from dataset_arc import N_INPUT_CANDIDATES, N_SIZE_CANDIDATES, Batch
+from batches import Batch
 from grid_features import COLOURS, N_CONTROL
 from loss_function import EFELoss
 from policy_refined import PolicyInfo, RefinedPolicy, prediction_stats
 from proposal_policy import ARM_FACTS, Choice, acceptable, candidates_of
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt, build_qwen_prompt, context_of_next_task
+from size_rules import N_INPUT_CANDIDATES, N_SIZE_CANDIDATES
 from solver2 import Solver2
 
 # At prediction, planning ends for a query whose expected share of right cells reaches this
@@ -311,10 +311,6 @@ def proposal_of(batch: Batch, taken: Tensor) -> Proposal | None:
     return Proposal(colours, size, batch.proposed_facts[row, number] * given[:, None])
 
 
-QUERY_FIELDS = (
-    "query_sources", "query_canvas", "query_input", "query_input_size", "size_candidates",
-    "size_support",
-)  # fmt: skip
 _OUTPUT_AXES = {"logits": 1, "size_logits": 0, "size": 0, "confidence": 1, "n_steps": 0}
 
 
@@ -329,9 +325,8 @@ def rows_of(x: Any, rows: Tensor) -> Any:
         some = None if p is None else Proposal(p.colours[rows], p.size[rows], p.facts[rows])
         return dataclasses.replace(x, tokens=x.tokens[rows], mask=x.mask[rows], proposal=some)
     sight = Sight(*(getattr(x.sight, f.name)[rows] for f in dataclasses.fields(Sight)))
-    batch: Any = SimpleNamespace(**{name: getattr(x.batch, name)[rows] for name in QUERY_FIELDS})
     prompt = Prompt(x.prompt.tokens[rows], x.prompt.mask[rows])
-    return Reading(batch, prompt, sight, x.summary[rows], None, x.inverse[rows])
+    return Reading(x.batch.select(rows), prompt, sight, x.summary[rows], None, x.inverse[rows])
 
 
 def put_rows(whole: AgentOutput, rows: Tensor, some: AgentOutput) -> AgentOutput:

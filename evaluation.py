@@ -22,9 +22,10 @@ from torch.nn.functional import one_hot
 
 from arc_agent import AgentOutput
 from arc_system import Answered, System
-from dataset_arc import Batch, Collator, Pair, Proposals, Task, View, evaluation_batches
+from batches import Batch, Collator, View, evaluation_batches
+from dataset_arc import Pair, Task
 from grid_accuracy_loss import COLOURS, copied_share, pick_colour, weighted_cell_mean
-from hypotheses import proposals_of, verdict_name
+from hypotheses import Proposals, proposals_of, verdict_name
 from proposal_policy import PRIOR
 from reward_shaping import REWARD_WEIGHTS, beyond_copying
 from rule_list import Explained, Hypothesis, Verdict

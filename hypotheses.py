@@ -18,13 +18,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import rule_list
-from dataset_arc import N_ARM_SLOTS, N_PROPOSAL_FACTS, PROPOSAL_FACTS, VERDICTS, Proposals, Task
+from dataset_arc import Grid, Task
 from rule_list import ARMS, Explained, Hypothesis, Limits, Verdict
 
 Key = tuple[str, int]  # task id, number of the test input
@@ -35,6 +37,29 @@ MAX_PROPOSALS = 12  # different answers a query
 # tasks, 62 with `again` at 1.4 times the time.
 TRAINING_ARMS = ("plain", "pairs", "shadow", "objects", "places", "drawn")
 TRAINING_LIMITS = Limits(max_cells=1600)
+
+# What is known of a proposed answer before anybody looks at it: how the demonstrations judge the
+# way it was found, each predicted from the others ("verdict": all, half, some, none right, not
+# tried), and by which ways (arms) it was found. `proposals_of` fills it in.
+VERDICTS = ("full", "half", "some", "none", "untried")
+N_ARM_SLOTS = 24
+PROPOSAL_FACTS: tuple[str, ...] = (
+    *VERDICTS, "share_right", "cells_right", "n_tried", "explains", "n_rules", "n_arms", "rank",
+    *(f"arm_{i}" for i in range(N_ARM_SLOTS)),
+)  # fmt: skip
+N_PROPOSAL_FACTS = len(PROPOSAL_FACTS)
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """Answers proposed for one query, best first; made from its demonstrations alone.
+
+    grids: uint8 (rows, cols), colours 0..9, in the task's own colours and orientation; facts:
+    float32 (n, N_PROPOSAL_FACTS), see PROPOSAL_FACTS.
+    """
+
+    grids: tuple[Grid, ...]
+    facts: NDArray[np.float32]
 
 
 def by_size(tasks: Sequence[Task]) -> list[Task]:
@@ -49,7 +74,7 @@ def by_size(tasks: Sequence[Task]) -> list[Task]:
 
 
 def verdict_name(verdict: Verdict) -> str:
-    """One of dataset_arc.VERDICTS."""
+    """One of VERDICTS."""
     if not verdict.n_tried:
         return "untried"
     if verdict.full:

@@ -283,7 +283,8 @@ def run_prediction(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from dataset_arc import evaluation_views, load_tasks, slices_of
+    from batches import evaluation_views
+    from dataset_arc import load_tasks, slices_of
     from evaluation import (
         contested,
         demonstration_scores,
@@ -441,8 +442,8 @@ def guarded(action: Any, args: argparse.Namespace, advice: str) -> int:
     settle_threads()
     try:
         from dataset_arc import DataError
+        from language_model import ModelError
         from model_persistence import PersistenceError
-        from qwen_hybrid_prompt import ModelError
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     try:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dataset_arc import N_PROPOSAL_FACTS, PROPOSAL_FACTS
 from grid_features import COLOURS
+from hypotheses import N_PROPOSAL_FACTS, PROPOSAL_FACTS
 
 RELATION = (
     "is_kept", "same_size", "same_cells", "same_grid", "log_probability", "own_probability",

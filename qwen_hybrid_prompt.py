@@ -10,39 +10,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
-import importlib.util
-import json
-import re
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-TINY = "tiny"
-HUB_DEFAULT = "Qwen/Qwen2.5-1.5B"
+from batches import Batch
+from language_model import (
+    INPUT_MARK,
+    MAX_TOKENS,
+    OUTPUT_MARK,
+    PAD,
+    ROW_END,
+    TINY,
+    TRAIN_MODES,
+    ModelError,
+    as_seed,
+    load_language_model,
+    seeded,
+    symbol_table,
+    weights_sha256,
+    with_lora,
+)
+
 MODES = ("full", "no_qwen", "null", "shuffled")
-TRAIN_MODES = ("auto", "full", "lora", "frozen")
-
-# The alphabet: ten colours, the end of a row, the two markers that open the grids, and padding.
-ROW_END, INPUT_MARK, OUTPUT_MARK, PAD = 10, 11, 12, 13
-SYMBOL_NAMES = (*"0123456789", "end of row", "input mark", "output mark", "padding")
-SYMBOL_TEXTS: tuple[tuple[str, ...], ...] = (
-    *((str(colour),) for colour in range(10)),
-    ("\n", ";", ","),
-    ("I", "in", "["),
-    ("O", "out", "]"),
-)  # first choice first; a tokenizer that has none as one token gets a spare id, which is noted
-N_SYMBOLS = len(SYMBOL_NAMES)
-
 MIN_TOKENS = 64  # one row of 30 cells of each grid and the marks: the rule below always keeps some
-MAX_TOKENS = 2048  # a pair of two 30 x 30 grids is 1862 tokens: nothing is cropped by default
 # A sequence is padded to the next of these, which depends on its own length alone. A padded length
 # that depends on the batch changes the last bits of every row (measured: 1e-6 on CPU). Above 32
 # tokens at most a third is padding.
@@ -50,63 +46,7 @@ LENGTH_BUCKETS = (
     *(32, 48, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512),
     *(640, 768, 896, 1024, 1280, 1536, 1792, 2048),
 )
-PROBE_TIMEOUT_S = 4.0  # hard: DNS, connection, TLS and the answer together
 CACHE_PAIRS = 4096  # readings kept for reuse: all 3232 pairs; 100 MB with Qwen2.5-1.5B
-LARGEST_CPU_FULL = 50_000_000  # parameters a CPU is asked to train (guess)
-FULL_BYTES_PER_PARAMETER = 24  # fp32 weight, gradient, two Adam moments, half as much activations
-CHECKPOINTING_FROM = 500_000_000  # trained on a GPU from this size: activations recomputed (guess)
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # no pickles
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-class ModelError(Exception):
-    """The language model cannot be had; one line: what, why and the way out."""
-
-
-class DemoBatch(Protocol):
-    """The only fields of a batch that the prompt reads; C pairs, Q queries, M context slots.
-
-    demo_* are in the batch's view; own_* are the pairs as the task has them, for reuse of readings.
-    """
-
-    @property
-    def demo_input(self) -> Tensor: ...  # [C, rows, cols] long, -1 outside
-
-    @property
-    def demo_output(self) -> Tensor: ...  # [C, rows, cols] long, -1 outside
-
-    @property
-    def demo_input_size(self) -> Tensor: ...  # [C, 2] long
-
-    @property
-    def demo_output_size(self) -> Tensor: ...  # [C, 2] long
-
-    @property
-    def demo_control(self) -> Tensor: ...  # [C, n_control] float
-
-    @property
-    def demo_task(self) -> Tensor: ...  # [C] long
-
-    @property
-    def query_task(self) -> Tensor: ...  # [Q] long
-
-    @property
-    def n_tasks(self) -> int: ...
-
-    @property
-    def context(self) -> Tensor: ...  # [Q, M] long, -1 = empty slot
-
-    @property
-    def own_input(self) -> Tensor: ...  # [C, rows, cols] long, -1 outside
-
-    @property
-    def own_output(self) -> Tensor: ...
-
-    @property
-    def own_input_size(self) -> Tensor: ...  # [C, 2] long
-
-    @property
-    def own_output_size(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -140,7 +80,7 @@ class Prompt:
 
 
 # --------------------------------------------------------------------------------------------
-# Text: grids -> symbols -> token ids, all by tensor operations
+# Text: grids -> symbols, all by tensor operations
 
 
 @dataclass(frozen=True)
@@ -199,95 +139,6 @@ def encode_pairs(
     return PairSymbols(symbols, lengths, rows_kept < sides)
 
 
-@dataclass(frozen=True)
-class SymbolTable:
-    """The token id and the text of each symbol, and what had to be chosen otherwise (``notes``)."""
-
-    ids: tuple[int, ...]
-    texts: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-
-def _single_id(tokenizer: Any, vocabulary: Mapping[str, int], text: str) -> int | None:
-    """The one token that stands for ``text``, or None."""
-    if text in vocabulary:
-        return vocabulary[text]
-    try:  # bytes and word starts are spelled otherwise in the vocabulary
-        ids = tokenizer.encode(text, add_special_tokens=False)
-    except Exception:  # noqa: BLE001 - a word-level one without [UNK] raises a bare Exception
-        return None
-    if not ids or ids[-1] == tokenizer.unk_token_id:
-        return None
-    # Some tokenizers put a lone word-start token before the symbol: the last id is the symbol.
-    read_back = tokenizer.decode(ids[-1:])
-    return int(ids[-1]) if read_back.strip(" ") == text else None
-
-
-def symbol_table(tokenizer: Any | None, vocabulary: int) -> SymbolTable:
-    """Map the alphabet to single token ids once, so that encoding is a table lookup.
-
-    An id is the vocabulary's own entry or is read back by the tokenizer. A mark or row end that it
-    has no single token for gets a spare id, which is noted; without a tokenizer all symbols take
-    the first ids, noted too.
-    Raises ModelError when a digit is missing or the vocabulary is too small.
-    """
-    if vocabulary < N_SYMBOLS:
-        raise ModelError(
-            f"the model's vocabulary has {vocabulary} tokens but the grid alphabet needs "
-            f"{N_SYMBOLS}: choose another --qwen_model"
-        )
-    if tokenizer is None:
-        note = f"no tokenizer beside the model: symbols take the token ids 0..{N_SYMBOLS - 1}"
-        texts = (*(choices[0] for choices in SYMBOL_TEXTS), "")
-        return SymbolTable(tuple(range(N_SYMBOLS)), texts, (note,))
-    entries = tokenizer.get_vocab()
-    ids: list[int | None] = []
-    texts_found: list[str] = []
-    for name, choices in zip(SYMBOL_NAMES, SYMBOL_TEXTS, strict=False):
-        found = [(_single_id(tokenizer, entries, text), text) for text in choices]
-        usable = [(i, text) for i, text in found if i is not None and i < vocabulary]
-        usable = [(i, text) for i, text in usable if i not in ids]
-        if not usable and name.isdigit():
-            raise ModelError(
-                f"the tokenizer has no single token for the digit {name} inside the model's "
-                f"{vocabulary} tokens: choose another --qwen_model"
-            )
-        ids.append(usable[0][0] if usable else None)
-        texts_found.append(usable[0][1] if usable else choices[0])
-    pad = tokenizer.pad_token_id
-    if pad is None or not 0 <= pad < vocabulary or pad in ids:
-        pad = tokenizer.eos_token_id
-    ids.append(pad if pad is not None and 0 <= pad < vocabulary and pad not in ids else None)
-    spare = (i for i in range(vocabulary - 1, -1, -1) if i not in ids)
-    notes: list[str] = []
-    final: list[int] = []
-    for name, token in zip(SYMBOL_NAMES, ids, strict=True):
-        if token is None:
-            token = next(spare)
-            if name != "padding":  # padding is behind the text, where nothing reads it
-                notes.append(f"the tokenizer has no single token for the {name}: id {token} is it")
-        final.append(token)
-    return SymbolTable(tuple(final), (*texts_found, ""), tuple(notes))
-
-
-def character_tokenizer() -> Any:
-    """The tokenizer of the tiny model, built in code; one character, one token, decodes exactly."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {choices[0]: number for number, choices in enumerate(SYMBOL_TEXTS)}
-    vocabulary |= {"<pad>": PAD, "<unk>": PAD + 1}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
 # --------------------------------------------------------------------------------------------
 # The module
 
@@ -322,9 +173,9 @@ class AttentionPool(nn.Module):
 class ReadingCache:
     """Pooled readings by pair: read afresh at every ``interval``-th use, reused in between.
 
-    Keys are digests of token ids, hence of a pair as its task has it. Holds at most ``capacity`` entries,
-    the one refreshed longest ago goes first; what it decides depends on its content alone, and
-    ``state`` holds all of it, so that a resumed run repeats it bit for bit.
+    Keys are digests of token ids, hence of a pair as its task has it. Holds at most ``capacity``
+    entries, the one refreshed longest ago goes first; what it decides depends on its content alone,
+    and ``state`` holds all of it, so that a resumed run repeats it bit for bit.
     """
 
     def __init__(self, interval: int, capacity: int) -> None:
@@ -384,9 +235,11 @@ class ReadingCache:
 class QwenHybridPrompt(nn.Module):
     """Demonstration pairs -> prompt tokens: ``n_qwen_tokens`` of the LM and one control token each.
 
-    ``backbone`` is a transformers decoder without LM head; ``tokenizer`` maps the grid alphabet to
-    its ids (None: ids 0..13). All projections are built here, so an optimizer made from
-    ``lm_parameters()`` and ``head_parameters()`` holds every trained weight.
+    Of a batch it reads the demonstrations (demo_* and own_*) and who may see which (query_task,
+    n_tasks, context): nothing else of a query. ``backbone`` is a transformers decoder without LM
+    head; ``tokenizer`` maps the grid alphabet to its ids (None: ids 0..13). All projections are
+    built here, so an optimizer made from ``lm_parameters()`` and ``head_parameters()`` holds every
+    trained weight.
 
     ``mode`` (may be changed at any time) is an ablation switch:
       full      the prompt as it is;
@@ -444,9 +297,9 @@ class QwenHybridPrompt(nn.Module):
         self.n_pairs = self.n_truncated = 0
         self._n_fresh = 0  # pairs of the last batch that were really read
         self.cache = ReadingCache(cache_interval, cache_pairs)
-        with _seeded(seed):
+        with seeded(seed):
             if train_mode == "lora":
-                backbone = _with_lora(backbone)
+                backbone = with_lora(backbone)
             self.backbone = backbone
             self.pool = AttentionPool(hidden, n_qwen_tokens)
             self.project = nn.Sequential(
@@ -482,7 +335,7 @@ class QwenHybridPrompt(nn.Module):
 
     @property
     def transformer(self) -> nn.Module:
-        """The decoder itself, without LoRA's wrapping: ``qwen.transformer.layers[0]`` is a block."""
+        """The decoder itself, without LoRA around it: ``qwen.transformer.layers[0]`` is a block."""
         unwrapped = getattr(self.backbone, "get_base_model", lambda: self.backbone)
         return unwrapped()  # type: ignore[operator]
 
@@ -495,7 +348,7 @@ class QwenHybridPrompt(nn.Module):
 
     # -- reading -------------------------------------------------------------------------------
 
-    def forward(self, batch: DemoBatch) -> Prompt:
+    def forward(self, batch: Batch) -> Prompt:
         """``batch`` -> the prompt of each query: L = 1 + M * (n_qwen_tokens + 1) tokens.
 
         Token 0 is a learned start token, real for every query, so that a query without any
@@ -518,7 +371,7 @@ class QwenHybridPrompt(nn.Module):
         prompt = prompt.extended(tokens, real.repeat_interleave(pairs.shape[1], 1))
         return Prompt(prompt.tokens, prompt.mask, pairs)
 
-    def read(self, batch: DemoBatch) -> Tensor:
+    def read(self, batch: Batch) -> Tensor:
         """The tokens of each pair, [C, n_qwen_tokens + 1, width] float32; the last is control.
 
         A pair's tokens depend on that pair alone. In training with a cache, the LM's part may be an
@@ -536,10 +389,10 @@ class QwenHybridPrompt(nn.Module):
                 qwen = self.project(pooled)
             return self.norm(torch.cat([qwen, control], 1) + self.type_tokens)
 
-    def _text(self, batch: DemoBatch) -> PairSymbols:
+    def _text(self, batch: Batch) -> PairSymbols:
         """The pairs as symbols: in the batch's view, or with a cache as the task itself has them.
 
-        Views are random: in its view a pair hardly ever comes up again, and a cache would never hit.
+        Views are random: in its view a pair hardly ever comes up again; a cache would never hit.
         """
         if self.cache.interval == 1:
             names = ("demo_input", "demo_input_size", "demo_output", "demo_output_size")
@@ -548,7 +401,7 @@ class QwenHybridPrompt(nn.Module):
         inputs, input_sizes, outputs, output_sizes = (getattr(batch, name) for name in names)
         return encode_pairs(inputs, input_sizes, outputs, output_sizes, self.max_tokens)
 
-    def _readings(self, batch: DemoBatch) -> Tensor:
+    def _readings(self, batch: Batch) -> Tensor:
         """Pooled hidden states of each pair, [C, n_qwen_tokens, D] float32, cached or fresh."""
         text = self._text(batch)
         lengths = text.lengths.tolist()
@@ -595,13 +448,8 @@ class QwenHybridPrompt(nn.Module):
         with torch.autocast(symbols.device.type, enabled=False):
             return self.pool(hidden, region, mask)
 
-    def pair_texts(self, batch: DemoBatch) -> list[str]:
-        """What the LM reads for each pair, as text (for people and tests)."""
-        text = self._text(batch)
-        return ["".join(self.table.texts[s] for s in row) for row in text.symbols.tolist()]
-
     def without_gradient(self) -> str | None:
-        """Why the last training batch gave the language model no gradient; None if it should have."""
+        """Why the last training batch gave the LM no gradient; None if it should have."""
         if self.mode in ("no_qwen", "null"):
             return "not run"
         if self.train_mode == "frozen":
@@ -623,30 +471,9 @@ class QwenHybridPrompt(nn.Module):
         if not self._frozen_names:
             return None
         if self._frozen_sha256 is None:
-            digest = hashlib.sha256()
             weights = dict(self.named_parameters())
-            for key in sorted(self._frozen_names):
-                tensor = weights[key].detach().cpu().contiguous()
-                digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
-                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            self._frozen_sha256 = digest.hexdigest()
+            self._frozen_sha256 = weights_sha256({key: weights[key] for key in self._frozen_names})
         return {"id": self.name, "revision": self.revision or "", "sha256": self._frozen_sha256}
-
-    def check_frozen_reference(self, reference: Mapping[str, str] | None) -> None:
-        """Raise ModelError unless the frozen weights are the ones a checkpoint was trained on."""
-        mine = self.frozen_reference()
-        if (mine is None) != (reference is None):
-            saved, now = ("frozen", "trained") if mine is None else ("trained", "frozen")
-            raise ModelError(
-                f"the checkpoint was made with a {saved} language model and this run has it {now}: "
-                "use the same --qwen_train"
-            )
-        if mine and reference and mine["sha256"] != reference["sha256"]:
-            raise ModelError(
-                f"the checkpoint belongs to the frozen weights of {reference['id']} "
-                f"(sha256 {reference['sha256'][:12]}), but {mine['id']} has "
-                f"{mine['sha256'][:12]}: use the same --qwen_model, dtype and revision"
-            )
 
     def persistent_state_dict(self) -> dict[str, Tensor]:
         """``state_dict`` without the frozen base weights: what a checkpoint holds."""
@@ -692,7 +519,7 @@ class QwenHybridPrompt(nn.Module):
         return "; ".join([line, *self.notes])
 
 
-def context_of_next_task(batch: DemoBatch) -> Tensor:
+def context_of_next_task(batch: Batch) -> Tensor:
     """``batch.context`` [Q, M] with as many pairs of the next task instead, -1 where none is."""
     context = batch.context
     if batch.n_tasks < 2 or not len(batch.demo_task):
@@ -708,37 +535,7 @@ def context_of_next_task(batch: DemoBatch) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------
-# Building: which model, from where, trained how
-
-
-def resolve_qwen_model(name: str, device: str | torch.device) -> tuple[str, str]:
-    """``auto`` -> the model for this device; (name, reason), both for the banner."""
-    if name != "auto":
-        return name, "as asked by --qwen_model"
-    if torch.device(device).type == "cuda":
-        return HUB_DEFAULT, "auto on a GPU"
-    return TINY, "auto without a GPU: a small Qwen2 built from a config, trained from scratch"
-
-
-def resolve_train_mode(
-    train: str, n_parameters: int, device: str | torch.device
-) -> tuple[str, str | None]:
-    """``auto`` -> full where it fits, else lora where peft is installed, else frozen; and why."""
-    if train not in TRAIN_MODES:
-        raise ValueError(f"train must be one of {TRAIN_MODES}, got {train!r}")
-    if train != "auto":
-        return train, None
-    device = torch.device(device)
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        if n_parameters * FULL_BYTES_PER_PARAMETER <= memory:
-            return "full", None
-        if importlib.util.find_spec("peft") is not None:
-            return "lora", "full training does not fit this GPU's memory: LoRA"
-        return "frozen", "full training does not fit this GPU's memory and peft is missing: frozen"
-    if n_parameters <= LARGEST_CPU_FULL:
-        return "full", None
-    return "frozen", "too large to be trained on a CPU: frozen"
+# Building
 
 
 def build_qwen_prompt(
@@ -761,288 +558,36 @@ def build_qwen_prompt(
 ) -> QwenHybridPrompt:
     """Build the prompt module on ``device`` from ``auto``, ``tiny``, a folder or a hub id.
 
-    ``dtype`` is that of the LM's weights: default float32, and bfloat16 for a frozen or LoRA base
-    on a GPU that has it natively. ``gradient_checkpointing`` defaults to on for a large model that
-    is trained on a GPU. ``offline``: a hub id is taken from the local cache only.
+    ``train``, ``offline``, ``dtype``, ``gradient_checkpointing`` and ``revision`` are settings of
+    `language_model.load_language_model`, the others those of QwenHybridPrompt.
     Raises ModelError (a folder or hub that does not give a model), ValueError (settings).
     """
     device = torch.device(device)
-    name, _ = resolve_qwen_model(model, device)
-    seed = _as_seed(seed)
-    notes: list[str] = []
-    if name == TINY:
-        backbone, tokenizer = build_tiny(seed)
-    else:
-        folder, revision = locate_model(name, offline=offline, revision=revision)
-        backbone, tokenizer = load_folder(folder, name)
-        if _is_bare(folder):
-            notes.append("RANDOM WEIGHTS: the folder holds nothing but config.json")
-    n_parameters = sum(p.numel() for p in backbone.parameters())
-    train_mode, note = resolve_train_mode(train, n_parameters, device)
-    if note:
-        notes.append(note)
-    on_gpu = device.type == "cuda"
-    if dtype is None:
-        half = on_gpu and train_mode != "full"
-        native = half and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if native else torch.float32
-    backbone.to(device).to(dtype)
-    if gradient_checkpointing is None:
-        gradient_checkpointing = (
-            on_gpu and train_mode != "frozen" and n_parameters >= CHECKPOINTING_FROM
-        )
-    if gradient_checkpointing:
-        _recompute_activations(backbone)
+    seed = as_seed(seed)
+    language_model = load_language_model(
+        model,
+        train=train,
+        device=device,
+        offline=offline,
+        seed=seed,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        revision=revision,
+    )
     module = QwenHybridPrompt(
-        backbone,
-        tokenizer,
+        language_model.backbone,
+        language_model.tokenizer,
         width,
         n_control,
         n_qwen_tokens=n_qwen_tokens,
         max_tokens=max_tokens,
-        train_mode=train_mode,
+        train_mode=language_model.train_mode,
         mode=mode,
         cache_interval=cache_interval,
         cache_pairs=cache_pairs,
         seed=seed,
-        name=name,
-        revision=revision,
-        notes=tuple(notes),
+        name=language_model.name,
+        revision=language_model.revision,
+        notes=language_model.notes,
     )
     return module.to(device)
-
-
-def build_tiny(seed: int | torch.Generator = 0) -> tuple[nn.Module, Any]:
-    """A Qwen2 of 0.09 M parameters with random weights, and its tokenizer; no file, no network."""
-    from transformers import Qwen2Config, Qwen2Model
-
-    config = Qwen2Config(
-        vocab_size=16,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        attention_dropout=0.0,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=None,
-        use_cache=False,
-    )
-    with _seeded(seed):
-        return Qwen2Model(config), character_tokenizer()
-
-
-def load_folder(folder: Path, name: str) -> tuple[nn.Module, Any | None]:
-    """Model (no LM head, in the dtype it was saved in) and tokenizer of a ``save_pretrained``.
-
-    The tokenizer is None where the folder has none. A folder that holds config.json and nothing
-    else gives random weights, for measuring speed and memory; `_is_bare` tells, for the banner.
-    Raises ModelError if a file is missing or unreadable, or if the weights do not fill the model
-    (they would be random without a word).
-    """
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{name}: the folder holds no config.json, so it is no saved model: pass a folder that "
-            "save_pretrained wrote, or --qwen_model tiny"
-        )
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    tokenizer = None
-    try:
-        if _is_bare(folder):
-            with _seeded(0):
-                config = AutoConfig.from_pretrained(folder, local_files_only=True)
-                return AutoModel.from_config(config), None
-        with _seeded(0), _quiet_transformers():
-            backbone, info = AutoModel.from_pretrained(
-                folder, local_files_only=True, dtype="auto", output_loading_info=True
-            )
-            if any((folder / file).is_file() for file in TOKENIZER_FILES):
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        why = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"{name}: the saved model cannot be loaded ({why}): save it again with "
-            "save_pretrained, or use --qwen_model tiny"
-        ) from error
-    for problem in ("missing_keys", "mismatched_keys"):
-        keys = sorted(map(str, info.get(problem) or ()))
-        if keys:
-            raise ModelError(
-                f"{name}: {len(keys)} weights of the model are not in its files, the first "
-                f"{keys[0]}: save it again with save_pretrained"
-            )
-    return backbone, tokenizer
-
-
-def _is_bare(folder: Path) -> bool:
-    """Whether a model folder holds config.json and nothing else."""
-    return [path.name for path in folder.iterdir()] == ["config.json"]
-
-
-def locate_model(
-    name: str, *, offline: bool = False, revision: str | None = None
-) -> tuple[Path, str | None]:
-    """Folder and revision (a commit; None for a local folder) of a folder name or hub id.
-
-    A hub model that the local cache holds in full is used from there. Otherwise the hub is asked
-    once, with a hard limit of PROBE_TIMEOUT_S, before anything is downloaded.
-    Raises ModelError that names the ways out; needs neither a model library nor a GPU.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder, None
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or name.startswith((".", "/", "~")):
-        raise ModelError(
-            f"{name!r} is neither 'auto', 'tiny', an existing folder nor a hub id "
-            "(owner/name): correct --qwen_model"
-        )
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    try:
-        cached = Path(
-            huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
-        )
-        lacking = _lacking_files(cached)
-    except (OSError, ValueError):
-        cached, lacking = None, "the cache has nothing of it"
-    if cached is not None and not lacking:
-        return cached, cached.name
-    if offline or constants.HF_HUB_OFFLINE:
-        raise ModelError(
-            _ways_out(name, f"is not in the local cache ({lacking}) and we are offline")
-        )
-    try:
-        info = _with_deadline(
-            lambda: huggingface_hub.HfApi().model_info(
-                name, revision=revision, timeout=PROBE_TIMEOUT_S
-            ),
-            PROBE_TIMEOUT_S,
-        )
-    except errors.RepositoryNotFoundError as error:  # a gated model is one of these
-        raise ModelError(_ways_out(name, "does not exist on the hub, or needs a token")) from error
-    except Exception as error:
-        why = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ModelError(
-            _ways_out(name, f"cannot be had: the hub is out of reach ({why})")
-        ) from error
-    try:
-        path = huggingface_hub.snapshot_download(
-            name, revision=info.sha, allow_patterns=list(HUB_FILES), etag_timeout=PROBE_TIMEOUT_S
-        )
-    except Exception as error:
-        why = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ModelError(_ways_out(name, f"could not be downloaded ({why})")) from error
-    lacking = _lacking_files(Path(path))
-    if lacking:
-        raise ModelError(_ways_out(name, f"is incomplete on the hub ({lacking})"))
-    return Path(path), info.sha
-
-
-def _ways_out(name: str, problem: str) -> str:
-    return (
-        f"{name} {problem}. Three ways out: (1) --qwen_model tiny, a small model that needs no "
-        "file; (2) --qwen_model /path/to/folder, a model saved by save_pretrained; (3) run once "
-        f"with network to fill the local cache (or: hf download {name}), then add --offline"
-    )
-
-
-def _lacking_files(folder: Path) -> str:
-    """What a cached model lacks to be loaded, in words; empty if it is complete."""
-    if not (folder / "config.json").is_file():
-        return "no config.json"
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if absent:
-            return f"no {absent[0]}"
-    elif not (folder / "model.safetensors").is_file():
-        return "no model.safetensors"
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        return "no tokenizer"
-    return ""
-
-
-def _with_deadline(call: Callable[[], Any], limit_s: float) -> Any:
-    """Result of ``call``, or TimeoutError after ``limit_s``, whatever it hangs in (DNS as well)."""
-    box: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            box["result"] = call()
-        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
-            box["error"] = error
-
-    thread = threading.Thread(target=work, daemon=True)  # daemon: a hung one must not delay exit
-    thread.start()
-    thread.join(limit_s)
-    if "error" in box:
-        raise box["error"]
-    if "result" not in box:
-        raise TimeoutError(f"no answer within {limit_s:g} s")
-    return box["result"]
-
-
-def _with_lora(backbone: nn.Module) -> nn.Module:
-    """``backbone`` frozen, with trained rank-16 adapters on its attention projections."""
-    try:
-        peft = importlib.import_module("peft")
-    except ImportError as error:
-        raise ModelError(
-            "--qwen_train lora needs the package peft, which is not installed: "
-            "pip install peft, or use --qwen_train full or frozen"
-        ) from error
-    config = peft.LoraConfig(
-        r=16,
-        lora_alpha=32,
-        lora_dropout=0.0,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-    )
-    return peft.get_peft_model(backbone, config)
-
-
-def _recompute_activations(backbone: Any) -> None:
-    """Trade time for memory in the backward pass; the method was renamed in transformers 5.x."""
-    kwargs = {"use_reentrant": False}
-    if hasattr(backbone, "activation_checkpointing_enable"):
-        backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-
-
-def _as_seed(seed: int | torch.Generator) -> int:
-    if isinstance(seed, torch.Generator):
-        return int(torch.randint(2**31, (), generator=seed, device=seed.device))
-    return seed
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | torch.Generator) -> Iterator[None]:
-    """Initialisation draws from ``seed``; the global CPU generator is left as it was."""
-    number = _as_seed(seed)
-    before = torch.random.get_rng_state()
-    torch.random.default_generator.manual_seed(number)
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(before)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars or load reports; problems are raised from the loading info instead."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -285,8 +285,8 @@ def answer_queries(
     import torch
     from tqdm import tqdm
 
+    from batches import View, evaluation_batches
     from command_line import pick_precision
-    from dataset_arc import View, evaluation_batches
     from evaluation import without_outputs
 
     tasks = {task.task_id: task for task, _ in queries}

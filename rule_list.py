@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import grid_features
-from dataset_arc import DEMONSTRATION_RULE_NAMES, UNCHECKED_SUPPORT, demonstration_rules
 from grid_features import (
     CELL_FEATURE_BINS,
     CELL_FEATURE_NAMES,
@@ -35,6 +34,7 @@ from grid_features import (
     SOURCE_NAMES,
     GridAnalysis,
 )
+from size_rules import DEMONSTRATION_RULE_NAMES, UNCHECKED_SUPPORT, demonstration_rules
 
 Grid = NDArray[np.uint8]
 Ints = NDArray[np.int64]

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset_arc import N_ARM_SLOTS
 from grid_features import N_CONTROL
+from hypotheses import N_ARM_SLOTS
 
 N_VIEWS = 8
 N_ALIKE = 16  # tasks whose arms are recalled

@@ -1150,7 +1150,7 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    from dataset_arc import evaluation_views
+    from batches import evaluation_views
     from evaluation import (
         answered_all,
         contested,
@@ -1563,10 +1563,10 @@ def set_up(args: argparse.Namespace, tasks: Any, started: float) -> Run:
     import torch
 
     import arc_system
+    from batches import Collator, TrainingStream
     from curriculum import DynamicMemoryThreshold, GradientMonitor, SizeWarmupCurriculum
-    from dataset_arc import Collator, TrainingStream
+    from language_model import resolve_qwen_model
     from optimizers import MuonAdamW, WeightAverage
-    from qwen_hybrid_prompt import resolve_qwen_model
 
     device = args.device
     dtype, scaling = pick_precision(args.amp, device)
@@ -1809,7 +1809,7 @@ def newest_where(folder: Path, fits: Callable[[dict[str, Any]], bool]) -> str | 
 
 def batches_of_epoch(run: Run, n_batches: int) -> Any:
     """The epoch's remaining (batch, targets), made ahead in a thread, on the run's device."""
-    from dataset_arc import prefetch
+    from batches import prefetch
 
     epoch = run.progress.epoch
     positions = range(run.progress.batch, n_batches)
@@ -2488,8 +2488,8 @@ def main(argv: list[str] | None = None) -> int:
 def is_known(error: Exception) -> bool:
     """Whether an error is one of data, model or files, whose text says what to do."""
     from dataset_arc import DataError
+    from language_model import ModelError
     from model_persistence import PersistenceError
-    from qwen_hybrid_prompt import ModelError
 
     return isinstance(error, DataError | ModelError | PersistenceError)
 

@@ -66,7 +66,7 @@ def collect(model: Any, tasks: Any, explained: dict[str, list[Any]]) -> list[dic
     import torch
 
     from arc_system import arms_right, fingerprint
-    from dataset_arc import TrainingStream
+    from batches import TrainingStream
     from hypotheses import proposals_of
 
     class Known:
@@ -112,7 +112,7 @@ def packed(rows: list[dict[str, Any]], change: str, train: list[dict[str, Any]],
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from dataset_arc import N_ARM_SLOTS, VERDICTS
+    from hypotheses import N_ARM_SLOTS, VERDICTS
     from policy_refined import N_STATS
     from proposal_policy import ARM_FACTS, RELATION, Candidates
     from solver2 import Solver2

@@ -58,7 +58,7 @@ def on_demonstrations(system: Any, tasks: Any, index: dict[str, int], args: Any)
 
     import torch
 
-    from dataset_arc import TrainingStream
+    from batches import TrainingStream
     from grid_accuracy_loss import exact_match, resize_grids, size_match
 
     stream = TrainingStream(tasks.train, seed=0, batch_size=16, task_table=index)
@@ -89,7 +89,7 @@ def on_tests(system: Any, tasks: Any, index: dict[str, int], args: Any) -> Any:
     """The same on the test queries of the training tasks."""
     import dataclasses
 
-    from dataset_arc import Collator, View
+    from batches import Collator, View
     from evaluation import outcomes, predict_tasks, without_outputs
 
     collator = Collator()

@@ -44,7 +44,8 @@ def main() -> None:
     import torch
 
     from arc_system import build_system
-    from dataset_arc import evaluation_views, load_tasks, slices_of
+    from batches import evaluation_views
+    from dataset_arc import load_tasks, slices_of
     from evaluation import (
         alone,
         contested,

@@ -33,18 +33,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from arc_system import System  # noqa: E402 - the scripts are no package
-from command_line import Parser, number  # noqa: E402
-from dataset_arc import (  # noqa: E402
+from batches import (  # noqa: E402
     Batch,
     Targets,
-    Task,
     TrainingStream,
-    _longest_side,
     evaluation_batches,
     evaluation_targets,
     evaluation_views,
-    load_tasks,
+    longest_side,
 )
+from command_line import Parser, number  # noqa: E402
+from dataset_arc import Task, load_tasks  # noqa: E402
 from evaluation import (  # noqa: E402
     SURE_WEIGHT,
     answer_probability,
@@ -259,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = [
         task
         for task in load_tasks(args.data).train
-        if _longest_side(task) <= args.max_side
+        if longest_side(task) <= args.max_side
         and all(max(p.input.shape) <= args.max_side for p in task.tests)
         and all(p.output is not None and max(p.output.shape) <= args.max_side for p in task.tests)
     ]

@@ -28,6 +28,7 @@ import torch
 
 import dataset_arc
 import trainloop_complete_with_fixes as trainloop
+from batches import TrainingStream
 from hypotheses import explain_demonstrations, pairs_of, proposals_of
 
 RULES: dict[str, Callable[[Any], Any]] = {
@@ -226,7 +227,7 @@ def task_set(tasks_file: Path) -> Any:
 @pytest.fixture(scope="session")
 def whole_batch(task_set: Any) -> Any:
     """A training batch of two whole tasks, six queries."""
-    stream = dataset_arc.TrainingStream(task_set.train, seed=0, batch_size=6)
+    stream = TrainingStream(task_set.train, seed=0, batch_size=6)
     return next(batch for batch, _ in stream.epoch(0) if batch.n_tasks == 2)
 
 
@@ -250,7 +251,7 @@ class Proposer:
 @pytest.fixture(scope="session")
 def proposing(task_set: Any) -> Any:
     """(batch, targets): the whole batch with proposals for every query, most of them exact."""
-    stream = dataset_arc.TrainingStream(task_set.train, 0, 6, proposals=Proposer())
+    stream = TrainingStream(task_set.train, 0, 6, proposals=Proposer())
     return next(both for both in stream.epoch(0) if both[0].n_tasks == 2)
 
 

@@ -16,7 +16,8 @@ import adaptation
 import predict
 import trainloop_complete_with_fixes as trainloop
 from adaptation import FOLDS, Adapted, Measure, adapt
-from dataset_arc import Pair, View, load_tasks
+from batches import View
+from dataset_arc import Pair, load_tasks
 from evaluation import predict_tasks, without_outputs
 
 

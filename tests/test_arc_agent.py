@@ -27,7 +27,9 @@ from arc_agent import (
     size_mask,
 )
 from arc_system import SystemConfig, build_system
-from dataset_arc import N_SIZE_CANDIDATES
+from batches import evaluation_batches, evaluation_targets
+from hypotheses import N_PROPOSAL_FACTS, Proposals
+from size_rules import N_SIZE_CANDIDATES
 
 
 @pytest.fixture
@@ -151,12 +153,12 @@ def test_an_early_stop_is_for_prediction_only(batch, monkeypatch):
 
 def test_results_do_not_depend_on_the_other_queries_of_a_batch(system, task_set):
     """Padding is neutral: a task alone and beside larger ones gets the same answer."""
-    together = next(dataset_arc.evaluation_batches(task_set.train, batch_size=6))
+    together = next(evaluation_batches(task_set.train, batch_size=6))
     with torch.no_grad():
         all_at_once = system.answer(system.read(together))
         for row, (task_id, _, _) in enumerate(together.pair_ids):
             task = [t for t in task_set.train if t.task_id == task_id]
-            alone = next(dataset_arc.evaluation_batches(task, batch_size=6))
+            alone = next(evaluation_batches(task, batch_size=6))
             one = system.answer(system.read(alone))
             rows, cols = (int(v) for v in one.size[0])
             assert torch.equal(all_at_once.size[row], one.size[0])
@@ -169,7 +171,7 @@ def test_results_do_not_depend_on_the_other_queries_of_a_batch(system, task_set)
 
 
 def test_the_order_of_demonstrations_hardly_matters_to_the_agent(system, task_set):
-    batch = next(dataset_arc.evaluation_batches(task_set.train, batch_size=2))
+    batch = next(evaluation_batches(task_set.train, batch_size=2))
     turned = dataclasses.replace(batch, context=batch.context.flip(1))
     with torch.no_grad():
         a = system.agent.look(batch, system.agent.read_demonstrations(batch))
@@ -267,8 +269,8 @@ def test_the_fit_knows_the_inverse_of_a_rule_that_only_the_demonstrations_show(t
     path = write_tasks(tmp_path / "one.json", {"a": make_task(rule, n_demonstrations=4)})
     tasks = dataset_arc.load_tasks(path).train
     fresh = build_system(SystemConfig(width=32, heads=2, n_tasks=1))
-    batch = next(dataset_arc.evaluation_batches(tasks))
-    truth = dataset_arc.evaluation_targets(tasks, batch)
+    batch = next(evaluation_batches(tasks))
+    truth = evaluation_targets(tasks, batch)
     blind = dataclasses.replace(batch, context=torch.full_like(batch.context, -1))
     with torch.no_grad():
         reading, nothing = fresh.read(batch), fresh.read(blind)
@@ -285,14 +287,14 @@ def test_the_fit_knows_the_inverse_of_a_rule_that_only_the_demonstrations_show(t
 
 
 def test_the_backward_model_does_not_depend_on_the_other_queries_of_a_batch(system, task_set):
-    together = next(dataset_arc.evaluation_batches(task_set.train, batch_size=6))
-    truth = dataset_arc.evaluation_targets(task_set.train, together)
+    together = next(evaluation_batches(task_set.train, batch_size=6))
+    truth = evaluation_targets(task_set.train, together)
     with torch.no_grad():
         at_once = system.backward_of(system.read(together), truth.output, truth.size)
         for row, (task_id, _, _) in enumerate(together.pair_ids):
             task = [t for t in task_set.train if t.task_id == task_id]
-            alone = next(dataset_arc.evaluation_batches(task))
-            own = dataset_arc.evaluation_targets(task, alone)
+            alone = next(evaluation_batches(task))
+            own = evaluation_targets(task, alone)
             one = system.backward_of(system.read(alone), own.output, own.size)[0]
             rows, cols = one.shape[:2]
             torch.testing.assert_close(at_once[row, :rows, :cols], one, atol=2e-4, rtol=1e-3)
@@ -348,7 +350,7 @@ def test_evidence_is_read_off_the_demonstrations(task_set):
         arc_system.SystemConfig(width=32, heads=2, n_tasks=6), "cpu"
     ).train(False)
     tasks = [t for t in task_set.train if t.task_id.endswith("same")]
-    batch = next(dataset_arc.evaluation_batches(tasks))
+    batch = next(evaluation_batches(tasks))
     with torch.no_grad():
         answer = system.answer(system.read(batch))
     grid = answer.grids()[0, : tasks[0].tests[0].input.shape[0], : tasks[0].tests[0].input.shape[1]]
@@ -517,11 +519,11 @@ def test_pointers_are_sources_and_colours():
 def test_a_proposal_larger_than_the_bound_of_the_own_answer_can_be_answered_with(system, task_set):
     """Breaks: the size of an accepted proposal cut to what the demonstrations call for."""
     task = [t for t in task_set.train if t.task_id.endswith("same")]
-    facts = np.zeros((1, dataset_arc.N_PROPOSAL_FACTS), np.float32)
+    facts = np.zeros((1, N_PROPOSAL_FACTS), np.float32)
     facts[0, 0] = 1.0
     large = np.full((25, 27), 3, np.uint8)
-    offer = {(task[0].task_id, 0): dataset_arc.Proposals((large,), facts)}
-    batch = next(dataset_arc.evaluation_batches(task, proposals=offer))
+    offer = {(task[0].task_id, 0): Proposals((large,), facts)}
+    batch = next(evaluation_batches(task, proposals=offer))
     assert (batch.query_canvas < torch.tensor(large.shape)).all()
     sure = lively_system()
     with torch.no_grad():

@@ -12,10 +12,11 @@ from conftest import differing, lively_system, taking
 import arc_system
 import dataset_arc
 from arc_system import SystemConfig, answer_stats, build_system
-from dataset_arc import N_ARM_SLOTS, PROPOSAL_FACTS
+from batches import View, evaluation_batches
+from hypotheses import N_ARM_SLOTS, PROPOSAL_FACTS
+from language_model import ModelError
 from policy_refined import N_STATS
 from proposal_policy import ARM_FACTS, RELATION
-from qwen_hybrid_prompt import ModelError
 
 NAMES = {"agent", "qwen", "solver2", "efe_loss", "policy_rl"}
 
@@ -386,15 +387,13 @@ def test_what_is_recalled_reaches_the_choice(proposing):
 def test_fingerprints_are_blind_to_colours_and_to_the_query(task_set):
     """Breaks: colours in the fingerprint (memory would know a task in one view only), the query in it."""
     task = task_set.train[0]
-    shifted = dataset_arc.View(0, (0, 4, 5, 6, 7, 8, 9, 3, 1, 2))
-    a, b = (
-        next(dataset_arc.evaluation_batches([task], view)) for view in (dataset_arc.View(), shifted)
-    )
+    shifted = View(0, (0, 4, 5, 6, 7, 8, 9, 3, 1, 2))
+    a, b = (next(evaluation_batches([task], view)) for view in (View(), shifted))
     assert torch.equal(arc_system.fingerprint(a), arc_system.fingerprint(b))
     other = dataset_arc.Pair(np.zeros((9, 9), np.uint8), None)
-    c = next(dataset_arc.evaluation_batches([dataclasses.replace(task, tests=(other,))]))
+    c = next(evaluation_batches([dataclasses.replace(task, tests=(other,))]))
     assert torch.equal(arc_system.fingerprint(a), arc_system.fingerprint(c))
-    another = next(dataset_arc.evaluation_batches([task_set.train[1]]))
+    another = next(evaluation_batches([task_set.train[1]]))
     assert not torch.equal(arc_system.fingerprint(a), arc_system.fingerprint(another))
 
 

@@ -14,7 +14,8 @@ from conftest import lively_system
 
 import dataset_arc
 import rule_list
-from dataset_arc import Pair, Proposals, Task, View, evaluation_views
+from batches import View, evaluation_batches, evaluation_views
+from dataset_arc import Pair, Task
 from evaluation import (
     OVERRULED,
     SURE_WEIGHT,
@@ -32,6 +33,7 @@ from evaluation import (
     score,
     without_outputs,
 )
+from hypotheses import N_PROPOSAL_FACTS, Proposals
 from proposal_policy import PRIOR
 from rule_list import Explained, Hypothesis, Verdict
 
@@ -419,7 +421,7 @@ class Chooser:
 
 
 def offers(*grids):
-    facts = np.zeros((len(grids), dataset_arc.N_PROPOSAL_FACTS), np.float32)
+    facts = np.zeros((len(grids), N_PROPOSAL_FACTS), np.float32)
     return {("a", 0): Proposals(tuple(grids), facts)}
 
 
@@ -468,7 +470,7 @@ def test_a_change_says_how_well_each_answer_is_told_backwards(hidden):
         system.policy_rl.proposals.wide.weight[0, 0] = 20.0  # a full verdict is preferred
     found = predict_tasks(system, hidden, [View()], proposals=offered)
     n_changed = 0
-    for batch in dataset_arc.evaluation_batches(hidden, View(), 32, proposals=offered):
+    for batch in evaluation_batches(hidden, View(), 32, proposals=offered):
         answered = system.predict(batch, torch.Generator())
         with torch.no_grad():
             reading = system.read(batch)

@@ -19,9 +19,18 @@ from conftest import Proposer, differing, lively_system, make_tasks, write_tasks
 import arc_system
 import dataset_arc
 import evaluation
-from dataset_arc import Pair, TrainingStream, View, evaluation_batches, evaluation_views
+from batches import (
+    Collator,
+    TrainingStream,
+    View,
+    evaluation_batches,
+    evaluation_views,
+    longest_side,
+)
+from dataset_arc import Pair
 from evaluation import predict_tasks, without_outputs
 from grid_features import N_CONTROL
+from hypotheses import N_ARM_SLOTS
 
 SIDE = 12  # of the real tasks used here
 
@@ -30,7 +39,7 @@ SIDE = 12  # of the real tasks used here
 def real_tasks():
     """Forty real training tasks that fit SIDE x SIDE, with all their demonstrations."""
     tasks = dataset_arc.load_tasks("arcagi2").train
-    small = [task for task in tasks if dataset_arc._longest_side(task) <= SIDE]
+    small = [task for task in tasks if longest_side(task) <= SIDE]
     return small[:40]
 
 
@@ -48,7 +57,7 @@ def lively():
     system.solver2.store_arms(
         torch.rand(4, N_CONTROL, generator=generator),
         torch.tensor([0, 5, 9, -1]),
-        torch.rand(4, dataset_arc.N_ARM_SLOTS, generator=generator),
+        torch.rand(4, N_ARM_SLOTS, generator=generator),
     )
     return system
 
@@ -116,7 +125,7 @@ def with_output(tasks, number, demonstration, output):
 @pytest.mark.parametrize("kind", ["cells", "size"])
 def test_an_own_output_changes_no_bit_of_its_answer_in_training_batches(real_tasks, lively, kind):
     """Leave-one-out: the other queries of the batch see the changed pair, this one must not."""
-    collator, proposer = dataset_arc.Collator(), Proposer()
+    collator, proposer = Collator(), Proposer()
 
     def stream(tasks):
         return TrainingStream(tasks, 0, 8, collator=collator, proposals=proposer)

@@ -17,7 +17,14 @@ from conftest import Proposer, make_task, make_tasks, write_tasks
 import dataset_arc
 import rule_list
 from evaluation import NETWORK, Prediction, alone, joined, score, trust, without_outputs
-from hypotheses import MAX_PROPOSALS, Fitter, by_size, proposals_of
+from hypotheses import (
+    MAX_PROPOSALS,
+    N_ARM_SLOTS,
+    PROPOSAL_FACTS,
+    Fitter,
+    by_size,
+    proposals_of,
+)
 from proposal_policy import PRIOR
 from rule_list import Explained, Hypothesis, Verdict
 
@@ -100,6 +107,12 @@ def test_the_child_gives_what_a_call_gives_smallest_task_first(task_set):
         assert solved["exact_at_1"] >= 5  # flip, turn, recolour, crop, double, same
     finally:
         fitter.close()
+
+
+def test_a_child_loads_no_torch():
+    """Breaks: seconds and hundreds of megabytes for every child."""
+    program = "import sys, hypotheses; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_outputs_in_sight_are_refused(task_set):
@@ -241,7 +254,7 @@ def test_equal_answers_make_one_proposal_with_the_best_verdict():
         )
     )
     assert [g.ravel()[0] for g in found.grids] == [1, 2]
-    facts = dict(zip(dataset_arc.PROPOSAL_FACTS, found.facts.T.tolist(), strict=True))
+    facts = dict(zip(PROPOSAL_FACTS, found.facts.T.tolist(), strict=True))
     assert facts["full"] == [1, 0]
     assert facts["some"] == [0, 1]
     assert facts["share_right"] == pytest.approx([1, 1 / 3])
@@ -256,7 +269,7 @@ def test_equal_answers_make_one_proposal_with_the_best_verdict():
     for i, arm in enumerate(arms):
         assert facts[f"arm_{i}"] == wanted.get(arm, [0, 0]), arm
     assert proposals_of(Explained((), 10, ())) is None
-    assert len(arms) <= dataset_arc.N_ARM_SLOTS
+    assert len(arms) <= N_ARM_SLOTS
 
 
 def test_what_training_asks_for_comes_before_the_tests(task_set):

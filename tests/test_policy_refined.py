@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dataset_arc import N_PROPOSAL_FACTS
+from hypotheses import N_PROPOSAL_FACTS
 from loss_function import EFELoss, combined_loss
 from policy_refined import N_STATS, RefinedPolicy, prediction_stats
 from proposal_policy import RELATION, Candidates, Choice

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dataset_arc import N_PROPOSAL_FACTS, PROPOSAL_FACTS, VERDICTS
+from hypotheses import N_PROPOSAL_FACTS, PROPOSAL_FACTS, VERDICTS
 from proposal_policy import (
     ARM_FACTS,
     N_GROUP,

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from dataset_arc import N_ARM_SLOTS
 from grid_features import N_CONTROL
+from hypotheses import N_ARM_SLOTS
 from solver2 import N_ALIKE, N_VIEWS, Solver2
 
 WIDTH = 8

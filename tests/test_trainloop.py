@@ -35,6 +35,7 @@ import human_rl_agent
 import loss_function
 import reward_shaping
 import trainloop_complete_with_fixes as trainloop
+from batches import TrainingStream
 
 SCRIPT = Path(trainloop.__file__)
 MODULES = ("agent", "qwen", "solver2", "efe_loss", "policy_rl")
@@ -749,7 +750,7 @@ def test_a_hub_id_offline_exits_3_quickly_with_three_ways_out(train):
 
 
 def test_a_folder_that_save_pretrained_wrote_is_trained(train):
-    from qwen_hybrid_prompt import build_tiny
+    from language_model import build_tiny
 
     model: Any = build_tiny(3)[0]
     folder = train.folder / "qwen"
@@ -1336,7 +1337,7 @@ def check_sizes(run, sizes):
         dataset_arc.Pair(grid(*sizes[i : i + 2]), grid(*sizes[i + 2 : i + 4])) for i in (0, 4)
     )
     task = dataset_arc.Task("sized", pairs, ())
-    stream = dataset_arc.TrainingStream([task], seed=0, batch_size=2)
+    stream = TrainingStream([task], seed=0, batch_size=2)
     for position in range(stream.n_batches(0)):
         batch, targets = stream.batch(0, position)
         skipped = run.progress.skipped

@@ -33,11 +33,11 @@ from conftest import (
 )
 from torch.nn import functional
 
-import dataset_arc
 import evaluation
 import rule_list
 import trainloop_complete_with_fixes as trainloop
 from arc_system import answer_stats, arms_right, fingerprint
+from batches import TrainingStream, View, evaluation_views
 from grid_features import N_CONTROL
 from loss_function import PARTS
 from qwen_hybrid_prompt import build_qwen_prompt
@@ -1119,7 +1119,7 @@ def test_evaluation_knows_the_training_tasks_the_views_and_the_seed(
     monkeypatch.setattr(evaluation, "predict_tasks", predict)
     keys = trainloop.validation_keys(task_set.train, None, seed)
     result = trainloop.evaluate(step.run, task_set, keys, 3, max_batches=1)
-    assert given["views"] == dataset_arc.evaluation_views(3, seed)
+    assert given["views"] == evaluation_views(3, seed)
     assert given["seed"] == seed
     assert given["only"] == keys
     assert given["dtype"] is None
@@ -1183,7 +1183,7 @@ FLAGS: list[tuple[tuple[Any, ...], Callable[[Any], Any], Any]] = [
     (("--width", 48), lambda run: run.system.agent.config.width, 48),
     (("--max_context", 1), lambda run: run.stream.batch(0, 0)[0].context.shape[1], 1),
     (("--batch_size", 3), lambda run: run.stream.batch(0, 0)[0].n_queries, 3),
-    (("--views", "off"), lambda run: set(run.stream.batch(0, 0)[0].views), {dataset_arc.View()}),
+    (("--views", "off"), lambda run: set(run.stream.batch(0, 0)[0].views), {View()}),
     (("--ema", 0.5), lambda run: run.average.decay, 0.5),
     (("--weight_decay", 0.3), lambda run: groups(run)["agent"]["weight_decay"], 0.3),
     (("--weight_decay", 0.3), lambda run: groups(run)["task_tokens"]["weight_decay"], 0.0),
@@ -1377,7 +1377,7 @@ def test_every_planning_step_has_a_token_of_its_own(whole_batch):
 
 def test_own_tokens_and_views_reach_the_queries_they_belong_to(task_set):
     """Breaks: one task's tokens, or one view's token, for every query."""
-    stream = dataset_arc.TrainingStream(task_set.train, seed=0, batch_size=6)
+    stream = TrainingStream(task_set.train, seed=0, batch_size=6)
     batches = (batch for epoch in range(9) for batch, _ in stream.epoch(epoch))
     batch = next(batch for batch in batches if len(batch.view_id.unique()) == 2)
     with torch.no_grad():

@@ -26,7 +26,8 @@ LIMIT_S = 240.0  # of one mutant; one that hangs the tests is noticed by them
 
 T = "trainloop_complete_with_fixes.py"
 SYSTEM, AGENT, QWEN = "arc_system.py", "arc_agent.py", "qwen_hybrid_prompt.py"
-LOSS, DATA, MEMORY = "loss_function.py", "dataset_arc.py", "solver2.py"
+LANGUAGE = "language_model.py"
+LOSS, BATCHES, MEMORY = "loss_function.py", "batches.py", "solver2.py"
 CURRICULUM, POLICY, REWARD = "curriculum.py", "human_rl_agent.py", "reward_shaping.py"
 COMMAND, CELLS, EVALUATION = "command_line.py", "grid_accuracy_loss.py", "evaluation.py"
 CHOICE, REFINED, FITTING = "proposal_policy.py", "policy_refined.py", "hypotheses.py"
@@ -143,7 +144,7 @@ SURVIVORS = [
     ),
     Mutant(
         "34 views ignore the seed",
-        DATA,
+        BATCHES,
         "(_VIEW, self.seed,",
         "(_VIEW, 0,",
         "wiring: another_seed_shows",
@@ -185,7 +186,7 @@ SURVIVORS = [
     ),
     Mutant(
         "29 gradient checkpointing does nothing",
-        QWEN,
+        LANGUAGE,
         "    if gradient_checkpointing:\n",
         "    if False:\n",
         "wiring: recomputed",
@@ -794,7 +795,7 @@ OTHERS = [
     # 34 seeds, honesty
     Mutant(
         "34 views ignore the epoch",
-        DATA,
+        BATCHES,
         "(_VIEW, self.seed, epoch,",
         "(_VIEW, self.seed, 0,",
         "wiring: another_seed_shows",
@@ -854,10 +855,10 @@ HYPOTHESES = [
     ),
     Mutant(
         "40 proposals of the next demonstration",
-        DATA,
+        BATCHES,
         "proposals=tuple(offered[i] for i in asked) if offered else (),",
         "proposals=tuple(offered[i - 1] for i in asked) if offered else (),",
-        "dataset_arc: in_the_batch_s_view",
+        "batches: in_the_batch_s_view",
     ),
     Mutant(
         "40 no proposals where no test output is known",
@@ -910,17 +911,17 @@ HYPOTHESES = [
     ),
     Mutant(
         "41 proposals not in the batch's view",
-        DATA,
+        BATCHES,
         "answer = query_of[q][0].view.apply(grid)",
         "answer = grid",
-        "dataset_arc: in_the_batch_s_view or grows_with",
+        "batches: in_the_batch_s_view or grows_with",
     ),
     Mutant(
         "41 facts of the first proposal for all",
-        DATA,
+        BATCHES,
         "proposed_facts[q, a] = offer.facts[a]",
         "proposed_facts[q, a] = offer.facts[0]",
-        "dataset_arc: grows_with",
+        "batches: grows_with",
     ),
     Mutant(
         "41 facts of another query",
@@ -931,10 +932,10 @@ HYPOTHESES = [
     ),
     Mutant(
         "41 the canvas of an evaluation does not grow",
-        DATA,
+        BATCHES,
         "room = np.maximum(room, _swapped((grid.shape[0], grid.shape[1]), request.view))",
         "pass",
-        "dataset_arc: grows_with",
+        "batches: grows_with",
     ),
     Mutant(
         "41 proposals not inverted for the vote",
