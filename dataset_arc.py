@@ -28,16 +28,13 @@ from numpy.typing import NDArray
 import grid_features
 from grid_features import (
     CELL_FEATURE_BINS,
-    COLOURS,
-    MAX_SIDE,
     N_CELL_FEATURES,
     N_CONTROL,
     N_SIZE_RULES,
-    N_SOURCES,
-    OUTSIDE,
     SIZE_RULE_NAMES,
-    SOURCE_NAMES,
 )
+from grid_parts import COLOURS, MAX_SIDE, OUTSIDE
+from grid_transforms import N_SOURCES, SOURCE_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +61,7 @@ DEMONSTRATION_RULE_NAMES = (
     "ratio_swapped",  # the same two, with the input's other axis
     "difference_swapped",
 )
+_RULE = {name: k for k, name in enumerate(DEMONSTRATION_RULE_NAMES)}
 SIZE_CANDIDATE_NAMES: tuple[str, ...] = (
     tuple(f"source_{name}" for name in SOURCE_NAMES)
     + tuple(f"input_{name}" for name in SIZE_RULE_NAMES)
@@ -743,22 +741,24 @@ def demonstration_rules(ins: Ints, outs: Ints, known: NDArray[np.bool_], query: 
     def everywhere(holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return np.all(holds | ~mask, axis=1) & any_known[:, None]
 
-    values[..., 0] = np.where(everywhere(outs == out0[:, None]), out0, 0)
+    values[..., _RULE["constant"]] = np.where(everywhere(outs == out0[:, None]), out0, 0)
     votes = ((outs[:, :, None] == outs[:, None]) & mask[:, None]).sum(2)  # (P, n, 2)
     rank = np.where(mask, votes * (MAX_SIDE + 1) + outs, -1)
-    values[..., 1] = np.take_along_axis(outs, rank.argmax(1)[:, None], 1)[:, 0]
-    values[..., 2] = np.where(mask, outs, 0).max(1)
-    for k, swap in ((3, False), (5, True)):
+    values[..., _RULE["modal"]] = np.take_along_axis(outs, rank.argmax(1)[:, None], 1)[:, 0]
+    values[..., _RULE["maximum"]] = np.where(mask, outs, 0).max(1)
+    for suffix, swap in (("", False), ("_swapped", True)):
         side = ins[..., ::-1] if swap else ins
         own = query[:, ::-1] if swap else query
         in0 = np.maximum(side[at, first], 1)
         whole = (out0 % in0 == 0) | (in0 % np.maximum(out0, 1) == 0)
         scaled = own * out0
         ratio = everywhere(outs * in0[:, None] == side * out0[:, None]) & whole
-        values[..., k] = np.where(ratio & (scaled % in0 == 0), scaled // in0, 0)
+        values[..., _RULE["ratio" + suffix]] = np.where(
+            ratio & (scaled % in0 == 0), scaled // in0, 0
+        )
         change = out0 - side[at, first]
         steady = everywhere(outs - side == change[:, None])
-        values[..., k + 1] = np.where(steady, own + change, 0)
+        values[..., _RULE["difference" + suffix]] = np.where(steady, own + change, 0)
     values[~any_known] = 0
     return np.where((values >= 1) & (values <= MAX_SIDE), values, 0)
 
@@ -1465,7 +1465,7 @@ def _likely_sides(request: Request) -> tuple[int, int]:
     for kind, i in request.queries:
         own = np.array([_pair_of(request.task, kind, i).input.shape], np.int64)
         ruled = demonstration_rules(ins, outs, known, own)[0]
-        steady = np.delete(ruled, [1, 2], axis=1).max(1)  # without modal and maximum
+        steady = np.delete(ruled, [_RULE["modal"], _RULE["maximum"]], axis=1).max(1)
         sides.append(np.where(steady > 0, steady, np.maximum(own[0], outs[0].max(0))))
     rows, cols = np.max(sides, axis=0)
     return int(rows), int(cols)

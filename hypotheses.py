@@ -25,7 +25,8 @@ import numpy as np
 
 import rule_list
 from dataset_arc import N_ARM_SLOTS, N_PROPOSAL_FACTS, PROPOSAL_FACTS, VERDICTS, Proposals, Task
-from rule_list import ARMS, Explained, Hypothesis, Limits, Verdict
+from rule_arms import ARMS, Limits
+from rule_list import Explained, Hypothesis, Verdict
 
 Key = tuple[str, int]  # task id, number of the test input
 Pairs = list[tuple[Any, Any]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dataset_arc import N_PROPOSAL_FACTS, PROPOSAL_FACTS
-from grid_features import COLOURS
+from grid_parts import COLOURS
 
 RELATION = (
     "is_kept", "same_size", "same_cells", "same_grid", "log_probability", "own_probability",

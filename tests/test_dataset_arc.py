@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 import dataset_arc as da
 import grid_features as gf
+from grid_parts import OUTSIDE
+from grid_transforms import N_SOURCES
 
 ROOT = Path(da.__file__).parent
 
@@ -559,8 +561,8 @@ def test_overflow_queries_fit_in_their_own_batches(stream):
 
 def fake_analysis(g):
     return gf.GridAnalysis(
-        planes=np.full((gf.N_SOURCES, 30, 30), gf.OUTSIDE, np.uint8),
-        sizes=np.zeros((gf.N_SOURCES, 2), np.uint8),
+        planes=np.full((N_SOURCES, 30, 30), OUTSIDE, np.uint8),
+        sizes=np.zeros((N_SOURCES, 2), np.uint8),
         cells=np.zeros((gf.N_CELL_FEATURES, *g.shape), np.uint8),
         size_values=np.zeros((2, gf.N_SIZE_RULES), np.uint8),
         background=0,
@@ -714,7 +716,7 @@ def test_control_features_are_those_of_the_viewed_pair(collator):
         assert np.array_equal(batch.demo_output[c, :h, :w].numpy(), wanted)
         assert (batch.demo_output[c] >= 0).sum() == h * w
         assert np.array_equal(batch.demo_sources[c, :, :h, :w].numpy(), analysis.planes[:, :h, :w])
-        assert (batch.demo_sources[c, :, h:] == gf.OUTSIDE).all()
+        assert (batch.demo_sources[c, :, h:] == OUTSIDE).all()
         right = np.concatenate((analysis.sizes.T, analysis.size_values), 1) == [[h], [w]]
         n_right += right
     assert batch.demo_output.shape[1:] == batch.demo_sources.shape[2:] == (8, 8)
@@ -724,7 +726,7 @@ def test_control_features_are_those_of_the_viewed_pair(collator):
 
 def test_constants_and_dtypes(stream):
     batch, targets = stream.batch(0, 0)
-    assert da.N_SIZE_CANDIDATES == len(set(da.SIZE_CANDIDATE_NAMES)) == gf.N_SOURCES + 32 + 7
+    assert da.N_SIZE_CANDIDATES == len(set(da.SIZE_CANDIDATE_NAMES)) == N_SOURCES + 32 + 7
     n_q, n_c = len(batch.pair_ids), len(batch.demo_task)
     assert batch.n_queries == n_q
     assert batch.size_candidates.shape == (n_q, 2, da.N_SIZE_CANDIDATES)
