@@ -2,7 +2,7 @@
 
 One output cell is one token. The same block is applied once per planning step and the answer so
 far is fed back, so five steps are five refinements of one state. Every cell ends as a learned
-pointer over elementary transforms of the input (`grid_features`), whose weights are read off
+pointer over elementary transforms of the input (`grid_transforms`), whose weights are read off
 similar cells of the demonstrations, plus ten constant colours. A size head points at size rules.
 
 It does not know about losses, tasks' outputs or files. `from arc_agent import ArcAgent`.
@@ -20,14 +20,9 @@ from torch import Tensor, nn
 
 from batches import Batch, bare_batch
 from grid_accuracy_loss import resize_turned
-from grid_features import (
-    CELL_FEATURE_BINS,
-    COLOURS,
-    MAX_SIDE,
-    N_CELL_FEATURES,
-    N_SOURCES,
-    OUTSIDE,
-)
+from grid_features import CELL_FEATURE_BINS, N_CELL_FEATURES
+from grid_parts import COLOURS, MAX_SIDE, OUTSIDE
+from grid_transforms import N_SOURCES
 from hypotheses import N_PROPOSAL_FACTS, VERDICTS
 
 N_STEPS = 5  # planning steps; fixed by the contract logits [5, H, W, 10]

@@ -17,7 +17,8 @@ from torch.nn.functional import one_hot
 
 from arc_agent import AgentConfig, AgentOutput, ArcAgent, Proposal, Sight, size_mask
 from batches import Batch
-from grid_features import COLOURS, N_CONTROL
+from grid_features import N_CONTROL
+from grid_parts import COLOURS
 from loss_function import EFELoss
 from policy_refined import PolicyInfo, RefinedPolicy, prediction_stats
 from proposal_policy import ARM_FACTS, Choice, acceptable, candidates_of

@@ -21,15 +21,9 @@ from numpy.typing import NDArray
 
 import grid_features
 from dataset_arc import DataError, Grid, Pair, Task
-from grid_features import (
-    CELL_FEATURE_BINS,
-    COLOURS,
-    MAX_SIDE,
-    N_CELL_FEATURES,
-    N_CONTROL,
-    N_SOURCES,
-    OUTSIDE,
-)
+from grid_features import CELL_FEATURE_BINS, N_CELL_FEATURES, N_CONTROL
+from grid_parts import COLOURS, MAX_SIDE, OUTSIDE
+from grid_transforms import N_SOURCES
 from hypotheses import N_PROPOSAL_FACTS, Proposals
 from size_rules import (
     DEMONSTRATION_RULE_INDEX,

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from grid_features import COLOURS, MAX_SIDE
+from grid_parts import COLOURS, MAX_SIDE
 
 Grid = NDArray[np.uint8]
 

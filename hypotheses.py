@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 import rule_list
 from dataset_arc import Grid, Task
-from rule_list import ARMS, Explained, Hypothesis, Limits, Verdict
+from rule_arms import ARMS, Limits
+from rule_list import Explained, Hypothesis, Verdict
 
 Key = tuple[str, int]  # task id, number of the test input
 Pairs = list[tuple[Any, Any]]

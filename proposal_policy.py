@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from grid_features import COLOURS
+from grid_parts import COLOURS
 from hypotheses import N_PROPOSAL_FACTS, PROPOSAL_FACTS
 
 RELATION = (

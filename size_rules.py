@@ -13,7 +13,9 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from grid_features import MAX_SIDE, N_SIZE_RULES, N_SOURCES, SIZE_RULE_NAMES, SOURCE_NAMES
+from grid_features import N_SIZE_RULES, SIZE_RULE_NAMES
+from grid_parts import MAX_SIDE
+from grid_transforms import N_SOURCES, SOURCE_NAMES
 
 Ints = NDArray[np.int64]
 

@@ -48,11 +48,12 @@ def explanations(tasks: Any, cache: Path | None) -> dict[str, list[Any]]:
 
     import rule_list
     from hypotheses import pairs_of
+    from rule_arms import Limits
 
     known: dict[str, list[Any]] = {}
     if cache is not None and cache.is_file():
         known = pickle.loads(cache.read_bytes())
-    limits = rule_list.Limits(max_cells=1600, stop=False)
+    limits = Limits(max_cells=1600, stop=False)
     for task in tasks:
         if task.task_id not in known:
             known[task.task_id] = rule_list.leave_one_out(pairs_of(task), limits=limits)

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import rule_list  # noqa: E402 - the scripts are no package
 from command_line import Parser, number  # noqa: E402
 from dataset_arc import Grid, Task, load_tasks, slices_of  # noqa: E402
+from rule_arms import ARMS, Limits  # noqa: E402
 
 
 def build_parser() -> Parser:
@@ -59,7 +60,7 @@ def build_parser() -> Parser:
         help="first tasks of the series taken (default: 0)",
     )
     parser.add_argument(
-        "--arms", nargs="+", choices=sorted(rule_list.ARMS), help="these arms only (default: all)"
+        "--arms", nargs="+", choices=sorted(ARMS), help="these arms only (default: all)"
     )
     parser.add_argument(
         "--all_arms", action="store_true", help="go on after a full verdict (default: off)"
@@ -92,8 +93,8 @@ def is_exact(answer: Grid, target: Grid) -> bool:
 def rows_of(task: Task, args: argparse.Namespace) -> list[Row]:
     """A task's rows. Targets are compared with finished hypotheses only."""
     pairs = [(p.input, p.output) for p in task.demonstrations if p.output is not None]
-    arms = rule_list.ARMS if not args.arms else {a: rule_list.ARMS[a] for a in args.arms}
-    limits = rule_list.Limits(stop=not args.all_arms)
+    arms = ARMS if not args.arms else {a: ARMS[a] for a in args.arms}
+    limits = Limits(stop=not args.all_arms)
     begun = time.process_time()
     if args.leave_one_out:
         found = rule_list.leave_one_out(pairs, arms=arms, limits=limits)
@@ -141,7 +142,7 @@ def main() -> None:
         f"{'arm':22s} {'ran':>5s} {'exact':>6s} {'full':>5s} {'exact':>6s} {'answers':>8s} {'exact':>6s}"
     )
     table: dict[str, Any] = {}
-    for name in rule_list.ARMS:
+    for name in ARMS:
         mine = [
             (h, hit, i == 0)
             for r in rows

@@ -71,6 +71,11 @@ def make_tasks(
     return {f"t{i}_{rule}": make_task(rule, **options) for i, rule in enumerate(rules)}
 
 
+def grid_of(*rows: str) -> Any:
+    """A grid from its rows, a digit a cell."""
+    return np.array([[int(ch) for ch in row] for row in rows], np.uint8)
+
+
 def write_tasks(path: Path, tasks: dict[str, Any]) -> Path:
     """A combined `training.json` as the trainer reads it."""
     path.write_text(json.dumps(tasks), encoding="utf-8")

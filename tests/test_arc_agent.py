@@ -10,7 +10,6 @@ import torch
 from conftest import lively_system, make_task, taking, write_tasks
 
 import dataset_arc
-import grid_features
 from arc_agent import (
     N_POINTERS,
     N_STEPS,
@@ -28,6 +27,8 @@ from arc_agent import (
 )
 from arc_system import SystemConfig, build_system
 from batches import evaluation_batches, evaluation_targets
+from grid_parts import COLOURS
+from grid_transforms import N_SOURCES
 from hypotheses import N_PROPOSAL_FACTS, Proposals
 from size_rules import N_SIZE_CANDIDATES
 
@@ -513,7 +514,7 @@ def test_weights_are_a_function_of_the_seed():
 
 
 def test_pointers_are_sources_and_colours():
-    assert N_POINTERS == grid_features.N_SOURCES + grid_features.COLOURS
+    assert N_POINTERS == N_SOURCES + COLOURS
 
 
 def test_a_proposal_larger_than_the_bound_of_the_own_answer_can_be_answered_with(system, task_set):

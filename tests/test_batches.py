@@ -15,6 +15,8 @@ import batches
 import dataset_arc
 import grid_features as gf
 import size_rules
+from grid_parts import OUTSIDE
+from grid_transforms import N_SOURCES
 from hypotheses import N_PROPOSAL_FACTS, Proposals
 
 
@@ -287,8 +289,8 @@ def test_overflow_queries_fit_in_their_own_batches(stream):
 
 def fake_analysis(g):
     return gf.GridAnalysis(
-        planes=np.full((gf.N_SOURCES, 30, 30), gf.OUTSIDE, np.uint8),
-        sizes=np.zeros((gf.N_SOURCES, 2), np.uint8),
+        planes=np.full((N_SOURCES, 30, 30), OUTSIDE, np.uint8),
+        sizes=np.zeros((N_SOURCES, 2), np.uint8),
         cells=np.zeros((gf.N_CELL_FEATURES, *g.shape), np.uint8),
         size_values=np.zeros((2, gf.N_SIZE_RULES), np.uint8),
         background=0,
@@ -445,7 +447,7 @@ def test_control_features_are_those_of_the_viewed_pair(collator):
         assert np.array_equal(batch.demo_output[c, :h, :w].numpy(), wanted)
         assert (batch.demo_output[c] >= 0).sum() == h * w
         assert np.array_equal(batch.demo_sources[c, :, :h, :w].numpy(), analysis.planes[:, :h, :w])
-        assert (batch.demo_sources[c, :, h:] == gf.OUTSIDE).all()
+        assert (batch.demo_sources[c, :, h:] == OUTSIDE).all()
         right = np.concatenate((analysis.sizes.T, analysis.size_values), 1) == [[h], [w]]
         n_right += right
     assert batch.demo_output.shape[1:] == batch.demo_sources.shape[2:] == (8, 8)
@@ -476,7 +478,7 @@ def test_constants_and_dtypes(stream):
     assert (
         size_rules.N_SIZE_CANDIDATES
         == len(set(size_rules.SIZE_CANDIDATE_NAMES))
-        == gf.N_SOURCES + 32 + 7
+        == N_SOURCES + 32 + 7
     )
     n_q, n_c = len(batch.pair_ids), len(batch.demo_task)
     assert batch.n_queries == n_q
@@ -660,8 +662,8 @@ def shown(batch, q, a):
     """A proposal of a batch in the task's own colours and orientation."""
     rows, cols = batch.proposed_size[q, a].tolist()
     canvas = batch.proposed[q, a].numpy()
-    assert (canvas[rows:] == gf.OUTSIDE).all()
-    assert (canvas[:, cols:] == gf.OUTSIDE).all()
+    assert (canvas[rows:] == OUTSIDE).all()
+    assert (canvas[:, cols:] == OUTSIDE).all()
     return batch.views[q].invert(canvas[:rows, :cols])
 
 
@@ -720,7 +722,7 @@ def test_what_a_training_canvas_cannot_hold_is_left_out(collator):
         assert a.proposed.shape[:2] == (a.n_queries, 0)
         gone = b.proposed_size[:, 1].eq(0).all(-1)
         n_left_out += int(gone.sum())
-        assert (b.proposed[:, 1][gone] == gf.OUTSIDE).all()
+        assert (b.proposed[:, 1][gone] == OUTSIDE).all()
         assert (b.proposed_facts[:, 1][gone] == 0).all()
         assert (b.proposed_size[:, 0] > 0).all() or not tb.fits.all()
     assert n_left_out > 5

@@ -26,6 +26,7 @@ from hypotheses import (
     proposals_of,
 )
 from proposal_policy import PRIOR
+from rule_arms import ARMS
 from rule_list import Explained, Hypothesis, Verdict
 
 ROOT = Path(rule_list.__file__).parent
@@ -264,7 +265,7 @@ def test_equal_answers_make_one_proposal_with_the_best_verdict():
     assert facts["n_rules"] == [2 / 8, 1 / 8]
     assert facts["n_arms"] == [2 / 8, 1 / 8]
     assert facts["rank"] == pytest.approx([0, 1 / MAX_PROPOSALS])
-    arms = list(rule_list.ARMS)
+    arms = list(ARMS)
     wanted = {"pairs": [1, 0], "plain": [0, 1], "objects": [1, 0]}
     for i, arm in enumerate(arms):
         assert facts[f"arm_{i}"] == wanted.get(arm, [0, 0]), arm

@@ -254,8 +254,8 @@ def test_a_file_system_without_links_costs_the_link_alone(
 
 # -- names and calls -----------------------------------------------------------------------------
 def test_names_are_where_the_pages_import_them_from() -> None:
-    from model_persistence import DynamicMemoryThreshold, TrainingState, setup_drive_backup
-    from trainloop_complete_with_fixes import GradientMonitor, SizeWarmupCurriculum
+    from curriculum import DynamicMemoryThreshold, GradientMonitor, SizeWarmupCurriculum
+    from model_persistence import TrainingState, setup_drive_backup
 
     assert DynamicMemoryThreshold is curriculum.DynamicMemoryThreshold
     assert GradientMonitor is curriculum.GradientMonitor
@@ -391,8 +391,7 @@ def test_reward_and_combined_loss_of_two_grids() -> None:
 
 
 def test_the_curricula_give_the_figures_of_the_pages() -> None:
-    from model_persistence import DynamicMemoryThreshold
-    from trainloop_complete_with_fixes import SizeWarmupCurriculum
+    from curriculum import DynamicMemoryThreshold, SizeWarmupCurriculum
 
     weights = [SizeWarmupCurriculum().get_size_loss_weight(epoch) for epoch in range(5)]
     assert [f"{weight:.3f}" for weight in weights] == ["1.000", "0.833", "0.667", "0.500", "0.500"]
