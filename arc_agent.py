@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import grid_features
 from dataset_arc import N_PROPOSAL_FACTS, VERDICTS
-from grid_accuracy_loss import resize_turned
+from grid_accuracy_loss import resize_turned, size_mask
 from grid_features import (
     CELL_FEATURE_BINS,
     COLOURS,
@@ -141,13 +141,6 @@ class AgentOutput:
         return torch.where(inside, colours, torch.full_like(colours, -1))
 
 
-def size_mask(size: Tensor, rows: int, cols: int) -> Tensor:
-    """Cells inside `size` (N, 2) on a canvas: (N, rows, cols) bool."""
-    row = torch.arange(rows, device=size.device) < size[:, :1]
-    col = torch.arange(cols, device=size.device) < size[:, 1:]
-    return row[:, :, None] & col[:, None, :]
-
-
 def rotary_table(rows: int, cols: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """2D rotary angles: cos, sin (rows * cols, dim // 2); half the pairs turn with the row."""
     n_freq = dim // 4
@@ -247,20 +240,18 @@ class Place(nn.Module):
 class Mlp(nn.Module):
     """SwiGLU over cells with a depthwise 3x3 before it, so that neighbours meet cheaply."""
 
-    def __init__(self, width: int, ratio: float, *, depthwise: bool = True) -> None:
+    def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
         hidden = int(width * ratio)
         self.norm = RmsNorm(width)
-        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width) if depthwise else None
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
-        y = self.norm(x)
-        if self.depthwise is not None:
-            y = y * mask.unsqueeze(-1)
-            grid = y.view(x.shape[0], rows, cols, -1).permute(0, 3, 1, 2)
-            y = y + self.depthwise(grid).permute(0, 2, 3, 1).flatten(1, 2)
+        y = self.norm(x) * mask.unsqueeze(-1)
+        grid = y.view(x.shape[0], rows, cols, -1).permute(0, 3, 1, 2)
+        y = y + self.depthwise(grid).permute(0, 2, 3, 1).flatten(1, 2)
         gate, up = self.gate_up(y).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 

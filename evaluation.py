@@ -23,7 +23,8 @@ from torch.nn.functional import one_hot
 from arc_agent import AgentOutput
 from arc_system import Answered, System
 from dataset_arc import Batch, Collator, Pair, Proposals, Task, View, evaluation_batches
-from grid_accuracy_loss import COLOURS, copied_share, pick_colour, weighted_cell_mean
+from grid_accuracy_loss import copied_share, pick_colour, weighted_cell_mean
+from grid_features import COLOURS
 from hypotheses import proposals_of, verdict_name
 from proposal_policy import PRIOR
 from reward_shaping import REWARD_WEIGHTS, beyond_copying
