@@ -22,7 +22,7 @@ from torch.nn.functional import one_hot
 
 from arc_agent import AgentOutput
 from arc_system import Answered, System
-from dataset_arc import Batch, Collator, Pair, Proposals, Task, View, evaluation_batches
+from dataset_arc import Batch, Collator, Proposals, Task, View, evaluation_batches
 from grid_accuracy_loss import copied_share, pick_colour, weighted_cell_mean
 from grid_features import COLOURS
 from hypotheses import proposals_of, verdict_name
@@ -261,6 +261,25 @@ def _ballots(
         yield ballot
 
 
+def left_out(task: Task, number: int, name: str | None = None) -> Task:
+    """A question: demonstration `number` of a task as its only test, the others as demonstrations.
+
+    name: the question's task id (default: the task's own). Keep its output from a predictor.
+    """
+    pairs = task.demonstrations
+    others = (*pairs[:number], *pairs[number + 1 :])
+    return Task(task.task_id if name is None else name, others, (pairs[number],))
+
+
+def left_out_outcomes(
+    system: System, questions: Sequence[Task], **options: Any
+) -> dict[str, Outcome]:
+    """How the network alone, without proposals, answers questions of `left_out` in one view; by
+    their task ids. options: as of `predict_tasks`."""
+    found = predict_tasks(system, without_outputs(questions), [View()], **options)
+    return {task_id: row for (task_id, _), row in outcomes(found, questions).items()}
+
+
 def demonstration_scores(
     system: System,
     tasks: Sequence[Task],
@@ -268,37 +287,49 @@ def demonstration_scores(
     task_index: Mapping[str, int] | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """How well the system does on each task's demonstrations without proposals: mean share of right cells (0 for a wrong
-    size), each predicted from the others in one view. Tasks of one demonstration have none.
+    """How well the system does on each task's demonstrations without proposals: mean share of right
+    cells (0 for a wrong size), each predicted from the others in one view. Tasks of one
+    demonstration have none.
 
-    options: as of `predict_tasks`. The demonstrations were trained on, if the task is known: the score flatters.
+    options: as of `predict_tasks`. The demonstrations were trained on, if the task is known: the
+    score flatters.
     """
-    asked: list[Task] = []
+    questions: list[Task] = []
     index: dict[str, int] = {}
+    task_of: dict[str, str] = {}
     for task in tasks:
-        pairs = task.demonstrations
-        for k, pair in enumerate(pairs if len(pairs) > 1 else ()):
-            name = f"{task.task_id}/{k}"
-            others = (*pairs[:k], *pairs[k + 1 :])
-            asked.append(Task(name, others, (Pair(pair.input, pair.output),)))
+        n = len(task.demonstrations)
+        for number in range(n if n > 1 else 0):
+            name = f"{task.task_id}/{number}"
+            questions.append(left_out(task, number, name))
+            task_of[name] = task.task_id
             if task_index is not None and task.task_id in task_index:
                 index[name] = task_index[task.task_id]
-    found = predict_tasks(system, without_outputs(asked), [View()], task_index=index, **options)
     shares: dict[str, list[float]] = {}
-    for (name, _), outcome in outcomes(found, asked).items():
-        shares.setdefault(name.rsplit("/", 1)[0], []).append(outcome.cells)
+    for name, row in left_out_outcomes(system, questions, task_index=index, **options).items():
+        shares.setdefault(task_of[name], []).append(row.cells)
     return {task_id: float(np.mean(share)) for task_id, share in shares.items()}
 
 
 def contested(explained: Mapping[Key, Explained]) -> set[str]:
-    """Tasks of which the demonstrations say neither that a hypothesis holds nor that none does: there the network's own
-    `demonstration_scores` decide whether one is accepted."""
+    """Tasks of which the demonstrations say neither that a hypothesis holds nor that none does:
+    there the network's own `demonstration_scores` decide whether one is accepted."""
     found = set()
     for (task_id, _), e in explained.items():
         verdicts = [h.verdict for h in e.hypotheses]
         if verdicts and not verdicts[0].full and any(v.share > 0 for v in verdicts):
             found.add(task_id)
     return found
+
+
+def contested_scores(
+    system: System, tasks: Sequence[Task], explained: Mapping[Key, Explained], **options: Any
+) -> dict[str, float]:
+    """What acceptance by the demonstrations asks of the network: `demonstration_scores` of those
+    tasks that are `contested`. options: as of `predict_tasks`."""
+    doubtful = contested(explained)
+    some = [task for task in tasks if task.task_id in doubtful]
+    return demonstration_scores(system, some, **options)
 
 
 def refined(predictions: Mapping[Key, Prediction]) -> dict[Key, Prediction]:
