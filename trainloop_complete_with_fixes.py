@@ -669,6 +669,12 @@ POLICY_FIGURES = {  # the policy's own name for a figure -> ours
     "grad_norm": "policy_grad",
     "skipped": "policy_skipped",
 }
+GRADIENT_FIGURES = {  # our name -> the parts of `System.trained_parts` whose gradients it measures
+    "agent_grad": ("agent",),
+    "memory_grad": ("solver2", "task_tokens"),
+    "refinement_grad": ("refinement",),
+    "qwen_heads_grad": ("qwen_heads",),
+}
 # Weight of the first answer's loss where a second one followed (guess): those queries are mostly explained already.
 FIRST_ANSWER_WEIGHT = 0.5
 SUMS = (
@@ -916,7 +922,11 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         unscale = 1.0 / run.scaler.get_scale()
     # Qwen's own parameters: 0 when it is frozen or was not run. Its projections are apart.
     qwen_grad = unscale * run.monitor.check_gradients(system.qwen.backbone, "Qwen")["norm"]
-    heads_grad = unscale * gradient_norm(system.qwen.head_parameters(), run.device)
+    trained = system.trained_parts()
+    norms = {
+        name: unscale * gradient_norm((p for part in parts for p in trained[part]), run.device)
+        for name, parts in GRADIENT_FIGURES.items()
+    }
     if last:
         healthy = bool(torch.isfinite(norm) & torch.isfinite(loss))
         if healthy or run.scaler.is_enabled():  # the scaler skips by itself and lowers its scale
@@ -996,7 +1006,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         "stored": keep.sum(),
         "fits_frac": targets.fits.float().mean(),
         "change": refinement.info.change_frac if refinement is not None else torch.zeros(()),
-        "qwen_heads_grad": heads_grad,
+        **norms,
         **{ours: health[theirs] for theirs, ours in POLICY_FIGURES.items() if health},
         **choosing,
     }

@@ -918,8 +918,17 @@ def test_a_step_that_is_not_finite_moves_no_weight_and_no_average(ready, where):
     assert differing(averages, step.run.average.average) == []
 
 
-def test_the_logged_gradient_norm_is_the_language_model_s(ready):
-    """Breaks: a constant, or another module's norm, in its place."""
+GRADIENTS = {  # figure -> the weights whose gradients it measures
+    "qwen_grad": r"qwen\.backbone\.",
+    "qwen_heads_grad": r"qwen\.(?!backbone\.)",
+    "agent_grad": r"agent\.",
+    "memory_grad": r"solver2\.",
+    "refinement_grad": r"policy_rl\.(?!rl\.|proposals\.)",
+}
+
+
+def test_the_logged_gradient_norms_are_each_part_s_own(ready):
+    """Breaks: a constant, or another part's norm, in its place."""
     step = ready("--clip", 1e9)
     step.keep_gradients()
     norms = []
@@ -929,13 +938,10 @@ def test_the_logged_gradient_norm_is_the_language_model_s(ready):
         step.run.system.efe_loss.lambda_prompt.fill_(weight)
         figures = step.take()
         found = step.gradients()
-        for name, backbone in (("qwen_grad", True), ("qwen_heads_grad", False)):
-            own = [
-                g.norm()
-                for n, g in found.items()
-                if n.startswith("qwen.") and n.startswith("qwen.backbone.") == backbone
-            ]
-            assert figures[name] == pytest.approx(float(torch.stack(own).norm()), rel=1e-4)
+        for name, of_part in GRADIENTS.items():
+            own = [g.norm() for n, g in found.items() if re.match(of_part, n)]
+            assert figures[name] == pytest.approx(float(torch.stack(own).norm()), rel=1e-4), name
+            assert figures[name] > 0, name
         norms.append(figures["qwen_grad"])
     assert norms[1] > 1.5 * norms[0] > 0
 
@@ -949,7 +955,7 @@ def test_gradient_norms_are_those_of_the_loss_also_between_two_steps(ready):
     step.keep_gradients()
     first, both = step.take(last=False), step.take()
     assert step.run.progress.skipped == 0
-    for name in ("qwen_grad", "qwen_heads_grad"):
+    for name in set(GRADIENTS) - {"refinement_grad"}:
         assert first[name] > 0
         assert both[name] == pytest.approx(2 * first[name], rel=0.02), name
 
