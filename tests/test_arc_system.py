@@ -364,6 +364,7 @@ def test_a_refused_refinement_leaves_the_prediction_as_it_was(batch):
     assert len(answered.again) == 0
     assert answered.backward_before is None
     assert answered.backward_after is None
+    assert not answered.before.logits.requires_grad
     assert not torch.equal(final_logits(system, batch), answered.before.logits)
 
 
