@@ -69,7 +69,7 @@ SURVIVORS = [
         SYSTEM,
         "size_before=before.size,\n            size_after=after.size,",
         "size_before=targets.size,\n            size_after=targets.size,",
-        "wiring: hard_reward_gets or pays_by_d_size",
+        "wiring_rewards: hard_reward_gets or pays_by_d_size",
     ),
     Mutant(
         "9 no reconstruction for the reward",
@@ -77,7 +77,7 @@ SURVIVORS = [
         '                "reconstruction_before": backward_before.argmax(-1),\n'
         '                "reconstruction_after": backward_after.argmax(-1),\n',
         "",
-        "wiring: pays_by_d_rev",
+        "wiring_rewards: pays_by_d_rev",
     ),
     *(
         Mutant(
@@ -85,7 +85,7 @@ SURVIVORS = [
             LOSS,
             f"lambda_{part}: float = ",
             f"lambda_{part}: float = 0 * ",
-            f"wiring: trains_by_itself and {part}",
+            f"wiring_rewards: trains_by_itself and {part}",
         )
         for part in EFE_PARTS
     ),
@@ -95,7 +95,7 @@ SURVIVORS = [
             LOSS,
             "lambdas[name] * parts[name] for name in PARTS]",
             f"lambdas[name] * parts[name] for name in PARTS if name != '{part}']",
-            f"wiring: trains_by_itself and {part}",
+            f"wiring_rewards: trains_by_itself and {part}",
         )
         for part in EFE_PARTS
     ),
@@ -104,14 +104,14 @@ SURVIVORS = [
         SYSTEM,
         "resize_logits(after.logits, after.size, targets.size",
         "resize_logits(after.logits, targets.size, targets.size",
-        "wiring: another_size_are_resized",
+        "wiring_rewards: another_size_are_resized",
     ),
     Mutant(
         "15 training accuracy ignores a wrong size",
         T,
         "cell_accuracy(shown, target, size_right)",
         "cell_accuracy(shown, target)",
-        "wiring: zero_at_a_wrong_size",
+        "wiring_rewards: zero_at_a_wrong_size",
     ),
     Mutant(
         "18 autocast never on",
@@ -298,7 +298,7 @@ OTHERS = [
         T,
         "torch.zeros_like(soft) if args.no_reward else soft",
         "soft",
-        "wiring: trains_by_itself and size",
+        "wiring_rewards: trains_by_itself and size",
     ),
     Mutant(
         "1 --cost_power ignored",
@@ -478,38 +478,42 @@ OTHERS = [
         SYSTEM,
         "before.grids(), after.grids()",
         "after.grids(), after.grids()",
-        "wiring: hard_reward_gets",
+        "wiring_rewards: hard_reward_gets",
     ),
     Mutant(
         "9 backward reading of the second answer twice",
         SYSTEM,
         "self.backward(reading, before)",
         "self.backward(reading, passed.after)",
-        "wiring: pays_by_d_rev",
+        "wiring_rewards: pays_by_d_rev",
     ),
     Mutant(
         "9 soft reward the other way round",
         SYSTEM,
         "                logits_before,\n                logits[-1],",
         "                logits[-1],\n                logits_before,",
-        "wiring: soft_reward_gets",
+        "wiring_rewards: soft_reward_gets",
     ),
     Mutant(
         "9 soft reward without a change of size",
         SYSTEM,
         "size_logits_before=before.size_logits",
         "size_logits_before=after.size_logits",
-        "wiring: soft_reward_gets",
+        "wiring_rewards: soft_reward_gets",
     ),
     Mutant(
         "9 soft reward without a change of the reading back",
         SYSTEM,
         "backward_logits_before=backward_before",
         "backward_logits_before=backward_after.detach()",
-        "wiring: soft_reward_gets or pays_by_d_rev",
+        "wiring_rewards: soft_reward_gets or pays_by_d_rev",
     ),
     Mutant(
-        "9 size weighs nothing", REWARD, '"d_size": 0.5', '"d_size": 0.0', "wiring: pays_by_d_size"
+        "9 size weighs nothing",
+        REWARD,
+        '"d_size": 0.5',
+        '"d_size": 0.0',
+        "wiring_rewards: pays_by_d_size",
     ),
     Mutant(
         "10 half and half", LOSS, "EFE_SHARE = 0.7", "EFE_SHARE = 0.5", "trainloop: stated_mixture"
@@ -527,49 +531,49 @@ OTHERS = [
         T,
         "confidence=after.confidence",
         "confidence=before.confidence",
-        "wiring: second_answer_said",
+        "wiring_rewards: second_answer_said",
     ),
     Mutant(
         "12 reading back of the first answer",
         T,
         "backward_logits=backward_after",
         "backward_logits=backward_before",
-        "wiring: second_answer_said or divergence_backwards",
+        "wiring_rewards: second_answer_said or divergence_backwards",
     ),
     Mutant(
         "12 reading back of a detached answer",
         SYSTEM,
         "        colours = output.logits[-1].exp()\n",
         "        colours = output.logits[-1].exp().detach()\n",
-        "wiring: divergence_backwards",
+        "wiring_rewards: divergence_backwards",
     ),
     Mutant(
         "12 backward model never shown the true output",
         T,
         "        backward_logits_true=backward_true,\n",
         "",
-        "wiring: backward_model_learns",
+        "wiring_rewards: backward_model_learns",
     ),
     Mutant(
         "12 backward model taught by the agent's own answers",
         SYSTEM,
         "output.size, learn=False)",
         "output.size, learn=True)",
-        "wiring: backward_model_learns",
+        "wiring_rewards: backward_model_learns",
     ),
     Mutant(
         "12 confidence blind to a wrong size",
         T,
         "        size_right=size_right,\n",
         "",
-        "wiring: second_answer_said",
+        "wiring_rewards: second_answer_said",
     ),
     Mutant(
         "12 all pairs of the batch are one task's",
         T,
         "task_ids=batch.demo_task",
         "task_ids=0 * batch.demo_task",
-        "wiring: second_answer_said",
+        "wiring_rewards: second_answer_said",
     ),
     Mutant(
         "13 wrong cells weigh as right ones",
@@ -583,28 +587,28 @@ OTHERS = [
         T,
         "size_weight=size_weight,\n        backward",
         "size_weight=1.0,\n        backward",
-        "wiring: second_answer_said",
+        "wiring_rewards: second_answer_said",
     ),
     Mutant(
         "15 cells of a target that does not fit are trained",
         SYSTEM,
         ".masked_fill(~targets.fits[:, None, None], -1)",
         "",
-        "wiring: does_not_fit",
+        "wiring_rewards: does_not_fit",
     ),
     Mutant(
         "15 exactness ignores a wrong size",
         T,
         "exact_match(shown, target, size_right)",
         "exact_match(shown, target)",
-        "wiring: zero_at_a_wrong_size",
+        "wiring_rewards: zero_at_a_wrong_size",
     ),
     Mutant(
         "15 exactness is the share of cells",
         T,
         "exact_match(shown, target, size_right)",
         "cell_accuracy(shown, target, size_right)",
-        "wiring: exact_is_the_share",
+        "wiring_rewards: exact_is_the_share",
     ),
     # 16, 17 threshold and memory
     Mutant(
