@@ -86,7 +86,8 @@ def adapt(
     dtype: torch.dtype | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Adapted:
-    """Train copies of `system` on the demonstrations of those `tasks` that have no row yet, and judge.
+    """Train copies of `system` on the demonstrations of those `tasks` that have no row yet, and
+    judge.
 
     tasks: their tests are not looked at. task_index: row of the task table by task id, of the tasks
     known so far. Ends after `seconds`, measuring included, or each training after `n_batches`,
@@ -215,7 +216,11 @@ def _train(
     dtype: torch.dtype | None,
     seed: int,
 ) -> int:
-    """Train in place, at least one batch if there is any; the number of batches done."""
+    """Train in place, at least one batch if there is any; the number of batches done.
+
+    what: from `_what_learns`. until: time.monotonic() at which the learning rate has fallen to 0
+    and training ends, unless n_batches says when. A gradient that is not finite moves nothing.
+    """
     frozen, optimizer = what
     params = [p for group in optimizer.param_groups for p in group["params"]]
     begun = time.monotonic()
@@ -290,7 +295,7 @@ def _leave_one_out(
 
 
 def _forever(stream: TrainingStream, seed: int) -> Iterator[tuple[tuple[int, ...], Batch, Targets]]:
-    """((seed, epoch, position), batch, targets) without end; nothing where no task has two pairs."""
+    """((seed, epoch, position), batch, targets) without end; none where no task has two pairs."""
     for epoch in itertools.count() if stream.tasks else ():
         for position in range(stream.n_batches(epoch)):
             yield (seed, epoch, position), *stream.batch(epoch, position)

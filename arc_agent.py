@@ -70,8 +70,9 @@ class DemonstrationCells:
     """The encoded demonstrations of a batch, one token per output cell.
 
     raw (pairs, cells, width) is what each cell of the input is by itself; plain, of the same shape,
-    encodes the input as a query's cells are; tokens add what the output is; mask (pairs, cells) bool; right (pairs, cells, N_POINTERS) float,
-    1 where that pointer names the demonstrated colour; rows, cols of the canvas.
+    encodes the input as a query's cells are; tokens add what the output is; mask (pairs, cells)
+    bool; right (pairs, cells, N_POINTERS) float, 1 where that pointer names the demonstrated
+    colour; rows, cols of the canvas.
     """
 
     raw: Tensor
@@ -99,8 +100,8 @@ class Sight:
 
 @dataclass
 class Proposal:
-    """One proposed answer a query: colours (Q, H, W) int64, -1 outside; size (Q, 2) int64, 0 where a query has none;
-    facts (Q, N_PROPOSAL_FACTS) float32 (`dataset_arc.PROPOSAL_FACTS`)."""
+    """One proposed answer a query: colours (Q, H, W) int64, -1 outside; size (Q, 2) int64, 0 where
+    a query has none; facts (Q, N_PROPOSAL_FACTS) float32 (`dataset_arc.PROPOSAL_FACTS`)."""
 
     colours: Tensor
     size: Tensor
@@ -499,9 +500,9 @@ class PointerHead(nn.Module):
         """Log-probabilities of colours (Q, cells, 10) float32.
 
         x (Q, cells, width); sources (Q, cells, K) int64; outside (Q, cells, N_POINTERS) bool;
-        evidence (Q, cells, N_POINTERS) from `evidence_of` and the fitted rule. proposed: one more pointer, the
-        colour that a proposed answer shows (Q, cells) int64, -1 none, and its log-odds (Q,) against all
-        others, to which the cell adds its own.
+        evidence (Q, cells, N_POINTERS) from `evidence_of` and the fitted rule. proposed: one more
+        pointer, the colour that a proposed answer shows (Q, cells) int64, -1 none, and its log-odds
+        (Q,) against all others, to which the cell adds its own.
         """
         n, cells, _ = x.shape
         pointer = evidence + self.to_pointer(self.norm(x)).float()
@@ -735,7 +736,8 @@ class ArcAgent(nn.Module):
         self.size_query = nn.Sequential(
             RmsNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
         )
-        # Log-odds, by verdict, that a proposed answer shows the right colour at a cell, and has the right side.
+        # Log-odds, by verdict, that a proposed answer shows the right colour at a cell, and has the
+        # right side.
         self.proposal_gain = nn.Parameter(torch.tensor(PROPOSAL_GAINS))
         self.proposal_size_gain = nn.Parameter(torch.tensor(PROPOSAL_GAINS))
         self.proposal_token = nn.Linear(N_PROPOSAL_FACTS, width)
@@ -816,18 +818,21 @@ class ArcAgent(nn.Module):
         stop: float | None = None,
         proposal: Proposal | None = None,
     ) -> AgentOutput:
-        """Predict every query of a batch in five steps.
+        """Predict every query of a batch in five steps; see `AgentOutput` for shapes.
 
-        `prompt` has tokens (Q, L, width), mask (Q, L) bool and summary (Q, width). The size is
-        decided first, from the prompt and the size rules; then each step looks at the prompt and at
-        its own cells, points, and feeds its answer back.
+        `batch` gives query_sources (Q, K, rows, cols) of its canvas, query_canvas (Q, 2), the bound
+        of each answer, and size_candidates and size_support (Q, 2, S); `sight` is of the same
+        queries, from `look`. `prompt` has tokens (Q, L, width), mask (Q, L) bool and summary
+        (Q, width). The size is decided first, from the prompt and the size rules; then each step
+        looks at the prompt and at its own cells, points, and feeds its answer back.
 
         `stop` in (0, 1], for prediction: a query whose confidence reaches it takes no further step,
         its answer stands and is repeated in the steps that follow. Not differentiable through the
         choice; training leaves it None and takes all steps.
 
-        `proposal`: answers to consider; each is one more pointer for cells and size, with a share of the
-        probability that is learned by verdict.
+        `proposal`: answers to consider (Q); each is one more pointer for cells and size, with a
+        share of the probability that is learned by verdict. Shapes that do not belong together are
+        torch's errors.
         """
         n, _, rows, cols = batch.query_sources.shape
         summary = prompt.summary
@@ -892,7 +897,7 @@ class ArcAgent(nn.Module):
         return AgentOutput(logits, size_logits, size, confidence, n_steps)
 
     def _with_proposed_size(self, size_logits: Tensor, proposal: Proposal) -> Tensor:
-        """Log-probabilities of sides (Q, 2, 30) with the proposal's size given its learned share."""
+        """Log-probabilities of sides (Q, 2, 30), the proposal's size given its learned share."""
         share = self.proposal_size_gain[proposal.verdict].sigmoid() * proposal.given
         share = share[:, None, None]
         side = F.one_hot((proposal.size - 1).clamp(min=0), MAX_SIDE)
@@ -911,7 +916,8 @@ class ArcAgent(nn.Module):
         """Log-probabilities (Q, rows, cols, 10) over the input's cells, judging by an answer:
         probabilities (Q, H, W, 10) of its colours, and its size (Q, 2).
 
-        learn=False: gradient to `colours` and `summary`; the backward model's weights learn nothing.
+        learn=False: gradient to `colours` and `summary`; the backward model's weights learn
+        nothing.
         """
         canvas = tuple(batch.query_input.shape[1:])
         given = (colours, size, batch.query_input_size, canvas, summary, rule)

@@ -265,7 +265,10 @@ class System:
     ) -> Refinement:
         """The policy looks at the first answer, chooses among the proposals and changes the prompt.
 
-        allowed (Q, A) bool: the proposals it may choose.
+        before: of all Q queries of the reading. generator: of its draws; deterministic: it takes
+        what it prefers, and without --policy random needs none. allowed (Q, A) bool: the proposals
+        it may choose, of the A that the batch has. Raises ValueError where it has to draw and there
+        is no generator.
         """
         prompt, batch, policy = reading.prompt, reading.batch, self.policy_rl
         stats, mode = answer_stats(before), self.config.policy
@@ -376,11 +379,13 @@ class System:
         targets: Targets,
         backward: tuple[Tensor, Tensor] | None = None,
     ) -> Rewarded:
-        """What the policy's change of the answers earned, beside the targets.
+        """What the policy's change of the answers earned, beside the targets; see `Rewarded` for
+        shapes.
 
-        Answers of another size are resized to the target's: nearest for colours, bilinear for
-        logits. d_size takes the sizes as the model itself predicted them. backward: from
-        `backward_both`; without it d_rev is 0, and so is the soft reward.
+        passed and targets: of the reading's Q queries. Answers of another size are resized to the
+        target's: nearest for colours, bilinear for logits. d_size takes the sizes as the model
+        itself predicted them. backward: from `backward_both`; without it d_rev is 0, and so is the
+        soft reward. Raises nothing of its own: a wrong number of queries is torch's error.
         """
         before, after = passed.before, passed.after
         canvas = (targets.output.shape[1], targets.output.shape[2])

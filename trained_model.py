@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class Description(TypedDict):
-    """What a checkpoint's `extra` says of its model, so that another process can build it again from
-    one file, without the run directory."""
+    """What a checkpoint's `extra` says of its model, so that another process can build it again
+    from one file, without the run directory."""
 
     system: dict[str, Any]  # the SystemConfig; qwen_train as it was used, for "auto" may mean
     # another thing on another device
@@ -191,8 +191,8 @@ def model_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool)
         n_batches = extra["progress"]["total"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path}: what it says of its training cannot be read ({type(error).__name__}: {error}). "
-            "The file is damaged or was made by hand; use another.",
+            f"{path}: what it says of its training cannot be read ({type(error).__name__}: {error})."
+            " The file is damaged or was made by hand; use another.",
             EXIT_MISSING,
         ) from error
     return Model(system, index, path, n_batches, averaged, [])
