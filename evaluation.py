@@ -605,8 +605,8 @@ def scores_alone(
     both: Mapping[Key, Prediction],
 ) -> dict[str, dict[str, Any]]:
     """`exact_at_1` and `exact_at_2` of the network and of the hypotheses, each by itself; and of
-    the queries that either it or `both` solves alone, in two attempts, how many `both` won and lost,
-    with McNemar's p."""
+    the queries that either it or `both` solves alone, in two attempts, how many `both` won and
+    lost, with McNemar's p."""
     together = outcomes(dict(both), tasks)
     found: dict[str, dict[str, Any]] = {}
     for part, mine in {"network": predictions, "hypotheses": alone(explained)}.items():
