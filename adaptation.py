@@ -117,17 +117,17 @@ def adapt(
         if progress is not None:
             progress(1 - max(0.0, left()) / seconds if seconds else share)
 
-    told: dict[str, list[Outcome]] = {}
-    while len(told) < len(unseen) and (not told or left(1 - MEASURE_SHARE) > 0):
-        some = unseen[len(told) : len(told) + MEASURED_AT_ONCE]
-        told |= _outcomes_of_folds(system, some, {}, range(FOLDS), **how)
+    answered: dict[str, list[Outcome]] = {}
+    while len(answered) < len(unseen) and (not answered or left(1 - MEASURE_SHARE) > 0):
+        some = unseen[len(answered) : len(answered) + MEASURED_AT_ONCE]
+        answered |= _outcomes_of_folds(system, some, {}, range(FOLDS), **how)
         tell(0.0)
     measuring_s = time.monotonic() - begun
-    chosen = unseen[: len(told)]
-    before = {task_id: _measure(answers) for task_id, answers in told.items()}
+    chosen = unseen[: len(answered)]
+    before = {task_id: _measure(answers) for task_id, answers in answered.items()}
     first_row = len(system.solver2.task_tokens.weight)
     index |= {task.task_id: first_row + i for i, task in enumerate(chosen)}
-    told = {task.task_id: [] for task in chosen}
+    answered = {task.task_id: [] for task in chosen}
     n_done = 0
 
     def trained(number: int, some: Sequence[Task]) -> System:
@@ -149,8 +149,8 @@ def adapt(
     for fold in range(FOLDS):
         judge = trained(fold, [_without(task, fold) for task in chosen])
         for task_id, more in _outcomes_of_folds(judge, chosen, index, [fold], **how).items():
-            told[task_id] += more
-    after = {task_id: _measure(answers) for task_id, answers in told.items()}
+            answered[task_id] += more
+    after = {task_id: _measure(answers) for task_id, answers in answered.items()}
     better = any(after[task_id] > before[task_id] for task_id in before)
     answering = trained(FOLDS, chosen) if better else system
     return Adapted(answering, index, before, after, n_done, len(unseen) - len(chosen))

@@ -27,8 +27,8 @@ class Description(TypedDict):
     """What a checkpoint's `extra` says of its model, so that another process can build it again
     from one file, without the run directory."""
 
-    system: dict[str, Any]  # the SystemConfig; qwen_train as it was used, for "auto" may mean
-    # another thing on another device
+    # The SystemConfig; qwen_train as it was used: "auto" may mean another thing on another device.
+    system: dict[str, Any]
     task_ids: list[str]  # in the order of the task table
     average_names: list[str]  # "module.parameter" of each averaged tensor, in the average's order
 

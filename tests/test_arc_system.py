@@ -111,6 +111,42 @@ def test_the_prompt_reaches_the_answer_through_every_part(batch):
         assert not torch.equal(final_logits(changed, batch), base), name
 
 
+def test_a_batch_without_proposals_answers_again_in_training_alone(batch):
+    """Breaks: a prediction that no demonstration accepted; a second answer that learns twice over."""
+    system = lively_system()
+    reading = system.read(batch)
+    generator = torch.Generator().manual_seed(0)
+    passed = system.answer_twice(reading, generator)
+    assert passed.everyone
+    assert not len(passed.again)
+    assert not passed.before.logits.requires_grad
+    assert passed.after.logits.requires_grad
+    assert not torch.equal(passed.after.logits, passed.before.logits)
+    stands = system.answer_twice(reading, generator, prompt_alone=False)
+    assert not stands.everyone
+    assert stands.after is stands.before
+    assert stands.before.logits.requires_grad
+
+
+def test_without_backward_readings_the_reward_leaves_their_part_out(proposing):
+    """Breaks: test-time training paid by d_rev, or its soft reward in the loss."""
+    batch, targets = proposing
+    system = lively_system(policy="random")
+    with torch.no_grad():
+        reading = system.read(batch)
+        passed = system.answer_twice(reading, torch.Generator().manual_seed(0))
+        bare = system.reward(reading, passed, targets)
+        whole = system.reward(reading, passed, targets, system.backward_both(reading, passed))
+    assert 0 < len(passed.again) < batch.n_queries
+    assert (bare.parts["d_rev"] == 0).all()
+    assert (bare.soft == 0).all()
+    assert (whole.parts["d_rev"] != 0).any()
+    assert (whole.soft != 0).any()
+    torch.testing.assert_close(bare.hard + 0.5 * whole.parts["d_rev"], whole.hard)
+    for name in ("target", "logits", "shown", "size_right"):
+        assert torch.equal(getattr(bare, name), getattr(whole, name)), name
+
+
 def test_stored_memory_reaches_the_answer_of_other_tasks(batch):
     system = lively_system()
     base = final_logits(system, batch)
