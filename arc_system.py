@@ -178,7 +178,7 @@ class System:
         parts = {
             "agent": list(self.agent.parameters()),
             "solver2": [p for p in self.solver2.parameters() if p is not tokens],
-            "task_tokens": [tokens],
+            "task_tokens": list(self.solver2.task_tokens.parameters()),
             "refinement": self.policy_rl.main_parameters(),
             "qwen_heads": self.qwen.head_parameters(),
             "qwen": self.qwen.lm_parameters(),
