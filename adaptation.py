@@ -1,18 +1,20 @@
-"""Test-time training: fit a trained system to tasks it has never met, on their demonstrations alone,
-and say for which of them that helped.
+"""Test-time training: fit a trained system to tasks it has never met, on their demonstrations
+alone, and say for which of them that helped.
 
-Each unseen task gets a row of task tokens; then every demonstration is asked in turn, told from the
-others, in random views, while tokens (and, if wanted, weights) learn from the EFE loss and the
-policy from its reward. Unlike training it never drops a task's tokens, stores no memories, and has
-no soft reward in its loss. No test input or output is looked at, and nothing is written: the system
-that is given stays as it is, what learns is a copy.
+Each unseen task gets a row of task tokens; then every demonstration is asked in turn, predicted
+from the others, in random views, while tokens (and, if wanted, weights) learn from the EFE loss and
+the policy from its reward. Unlike training it never drops a task's tokens, stores no memories, has
+no proposals, no soft reward in its loss, and no d_rev in the policy's reward. No test input or
+output is looked at, and nothing is written: the system that is given stays as it is, what learns is
+a copy.
 
-*Accepted* is a task whose demonstrations are then told from each other better than before: more of
-them exactly, or as many and more cells, by one view each at the size that the system itself predicts.
-No demonstration is judged by weights that have trained on it: the demonstrations are dealt into FOLDS
-folds, a copy trains without the fold that it is judged on, and only a last copy, which answers, trains
-on all. So the measure is not flattered by what was learnt by heart; it is about a system with fewer
-demonstrations than the one that answers, and of two to six pairs: a rise can be chance, as can a fall.
+*Accepted* is a task whose demonstrations are then predicted from each other better than before:
+more of them exactly, or as many and more cells, by one view each at the size that the system itself
+predicts. No demonstration is judged by weights that have trained on it: the demonstrations are
+dealt into FOLDS folds, a copy trains without the fold that it is judged on, and only a last copy,
+which answers, trains on all. So the measure is not flattered by what was learnt by heart; it is
+about a system with fewer demonstrations than the one that answers, and of two to six pairs: a rise
+can be chance, as can a fall.
 `from adaptation import adapt`.
 """
 
@@ -30,10 +32,9 @@ from typing import Any, NamedTuple
 import torch
 
 from arc_system import System, answer_stats
-from batches import Batch, Targets, TrainingStream, View, generator
+from batches import Batch, Targets, TrainingStream, generator
 from dataset_arc import Task
-from evaluation import outcomes, predict_tasks, without_outputs
-from grid_accuracy_loss import resize_logits
+from evaluation import Outcome, left_out, left_out_outcomes
 
 PARTS = ("tokens", "all")
 TOKEN_LR_FACTOR = 10.0  # as in training
@@ -42,11 +43,10 @@ FOLDS = 3  # of two, one would leave a task of three demonstrations, the usual n
 MEASURE_SHARE = 1 / 6  # of the seconds, before training; as much again after it, the rest trains
 MEASURED_AT_ONCE = 8  # tasks; a guess
 ASKED_AT_ONCE = 16  # queries
-Told = tuple[bool, float]  # an answer: whether it is exact, share of right cells
 
 
 class Measure(NamedTuple):
-    """How well a task's demonstrations were told from each other; the greater the better."""
+    """How well a task's demonstrations were predicted from each other; the greater the better."""
 
     exact: int = 0
     cells: float = 0.0  # mean share of right cells, 0 at a wrong size
@@ -54,10 +54,10 @@ class Measure(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapted:
-    """system: the one that has trained on all demonstrations, for the accepted tasks alone (the given
-    one where there are none); task_index: rows of its task table, old and new; before, after: the
-    measures of every task that was adapted; n_batches: done in all trainings, those whose gradient was
-    not finite included; n_late: tasks for which there was no time."""
+    """system: the one that has trained on all demonstrations, for the accepted tasks alone (the
+    given one where there are none); task_index: rows of its task table, old and new; before, after:
+    the measures of every task that was adapted; n_batches: done in all trainings, those whose
+    gradient was not finite included; n_late: tasks for which there was no time."""
 
     system: System
     task_index: dict[str, int]
@@ -87,15 +87,18 @@ def adapt(
     dtype: torch.dtype | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Adapted:
-    """Train copies of `system` on the demonstrations of those `tasks` that have no row yet, and judge.
+    """Train copies of `system` on the demonstrations of those `tasks` that have no row yet, and
+    judge.
 
-    Ends after `seconds`, measuring included, or each training after `n_batches`, whichever is given;
-    the learning rate falls to 0 by then, so n_batches repeats a run bit for bit on a CPU. Of `seconds`
-    a sixth is for measuring the tasks, small ones first; those it does not get to are left alone. parts: what
-    learns, "tokens" of the new tasks or "all" weights but the language model's; the policy learns in
-    both cases. lr: of the weights; tokens take ten times as much. progress gets the share done. Tasks
-    with one demonstration have nothing to learn from and stay unseen. Raises ValueError for other
-    parts or no end.
+    tasks: their tests are not looked at. task_index: row of the task table by task id, of the tasks
+    known so far. Ends after `seconds`, measuring included, or each training after `n_batches`,
+    whichever is given; the learning rate falls to 0 by then, so n_batches repeats a run bit for bit
+    on a CPU. Of `seconds` a sixth is for measuring the tasks, small ones first; those it does not
+    get to are left alone. parts: what learns, "tokens" of the new tasks or "all" weights but the
+    language model's; the policy learns in both cases. lr: of the weights; tokens take ten times as
+    much. batch_size: queries. dtype: of autocast, None = off; float16 would need a scaler and has
+    none. progress gets the share done, in 0..1. Tasks with one demonstration have nothing to learn
+    from and stay unseen. Raises ValueError for other parts, or for no end or two.
     """
     if parts not in PARTS or (seconds is None) == (n_batches is None):
         raise ValueError(f"parts is one of {PARTS}, and one of seconds and n_batches is given")
@@ -115,17 +118,17 @@ def adapt(
         if progress is not None:
             progress(1 - max(0.0, left()) / seconds if seconds else share)
 
-    told: dict[str, list[Told]] = {}
-    while len(told) < len(unseen) and (not told or left(1 - MEASURE_SHARE) > 0):
-        some = unseen[len(told) : len(told) + MEASURED_AT_ONCE]
-        told |= _told_from_others(system, some, {}, range(FOLDS), **how)
+    answered: dict[str, list[Outcome]] = {}
+    while len(answered) < len(unseen) and (not answered or left(1 - MEASURE_SHARE) > 0):
+        some = unseen[len(answered) : len(answered) + MEASURED_AT_ONCE]
+        answered |= _outcomes_of_folds(system, some, {}, range(FOLDS), **how)
         tell(0.0)
     measuring_s = time.monotonic() - begun
-    chosen = unseen[: len(told)]
-    before = {task_id: _measure(answers) for task_id, answers in told.items()}
+    chosen = unseen[: len(answered)]
+    before = {task_id: _measure(answers) for task_id, answers in answered.items()}
     first_row = len(system.solver2.task_tokens.weight)
     index |= {task.task_id: first_row + i for i, task in enumerate(chosen)}
-    told = {task.task_id: [] for task in chosen}
+    answered = {task.task_id: [] for task in chosen}
     n_done = 0
 
     def trained(number: int, some: Sequence[Task]) -> System:
@@ -146,9 +149,9 @@ def adapt(
 
     for fold in range(FOLDS):
         judge = trained(fold, [_without(task, fold) for task in chosen])
-        for task_id, more in _told_from_others(judge, chosen, index, [fold], **how).items():
-            told[task_id] += more
-    after = {task_id: _measure(answers) for task_id, answers in told.items()}
+        for task_id, more in _outcomes_of_folds(judge, chosen, index, [fold], **how).items():
+            answered[task_id] += more
+    after = {task_id: _measure(answers) for task_id, answers in answered.items()}
     better = any(after[task_id] > before[task_id] for task_id in before)
     answering = trained(FOLDS, chosen) if better else system
     return Adapted(answering, index, before, after, n_done, len(unseen) - len(chosen))
@@ -166,43 +169,32 @@ def _without(task: Task, fold: int) -> Task:
     return dataclasses.replace(task, demonstrations=tuple(kept))
 
 
-def _told_from_others(
+def _outcomes_of_folds(
     system: System,
     tasks: Sequence[Task],
     task_index: dict[str, int],
     folds: Iterable[int],
     **how: Any,
-) -> dict[str, list[Told]]:
+) -> dict[str, list[Outcome]]:
     """How the demonstrations of these folds come out, each predicted from all others of its task.
 
     One of a task at a time: an output that is asked for is in no batch as another query's context.
     """
-    found: dict[str, list[Told]] = {task.task_id: [] for task in tasks}
+    found: dict[str, list[Outcome]] = {task.task_id: [] for task in tasks}
     longest = max(len(task.demonstrations) for task in tasks)
     for number in (n for fold in folds for n in range(fold, longest, FOLDS)):
-        asked = [
-            dataclasses.replace(
-                task, demonstrations=(*d[:number], *d[number + 1 :]), tests=(d[number],)
-            )
-            for task in tasks
-            if number < len(d := task.demonstrations)
-        ]
-        answers = predict_tasks(
-            system,
-            without_outputs(asked),
-            [View()],
-            task_index=task_index,
-            batch_size=ASKED_AT_ONCE,
-            **how,
+        questions = [left_out(t, number) for t in tasks if number < len(t.demonstrations)]
+        answers = left_out_outcomes(
+            system, questions, task_index=task_index, batch_size=ASKED_AT_ONCE, **how
         )
-        for (task_id, _), outcome in outcomes(answers, asked).items():
-            found[task_id].append((outcome.attempt_1, outcome.cells))
+        for task_id, outcome in answers.items():
+            found[task_id].append(outcome)
     return found
 
 
-def _measure(answers: Sequence[Told]) -> Measure:
-    exact, cells = zip(*answers, strict=True)
-    return Measure(sum(exact), sum(cells) / len(cells))
+def _measure(answers: Sequence[Outcome]) -> Measure:
+    cells = [outcome.cells for outcome in answers]
+    return Measure(sum(outcome.attempt_1 for outcome in answers), sum(cells) / len(cells))
 
 
 def _copy(system: System, n_new: int) -> System:
@@ -225,7 +217,11 @@ def _train(
     dtype: torch.dtype | None,
     seed: int,
 ) -> int:
-    """Train in place, at least one batch if there is any; the number of batches done."""
+    """Train in place, at least one batch if there is any; the number of batches done.
+
+    what: from `_what_learns`. until: time.monotonic() at which the learning rate has fallen to 0
+    and training ends, unless n_batches says when. A gradient that is not finite moves nothing.
+    """
     frozen, optimizer = what
     params = [p for group in optimizer.param_groups for p in group["params"]]
     begun = time.monotonic()
@@ -270,26 +266,19 @@ def _leave_one_out(
     device: str,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, Callable[[], None]]:
-    """(loss, the policy's update to be called after the step) of one batch."""
-    refining = system.config.policy != "off"
+    """(loss, the policy's update to be called after the step) of one batch without proposals."""
     with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
         reading = system.read(batch)
-        with torch.set_grad_enabled(not refining):
-            before = after = system.answer(reading)
-        info = None
-        if refining:
-            refinement = system.refine(reading, before, rng)
-            info, after = refinement.info, system.answer(reading, refinement)
+        passed = system.answer_twice(reading, rng)
+        after, refinement = passed.after, passed.refinement
         backward = system.backward(reading, after)
         backward_true = system.backward_of(reading, targets.output, targets.size)
-    canvas = (targets.output.shape[1], targets.output.shape[2])
-    target = targets.output.masked_fill(~targets.fits[:, None, None], -1)
-    size_right = (after.size == targets.size).all(-1)
+    earned = system.reward(reading, passed, targets)
     efe = system.efe_loss(
-        logits=resize_logits(after.logits, after.size, targets.size, canvas),
-        target=target,
+        logits=earned.logits,
+        target=earned.target,
         confidence=after.confidence,
-        size_right=size_right,
+        size_right=earned.size_right,
         size_logits=after.size_logits,
         target_size=targets.size,
         backward_logits=backward,
@@ -298,25 +287,16 @@ def _leave_one_out(
     )
 
     def learn_policy() -> None:
-        if info is None:
+        if refinement is None:
             return
-        reward, _ = system.policy_rl.compute_reward(
-            before.grids(),
-            after.grids(),
-            target,
-            batch.query_input,
-            size_before=before.size,
-            size_after=after.size,
-            target_size=targets.size,
-        )
         state = system.policy_rl.state(reading.prompt.summary, answer_stats(after))
-        system.policy_rl.update(info, reward, state)
+        system.policy_rl.update(refinement.info, earned.hard, state)
 
     return efe["total"], learn_policy
 
 
 def _forever(stream: TrainingStream, seed: int) -> Iterator[tuple[tuple[int, ...], Batch, Targets]]:
-    """((seed, epoch, position), batch, targets) without end; nothing where no task has two pairs."""
+    """((seed, epoch, position), batch, targets) without end; none where no task has two pairs."""
     for epoch in itertools.count() if stream.tasks else ():
         for position in range(stream.n_batches(epoch)):
             yield (seed, epoch, position), *stream.batch(epoch, position)
@@ -330,14 +310,10 @@ def _what_learns(
     The language model stands still: its learning rate in training is its own, and with a large one
     its gradient costs more than all else.
     """
-    tokens = system.solver2.task_tokens.weight
-    agent, solver2 = system.agent.parameters(), system.solver2.parameters()
-    refinement, heads = system.policy_rl.main_parameters(), system.qwen.head_parameters()
-    weights = [
-        p for p in (*agent, *solver2, *refinement, *heads) if p.requires_grad and p is not tokens
-    ]
-    frozen = [p for p in system.qwen.lm_parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": [tokens], "base_lr": TOKEN_LR_FACTOR * lr}]
+    trained = system.trained_parts()
+    tokens, frozen = trained.pop("task_tokens"), trained.pop("qwen")
+    weights = [p for part in trained.values() for p in part]
+    groups: list[dict[str, Any]] = [{"params": tokens, "base_lr": TOKEN_LR_FACTOR * lr}]
     if parts == "all":
         groups.append({"params": weights, "base_lr": lr})
     else:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batches import Batch, bare_batch
-from grid_accuracy_loss import resize_turned
+from grid_accuracy_loss import resize_turned, size_mask
 from grid_features import CELL_FEATURE_BINS, N_CELL_FEATURES
 from grid_parts import COLOURS, MAX_SIDE, OUTSIDE
 from grid_transforms import N_SOURCES
@@ -65,8 +65,9 @@ class DemonstrationCells:
     """The encoded demonstrations of a batch, one token per output cell.
 
     raw (pairs, cells, width) is what each cell of the input is by itself; plain, of the same shape,
-    encodes the input as a query's cells are; tokens add what the output is; mask (pairs, cells) bool; right (pairs, cells, N_POINTERS) float,
-    1 where that pointer names the demonstrated colour; rows, cols of the canvas.
+    encodes the input as a query's cells are; tokens add what the output is; mask (pairs, cells)
+    bool; right (pairs, cells, N_POINTERS) float, 1 where that pointer names the demonstrated
+    colour; rows, cols of the canvas.
     """
 
     raw: Tensor
@@ -94,8 +95,8 @@ class Sight:
 
 @dataclass
 class Proposal:
-    """One proposed answer a query: colours (Q, H, W) int64, -1 outside; size (Q, 2) int64, 0 where a query has none;
-    facts (Q, N_PROPOSAL_FACTS) float32 (`hypotheses.PROPOSAL_FACTS`)."""
+    """One proposed answer a query: colours (Q, H, W) int64, -1 outside; size (Q, 2) int64, 0 where
+    a query has none; facts (Q, N_PROPOSAL_FACTS) float32 (`hypotheses.PROPOSAL_FACTS`)."""
 
     colours: Tensor
     size: Tensor
@@ -134,13 +135,6 @@ class AgentOutput:
         colours = self.logits[step].argmax(-1)
         inside = size_mask(self.size, colours.shape[1], colours.shape[2])
         return torch.where(inside, colours, torch.full_like(colours, -1))
-
-
-def size_mask(size: Tensor, rows: int, cols: int) -> Tensor:
-    """Cells inside `size` (N, 2) on a canvas: (N, rows, cols) bool."""
-    row = torch.arange(rows, device=size.device) < size[:, :1]
-    col = torch.arange(cols, device=size.device) < size[:, 1:]
-    return row[:, :, None] & col[:, None, :]
 
 
 def rotary_table(rows: int, cols: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -242,20 +236,18 @@ class Place(nn.Module):
 class Mlp(nn.Module):
     """SwiGLU over cells with a depthwise 3x3 before it, so that neighbours meet cheaply."""
 
-    def __init__(self, width: int, ratio: float, *, depthwise: bool = True) -> None:
+    def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
         hidden = int(width * ratio)
         self.norm = RmsNorm(width)
-        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width) if depthwise else None
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
-        y = self.norm(x)
-        if self.depthwise is not None:
-            y = y * mask.unsqueeze(-1)
-            grid = y.view(x.shape[0], rows, cols, -1).permute(0, 3, 1, 2)
-            y = y + self.depthwise(grid).permute(0, 2, 3, 1).flatten(1, 2)
+        y = self.norm(x) * mask.unsqueeze(-1)
+        grid = y.view(x.shape[0], rows, cols, -1).permute(0, 3, 1, 2)
+        y = y + self.depthwise(grid).permute(0, 2, 3, 1).flatten(1, 2)
         gate, up = self.gate_up(y).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
@@ -503,9 +495,9 @@ class PointerHead(nn.Module):
         """Log-probabilities of colours (Q, cells, 10) float32.
 
         x (Q, cells, width); sources (Q, cells, K) int64; outside (Q, cells, N_POINTERS) bool;
-        evidence (Q, cells, N_POINTERS) from `evidence_of` and the fitted rule. proposed: one more pointer, the
-        colour that a proposed answer shows (Q, cells) int64, -1 none, and its log-odds (Q,) against all
-        others, to which the cell adds its own.
+        evidence (Q, cells, N_POINTERS) from `evidence_of` and the fitted rule. proposed: one more
+        pointer, the colour that a proposed answer shows (Q, cells) int64, -1 none, and its log-odds
+        (Q,) against all others, to which the cell adds its own.
         """
         n, cells, _ = x.shape
         pointer = evidence + self.to_pointer(self.norm(x)).float()
@@ -739,7 +731,8 @@ class ArcAgent(nn.Module):
         self.size_query = nn.Sequential(
             RmsNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
         )
-        # Log-odds, by verdict, that a proposed answer shows the right colour at a cell, and has the right side.
+        # Log-odds, by verdict, that a proposed answer shows the right colour at a cell, and has the
+        # right side.
         self.proposal_gain = nn.Parameter(torch.tensor(PROPOSAL_GAINS))
         self.proposal_size_gain = nn.Parameter(torch.tensor(PROPOSAL_GAINS))
         self.proposal_token = nn.Linear(N_PROPOSAL_FACTS, width)
@@ -820,18 +813,21 @@ class ArcAgent(nn.Module):
         stop: float | None = None,
         proposal: Proposal | None = None,
     ) -> AgentOutput:
-        """Predict every query of a batch in five steps.
+        """Predict every query of a batch in five steps; see `AgentOutput` for shapes.
 
-        `prompt` has tokens (Q, L, width), mask (Q, L) bool and summary (Q, width). The size is
-        decided first, from the prompt and the size rules; then each step looks at the prompt and at
-        its own cells, points, and feeds its answer back.
+        `batch` gives query_sources (Q, K, rows, cols) of its canvas, query_canvas (Q, 2), the bound
+        of each answer, and size_candidates and size_support (Q, 2, S); `sight` is of the same
+        queries, from `look`. `prompt` has tokens (Q, L, width), mask (Q, L) bool and summary
+        (Q, width). The size is decided first, from the prompt and the size rules; then each step
+        looks at the prompt and at its own cells, points, and feeds its answer back.
 
         `stop` in (0, 1], for prediction: a query whose confidence reaches it takes no further step,
         its answer stands and is repeated in the steps that follow. Not differentiable through the
         choice; training leaves it None and takes all steps.
 
-        `proposal`: answers to consider; each is one more pointer for cells and size, with a share of the
-        probability that is learned by verdict.
+        `proposal`: answers to consider (Q); each is one more pointer for cells and size, with a
+        share of the probability that is learned by verdict. Shapes that do not belong together are
+        torch's errors.
         """
         n, _, rows, cols = batch.query_sources.shape
         summary = prompt.summary
@@ -896,7 +892,7 @@ class ArcAgent(nn.Module):
         return AgentOutput(logits, size_logits, size, confidence, n_steps)
 
     def _with_proposed_size(self, size_logits: Tensor, proposal: Proposal) -> Tensor:
-        """Log-probabilities of sides (Q, 2, 30) with the proposal's size given its learned share."""
+        """Log-probabilities of sides (Q, 2, 30), the proposal's size given its learned share."""
         share = self.proposal_size_gain[proposal.verdict].sigmoid() * proposal.given
         share = share[:, None, None]
         side = F.one_hot((proposal.size - 1).clamp(min=0), MAX_SIDE)
@@ -915,7 +911,8 @@ class ArcAgent(nn.Module):
         """Log-probabilities (Q, rows, cols, 10) over the input's cells, judging by an answer:
         probabilities (Q, H, W, 10) of its colours, and its size (Q, 2).
 
-        learn=False: gradient to `colours` and `summary`; the backward model's weights learn nothing.
+        learn=False: gradient to `colours` and `summary`; the backward model's weights learn
+        nothing.
         """
         canvas = tuple(batch.query_input.shape[1:])
         given = (colours, size, batch.query_input_size, canvas, summary, rule)

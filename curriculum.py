@@ -103,7 +103,7 @@ class DynamicMemoryThreshold:
 
 
 class GradientMonitor:
-    """Gradient norms of modules, and their averages since the last `reset` (one epoch, say)."""
+    """Gradient norms of modules. Its state is the sum and the number of the finite ones, by name."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -115,7 +115,7 @@ class GradientMonitor:
 
         Call it after backward (and after unscaling). Keys: norm, max, n_params (trainable tensors),
         n_with_grad, n_nonzero (with any non-zero entry), finite (1.0 or 0.0). Waits for the device
-        once. A non-finite norm is reported but does not enter the average of `name`.
+        once. A non-finite norm is reported but does not enter the sum of `name`.
         """
         trainable = [p for p in module.parameters() if p.requires_grad]
         gradients = [p.grad.detach() for p in trainable if p.grad is not None]
@@ -138,15 +138,6 @@ class GradientMonitor:
             self._sums[name] = self._sums.get(name, 0.0) + info["norm"]
             self._counts[name] = self._counts.get(name, 0) + 1
         return info
-
-    def average(self, name: str) -> float:
-        """Mean norm of `name` since the last reset; 0 when it was never checked."""
-        return self._sums.get(name, 0.0) / max(self._counts.get(name, 0), 1)
-
-    def reset(self) -> None:
-        """Forget the averages."""
-        self._sums.clear()
-        self._counts.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}

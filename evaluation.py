@@ -1,8 +1,9 @@
 """Prediction without targets, voting over views, and scoring.
 
-`predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `outcomes`, `score` and `gains` are the
-only places where predictions and outputs meet. Each query has two ballots: the network's alone, and one in which the
-refined answers and the proposals vote too. It trains nothing and writes no files.
+`predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `outcomes`,
+`score` and `gains` are the only places where predictions and outputs meet. Each query has two
+ballots: the network's alone, and one in which the refined answers and the proposals vote too. It
+trains nothing and writes no files.
 `from evaluation import predict_tasks, refined, score, without_outputs`.
 """
 
@@ -23,8 +24,9 @@ from torch.nn.functional import one_hot
 from arc_agent import AgentOutput
 from arc_system import Answered, System
 from batches import Batch, Collator, View, evaluation_batches
-from dataset_arc import Pair, Task
-from grid_accuracy_loss import COLOURS, copied_share, pick_colour, weighted_cell_mean
+from dataset_arc import Task
+from grid_accuracy_loss import copied_share, pick_colour, weighted_cell_mean
+from grid_parts import COLOURS
 from hypotheses import Proposals, proposals_of, verdict_name
 from proposal_policy import PRIOR
 from reward_shaping import REWARD_WEIGHTS, beyond_copying
@@ -33,9 +35,10 @@ from rule_list import Explained, Hypothesis, Verdict
 Grid = NDArray[np.uint8]
 Key = tuple[str, int]  # task id, number of the test input
 
-# On the network's own ballot a view's vote counts 1 + SURE_WEIGHT * probability. How well the input can be told from an
-# answer has no weight: on demonstrations told from each other, over two seeds, 568 of 2024 were exact without it; 563,
-# 562, 559 at weights 0.25, 0.5, 1 (benchmarks/bench_reversibility.py, docs/LOG.md).
+# On the network's own ballot a view's vote counts 1 + SURE_WEIGHT * probability. How well the input
+# can be told from an answer has no weight: on demonstrations predicted from each other, over two
+# seeds, 568 of 2024 were exact without it; 563, 562, 559 at weights 0.25, 0.5, 1
+# (benchmarks/bench_reversibility.py, docs/LOG.md).
 SURE_WEIGHT = 0.5  # guess
 EARLIER_WEIGHT = 1e-3  # the answers of earlier planning steps only break ties and fill attempt 2
 N_ATTEMPTS = 2
@@ -63,7 +66,8 @@ class Candidate:
 
 @dataclass
 class Change:
-    """One view's refinement: the answers before and after, and how well the input can be told from each (in [0, 1])."""
+    """One view's refinement: the answers before and after, and how well the input can be told from
+    each (in [0, 1])."""
 
     before: Grid
     after: Grid
@@ -76,7 +80,8 @@ class Change:
 class Prediction:
     """The candidates of one query, in the order they came up; views asked and planning steps taken.
 
-    refined: the ballot in which refined answers and proposals vote too, None where no policy ran; changes: a view each.
+    refined: the ballot in which refined answers and proposals vote too, None where no policy ran;
+    changes: a view each.
     """
 
     candidates: dict[tuple[Any, ...], Candidate] = field(default_factory=dict)
@@ -136,14 +141,16 @@ def predict_tasks(
 ) -> dict[Key, Prediction]:
     """Predict every test input of `tasks` once per view, and collect the votes.
 
-    task_index: row of the task table by task id (tasks without one are unseen); only: the queries
-    wanted (default all); deadline: time.monotonic() after which no further batch is started, except
-    in the first view: small tasks are through with all views before large ones start on their
-    second; max_batches: batches after which likewise none is started; progress is called with the number of queries done.
-    proposals: what the policy may choose from; own_scores: by task id, how well the system does on the
-    demonstrations without them (`demonstration_scores`); accept=False: see `System.predict`; whole_first=False: the
-    deadline and max_batches hold in the first view, too, small tasks first; what is not reached has no prediction.
-    Raises ValueError if a test output is in sight.
+    Returns predictions by (task id, number of the test input). task_index: row of the task table by
+    task id (tasks without one are unseen); batch_size: queries; dtype: of autocast, None = off;
+    max_context: demonstrations that a query sees; only: the queries wanted (default all); deadline:
+    time.monotonic() after which no further batch is started, except in the first view: small tasks
+    are through with all views before large ones start on their second; max_batches: batches after
+    which likewise none is started; progress is called with the number of queries done. proposals:
+    what the policy may choose from; own_scores: by task id, how well the system does on the
+    demonstrations without them (`demonstration_scores`); accept=False: see `System.predict`;
+    whole_first=False: the deadline and max_batches hold in the first view, too, small tasks first;
+    what is not reached has no prediction. Raises ValueError if a test output is in sight.
     """
     if any(pair.output is not None for task in tasks for pair in task.tests):
         raise ValueError("predict_tasks must not see test outputs: pass without_outputs(tasks)")
@@ -201,7 +208,11 @@ def _by_query(batch: Batch, scores: Mapping[str, float] | None) -> torch.Tensor:
 def _ballots(
     batch: Batch, on_device: Batch, answered: Answered, view: View
 ) -> Iterator[Prediction]:
-    """What one view says of each query of a batch, in the task's own colours and orientation."""
+    """What one view says of each query of a batch, in the task's own colours and orientation: a
+    ballot of one view per query, in the batch's order.
+
+    batch lies on the CPU, on_device where answered (Q queries, all in `view`) was made from it.
+    """
     own, after = answered.before, answered.after
     n_steps = len(own.logits)
     grids, *earlier = (own.grids(step).cpu().numpy() for step in range(n_steps - 1, -1, -1))
@@ -261,6 +272,25 @@ def _ballots(
         yield ballot
 
 
+def left_out(task: Task, number: int, name: str | None = None) -> Task:
+    """A question: demonstration `number` of a task as its only test, the others as demonstrations.
+
+    name: the question's task id (default: the task's own). Keep its output from a predictor.
+    """
+    pairs = task.demonstrations
+    others = (*pairs[:number], *pairs[number + 1 :])
+    return Task(task.task_id if name is None else name, others, (pairs[number],))
+
+
+def left_out_outcomes(
+    system: System, questions: Sequence[Task], **options: Any
+) -> dict[str, Outcome]:
+    """How the network alone, without proposals, answers questions of `left_out` in one view; by
+    their task ids. options: as of `predict_tasks`."""
+    found = predict_tasks(system, without_outputs(questions), [View()], **options)
+    return {task_id: row for (task_id, _), row in outcomes(found, questions).items()}
+
+
 def demonstration_scores(
     system: System,
     tasks: Sequence[Task],
@@ -268,31 +298,33 @@ def demonstration_scores(
     task_index: Mapping[str, int] | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """How well the system does on each task's demonstrations without proposals: mean share of right cells (0 for a wrong
-    size), each predicted from the others in one view. Tasks of one demonstration have none.
+    """How well the system does on each task's demonstrations without proposals: mean share of right
+    cells (0 for a wrong size), each predicted from the others in one view. Tasks of one
+    demonstration have none.
 
-    options: as of `predict_tasks`. The demonstrations were trained on, if the task is known: the score flatters.
+    options: as of `predict_tasks`. The demonstrations were trained on, if the task is known: the
+    score flatters.
     """
-    asked: list[Task] = []
+    questions: list[Task] = []
     index: dict[str, int] = {}
+    task_of: dict[str, str] = {}
     for task in tasks:
-        pairs = task.demonstrations
-        for k, pair in enumerate(pairs if len(pairs) > 1 else ()):
-            name = f"{task.task_id}/{k}"
-            others = (*pairs[:k], *pairs[k + 1 :])
-            asked.append(Task(name, others, (Pair(pair.input, pair.output),)))
+        n = len(task.demonstrations)
+        for number in range(n if n > 1 else 0):
+            name = f"{task.task_id}/{number}"
+            questions.append(left_out(task, number, name))
+            task_of[name] = task.task_id
             if task_index is not None and task.task_id in task_index:
                 index[name] = task_index[task.task_id]
-    found = predict_tasks(system, without_outputs(asked), [View()], task_index=index, **options)
     shares: dict[str, list[float]] = {}
-    for (name, _), outcome in outcomes(found, asked).items():
-        shares.setdefault(name.rsplit("/", 1)[0], []).append(outcome.cells)
+    for name, row in left_out_outcomes(system, questions, task_index=index, **options).items():
+        shares.setdefault(task_of[name], []).append(row.cells)
     return {task_id: float(np.mean(share)) for task_id, share in shares.items()}
 
 
 def contested(explained: Mapping[Key, Explained]) -> set[str]:
-    """Tasks of which the demonstrations say neither that a hypothesis holds nor that none does: there the network's own
-    `demonstration_scores` decide whether one is accepted."""
+    """Tasks of which the demonstrations say neither that a hypothesis holds nor that none does:
+    there the network's own `demonstration_scores` decide whether one is accepted."""
     found = set()
     for (task_id, _), e in explained.items():
         verdicts = [h.verdict for h in e.hypotheses]
@@ -301,15 +333,26 @@ def contested(explained: Mapping[Key, Explained]) -> set[str]:
     return found
 
 
+def contested_scores(
+    system: System, tasks: Sequence[Task], explained: Mapping[Key, Explained], **options: Any
+) -> dict[str, float]:
+    """What acceptance by the demonstrations asks of the network: `demonstration_scores` of those
+    tasks that are `contested`. options: as of `predict_tasks`."""
+    doubtful = contested(explained)
+    some = [task for task in tasks if task.task_id in doubtful]
+    return demonstration_scores(system, some, **options)
+
+
 def refined(predictions: Mapping[Key, Prediction]) -> dict[Key, Prediction]:
-    """The ballots in which refined answers and proposals voted, the network's alone where no policy ran."""
+    """The ballots in which refined answers and proposals voted, the network's alone where no policy
+    ran."""
     return {key: p if p.refined is None else p.refined for key, p in predictions.items()}
 
 
 def gains(predictions: Mapping[Key, Prediction], tasks: Iterable[Task]) -> dict[str, float]:
-    """What the refinements gained, means over views and queries with known outputs: the reward and its four parts (after
-    minus before, each answer at its own size; cells 0 and colours by histogram as in training), the share of accepted
-    ones, and their number."""
+    """What the refinements gained, means over views and queries with known outputs: the reward and
+    its four parts (after minus before, each answer at its own size; cells 0 and colours by
+    histogram as in training), the share of accepted ones, and their number `n`."""
     known = {(t.task_id, i): p.output for t in tasks for i, p in enumerate(t.tests)}
     rows: list[list[float]] = []
     n_accepted = 0
@@ -355,7 +398,8 @@ def gains_line(won: Mapping[str, float]) -> str:
 
 
 def mcnemar(won: int, lost: int) -> float:
-    """Two-sided exact McNemar test: how likely so uneven a split of won + lost differing queries is by chance."""
+    """Two-sided exact McNemar test: how likely so uneven a split of won + lost differing queries is
+    by chance."""
     n = won + lost
     tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / 2**n
     return min(1.0, 2.0 * tail)
@@ -364,10 +408,11 @@ def mcnemar(won: int, lost: int) -> float:
 def _work(
     tasks: Sequence[Task], views: Sequence[View], n_groups: int
 ) -> Iterator[tuple[int, View, Sequence[Task]]]:
-    """(number of the view, view, tasks): the first view of all tasks, then the next two of the smallest of `n_groups`
-    groups of tasks, and so on to the largest, then likewise all others. A small task costs a fraction of a large one and
-    is solved three times as often (measured), so a deadline had better cut the large ones' views; beyond the third a
-    view changes little (docs/LOG.md)."""
+    """(number of the view, view, tasks): the first view of all tasks, then the next two of the
+    smallest of `n_groups` groups of tasks, and so on to the largest, then likewise all others. A
+    small task costs a fraction of a large one and is solved three times as often (measured), so a
+    deadline had better cut the large ones' views; beyond the third a view changes little
+    (docs/LOG.md)."""
     if not views:
         return
     yield 0, views[0], tasks
@@ -398,8 +443,8 @@ def reversibility(
     cells by the backward model (geometric mean), beyond what the answer shows as it is.
 
     grids (Q, H, W) colours and size (Q, 2) of the answers; backward: the backward model's
-    log-probabilities (Q, rows, cols, 10) of them, from `System.backward_of` or `System.predict`; inp (Q, rows, cols)
-    and input_size (Q, 2).
+    log-probabilities (Q, rows, cols, 10) of them, from `System.backward_of` or `System.predict`;
+    inp (Q, rows, cols) and input_size (Q, 2).
     """
     told = weighted_cell_mean(pick_colour(backward, inp), inp).exp()
     answer = one_hot(grids.clamp(min=0), COLOURS)
@@ -421,11 +466,13 @@ def trust(verdict: Verdict) -> float:
 def joined(
     predictions: Mapping[Key, Prediction], explained: Mapping[Key, Explained]
 ) -> dict[Key, Prediction]:
-    """The predictions with the hypotheses' answers as further candidates; the arguments stay as they are.
+    """The predictions with the hypotheses' answers as further candidates; the arguments stay as
+    they are.
 
-    Where the policy judged a query's proposals they have voted already. Elsewhere a network's candidate counts NETWORK
-    times the share of the views' weight it got, a hypothesis its `trust`; a grid that both give counts both. Of the
-    hypotheses of one query that answer alike, the best counts.
+    Where the policy judged a query's proposals they have voted already. Elsewhere a network's
+    candidate counts NETWORK times the share of the views' weight it got, a hypothesis its `trust`;
+    a grid that both give counts both. Of the hypotheses of one query that answer alike, the best
+    counts.
     """
     found: dict[Key, Prediction] = {}
     for key in {**predictions, **explained}:
@@ -558,8 +605,9 @@ def scores_alone(
     tasks: Sequence[Task],
     both: Mapping[Key, Prediction],
 ) -> dict[str, dict[str, Any]]:
-    """`exact_at_1` and `exact_at_2` of the network and of the hypotheses, each by itself; and of the queries that either
-    it or `both` solves alone, in two attempts, how many `both` won and lost, with McNemar's p."""
+    """`exact_at_1` and `exact_at_2` of the network and of the hypotheses, each by itself; and of
+    the queries that either it or `both` solves alone, in two attempts, how many `both` won and
+    lost, with McNemar's p."""
     together = outcomes(dict(both), tasks)
     found: dict[str, dict[str, Any]] = {}
     for part, mine in {"network": predictions, "hypotheses": alone(explained)}.items():

@@ -5,7 +5,7 @@ Knows nothing of tasks, prompts or models: plain tensors in, plain tensors out, 
 Grids are long tensors (batch, rows, cols) anchored at the top left, any negative value means
 "outside the grid"; sizes are (batch, 2) as (rows, cols). Nothing here loops over cells or samples
 or waits for the device.
-Import: ``from grid_accuracy_loss import cell_cross_entropy, hard_cell_weights, resize_grids``.
+Import: ``from grid_accuracy_loss import hard_cell_weights, resize_grids, weighted_cell_mean``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-COLOURS = 10
 OUTSIDE_GRID = -1
 
 
@@ -30,6 +29,15 @@ def grid_sizes(grids: Tensor) -> Tensor:
     """
     inside = valid_cells(grids)
     return torch.stack([inside.any(dim=2).sum(dim=1), inside.any(dim=1).sum(dim=1)], dim=1)
+
+
+def size_mask(size: Tensor, rows: int, cols: int) -> Tensor:
+    """Bool (batch, rows, cols): True on the cells of the top-left rectangle of each `size`
+    (batch, 2).
+    """
+    row = torch.arange(rows, device=size.device) < size[:, :1]
+    col = torch.arange(cols, device=size.device) < size[:, 1:]
+    return row[:, :, None] & col[:, None, :]
 
 
 def wrong_cells(prediction: Tensor, target: Tensor) -> Tensor:
@@ -83,19 +91,6 @@ def weighted_cell_mean(values: Tensor, target: Tensor, weights: Tensor | None = 
     return values.sum(dim=(-2, -1)) / _cells(target)
 
 
-def cell_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy (nats) over the cells of each target grid.
-
-    `logits` (batch, rows, cols, colours) -> (batch,), or (steps, batch, rows, cols, colours) ->
-    (steps, batch).
-    `target` (batch, rows, cols), `weights` like it or None for a plain mean. Computed in float32,
-    autocast or not.
-    """
-    with torch.autocast(device_type=logits.device.type, enabled=False):
-        log_p = functional.log_softmax(logits.float(), dim=-1)
-        return weighted_cell_mean(-pick_colour(log_p, target), target, weights)
-
-
 def pick_colour(values: Tensor, target: Tensor) -> Tensor:
     """values (..., batch, rows, cols, colours) at the target's colours -> (..., batch, rows, cols).
 
@@ -142,7 +137,7 @@ def resize_grids(
     cols = _nearest_index(from_size[:, 1], to_size[:, 1], n_cols, grids.shape[2])
     sample = torch.arange(grids.shape[0], device=grids.device)[:, None, None]
     picked = grids[sample, rows[:, :, None], cols[:, None, :]]
-    keep = _inside(to_size, canvas) & (from_size > 0).all(dim=1)[:, None, None]
+    keep = size_mask(to_size, *canvas) & (from_size > 0).all(dim=1)[:, None, None]
     return torch.where(keep, picked, torch.full_like(picked, OUTSIDE_GRID))
 
 
@@ -162,14 +157,14 @@ def resize_logits(
     n_rows, n_cols = canvas
     with torch.autocast(device_type=logits.device.type, enabled=False):
         source = logits.float()
-        source = source.masked_fill(~_inside(from_size, logits.shape[-3:-1])[..., None], 0.0)
+        source = source.masked_fill(~size_mask(from_size, *logits.shape[-3:-1])[..., None], 0.0)
         down = _bilinear_matrix(from_size[:, 0], to_size[:, 0], n_rows, logits.shape[-3])
         across = _bilinear_matrix(from_size[:, 1], to_size[:, 1], n_cols, logits.shape[-2])
         mixed = torch.matmul(down, source.flatten(-2)).unflatten(-1, source.shape[-2:])
         mixed = torch.matmul(across[:, None], mixed)
         same = size_match(from_size, to_size)[:, None, None, None]
         resized = torch.where(same, _fit(source, canvas), mixed)
-        return resized.masked_fill(~_inside(to_size, canvas)[..., None], 0.0)
+        return resized.masked_fill(~size_mask(to_size, *canvas)[..., None], 0.0)
 
 
 def resize_turned(
@@ -185,7 +180,7 @@ def resize_turned(
     n, height, width = logits.shape[:3]
     side = max(height, width)
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        plain = logits.float().masked_fill(~_inside(from_size, (height, width))[..., None], 0.0)
+        plain = logits.float().masked_fill(~size_mask(from_size, height, width)[..., None], 0.0)
         plain = _fit(plain, (side, side))
         source = torch.cat([plain, plain.transpose(1, 2)])  # (2 batch, side, side, colours)
         # one call for rows and columns of both; few large operations, as these grids are small
@@ -202,7 +197,7 @@ def resize_turned(
         mixed = torch.matmul(across[:, None], mixed)
         mixed = mixed.unflatten(1, (2, n_rows)).unflatten(3, (2, n_cols)).transpose(2, 3)
         mixed = mixed.flatten(1, 2).unflatten(0, (2, n)).transpose(0, 1).flatten(1, 2)
-        return mixed.masked_fill(~_inside(to_size, canvas)[:, None, ..., None], 0.0)
+        return mixed.masked_fill(~size_mask(to_size, *canvas)[:, None, ..., None], 0.0)
 
 
 def copied_share(colours: Tensor, size: Tensor, inp: Tensor, inp_size: Tensor) -> Tensor:
@@ -219,13 +214,6 @@ def copied_share(colours: Tensor, size: Tensor, inp: Tensor, inp_size: Tensor) -
 def _cells(target: Tensor) -> Tensor:
     """Number of cells per grid, float32 (batch,), at least 1 so that it can divide."""
     return valid_cells(target).sum(dim=(1, 2)).clamp(min=1).float()
-
-
-def _inside(size: Tensor, canvas: tuple[int, int] | torch.Size) -> Tensor:
-    """Bool (batch, *canvas): True on the cells of the top-left rectangle of each size."""
-    rows = torch.arange(canvas[0], device=size.device)[None, :, None]
-    cols = torch.arange(canvas[1], device=size.device)[None, None, :]
-    return (rows < size[:, 0, None, None]) & (cols < size[:, 1, None, None])
 
 
 def _fit(logits: Tensor, canvas: tuple[int, int]) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from grid_accuracy_loss import (
-    COLOURS,
     grid_sizes,
     hard_cell_scale,
     hard_cell_weights,
@@ -25,6 +24,7 @@ from grid_accuracy_loss import (
     resize_logits,
     weighted_cell_mean,
 )
+from grid_parts import COLOURS
 
 EFE_SHARE = 0.7
 REWARD_SHARE = 0.3
@@ -101,7 +101,6 @@ class EFELoss(nn.Module):
         logits: Tensor,
         target: Tensor,
         *,
-        weights: Tensor | None = None,
         confidence: Tensor | None = None,
         size_right: Tensor | None = None,
         size_logits: Tensor | None = None,
@@ -112,7 +111,6 @@ class EFELoss(nn.Module):
         inp: Tensor | None = None,
         pair_summary: Tensor | None = None,
         task_ids: Tensor | None = None,
-        per_pair: bool = False,
     ) -> dict[str, Tensor]:
         """All parts (unweighted), "total" (weighted) and "mask_ratio" (no gradient) as scalars.
 
@@ -121,7 +119,7 @@ class EFELoss(nn.Module):
         Also for one pair, `efe_loss(agent(grid), target)`: logits (steps, rows, cols, colours) with
         target (rows, cols). Targets of any number type; logits of another size than the target's
         are resized to it (bilinear). Raises ValueError where the shapes do not belong together.
-        weights (batch, rows, cols): cell weights; default hard-cell weights of the last argmax.
+        The cell weights are those of the last step's argmax, see `hard_cell_weights`.
         confidence (steps, batch): logit per planning step of "this answer is right, stop here".
         size_right (batch,) bool: where False the confidence should be low whatever the cells are.
         size_logits (batch, 2, sides), entry k = side k + 1; target_size (batch, 2).
@@ -131,9 +129,7 @@ class EFELoss(nn.Module):
         inp (batch, input rows, input cols): the input that reading should give.
         pair_summary (pairs, width) and task_ids (pairs,): pooled prompts of demonstration pairs.
 
-        Parts whose tensors are not given are 0. `per_pair=True` adds "per_pair" (batch,): each
-        pair's total without the prompt part (that one belongs to tasks); its mean plus the prompt
-        part is the total.
+        Parts whose tensors are not given are 0.
         """
         logits, target = _batched(logits, target)
         with torch.autocast(device_type=logits.device.type, enabled=False):
@@ -141,10 +137,10 @@ class EFELoss(nn.Module):
             final = logits[-1].detach().argmax(dim=-1)
             ratio = mask_ratio(final, target)
             scale = torch.ones_like(ratio)
+            weights: Tensor | None = None
             if self.hard_cells:
                 scale = hard_cell_scale(ratio)
-                if weights is None:
-                    weights = hard_cell_weights(final, target, easy_weight=self.easy_weight)
+                weights = hard_cell_weights(final, target, easy_weight=self.easy_weight)
 
             log_q = functional.log_softmax(logits, dim=-1)
             log_q_target = pick_colour(log_q, target)
@@ -176,11 +172,7 @@ class EFELoss(nn.Module):
             lambdas = {name: getattr(self, f"lambda_{name}") for name in PARTS}
             lambdas["size"] = lambdas["size"] * size_weight
             total = torch.stack([lambdas[name] * parts[name] for name in PARTS]).sum()
-            result = {**parts, "total": total, "mask_ratio": ratio.mean()}
-            if per_pair:
-                weighted = [lambdas[name] * pairs[name] for name in PARTS]
-                result["per_pair"] = torch.stack(weighted).sum(dim=0)
-            return result
+            return {**parts, "total": total, "mask_ratio": ratio.mean()}
 
 
 def combined_loss(efe: Tensor, soft_reward: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""The refined policy: changes a prompt, chooses a proposed answer, says what that earned, and passes it on to the
-policies' updates.
+"""The refined policy: changes a prompt, chooses a proposed answer, says what that earned, and
+passes it on to the policies' updates.
 
 Glue only: the decision and its learning are `human_rl_agent`'s, the scores `reward_shaping`'s. It
 never sees a target when it refines; targets enter `compute_reward` and `soft_reward` alone.
 Which proposal is `proposal_policy`'s.
-Import: ``from policy_refined import RefinedPolicy, prediction_stats``. Per batch: ``refine`` ->
-agent forward -> ``compute_reward`` / ``soft_reward`` -> main loss stepped -> ``update``.
+Import: ``from policy_refined import RefinedPolicy``. Per batch: ``refine`` -> agent forward ->
+``compute_reward`` / ``soft_reward`` -> main loss stepped -> ``update``.
 """
 
 from __future__ import annotations
@@ -19,23 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from grid_accuracy_loss import (
-    COLOURS,
-    OUTSIDE_GRID,
-    exact_match,
-    grid_sizes,
-    resize_grids,
-    weighted_cell_mean,
-)
+from grid_accuracy_loss import OUTSIDE_GRID, exact_match, grid_sizes, resize_grids
+from grid_parts import COLOURS
 from human_rl_agent import ACTION_WIDTH, INITIAL_STD, HumanRLAgent, PolicyStep, draw_normal
-from loss_function import expected_steps
 from proposal_policy import Choice, ProposalPolicy
 from reward_shaping import Scores, hard_scores, shaped_reward, soft_scores
 
 Mode = Literal["on", "off", "random"]
 MODES: tuple[str, ...] = get_args(Mode)
 
-N_STATS = 8
+N_STATS = 8  # figures of an answer that the state takes in, see `arc_system.answer_stats`
 SUMMARY_WIDTH = 32  # the policy reads the prompt through this many fixed random projections (guess)
 KEY_WIDTH = 16
 MAX_CHANGE = 0.5  # the change of a token stays below this share of the token's own norm (guess)
@@ -150,7 +143,7 @@ class RefinedPolicy(nn.Module):
         """(refined tokens like `prompt_tokens` in shape and dtype, what was done).
 
         prompt_tokens (batch, tokens, width), mask (batch, tokens) bool: False stays as it is.
-        summary (batch, summary width), stats (batch, n_stats): see `state` and `prediction_stats`.
+        summary (batch, summary width), stats (batch, n_stats) of the answer: see `state`.
         mode "on": the policy decides; "random": tanh of 0.5 * normal, untrained; "off": the tokens
         come back as they are, bit for bit. `deterministic` (evaluation) takes the policy's mean; in
         the other cases "on" and "random" draw from `generator`. Gradient flows to the tokens and to
@@ -277,11 +270,13 @@ class RefinedPolicy(nn.Module):
         own_size: Tensor,
         target_size: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """What each candidate would earn if the agent answered with it as it is, and whether it is exact: (batch, A + 1)
-        float32 and bool, number 0 the agent's own answer, which earns 0.
+        """What each candidate would earn if the agent answered with it as it is, and whether it is
+        exact: (batch, A + 1) float32 and bool, number 0 the agent's own answer, which earns 0.
 
-        own (batch, rows, cols) and its size; proposed (batch, A, rows, cols) uint8 and size (batch, A, 2), 0 = none. The
-        reward is `compute_reward`'s but for d_rev, for which every candidate would have to be read backwards.
+        own (batch, rows, cols) and own_size (batch, 2); proposed (batch, A, rows, cols) uint8 and
+        size (batch, A, 2), 0 = none; target, inp (batch, ...) each on its own canvas; target_size
+        (batch, 2). The reward is `compute_reward`'s but for d_rev, for which every candidate would
+        have to be read backwards.
         """
         same_size = (own_size == target_size).all(-1)
         canvas = (target.shape[1], target.shape[2])
@@ -364,39 +359,6 @@ class RefinedPolicy(nn.Module):
         dict when the policy did not decide (modes "off" and "random").
         """
         return {} if info.step is None else self.rl.update(info.step, reward, next_state)
-
-
-@torch.no_grad()
-def prediction_stats(
-    logits: Tensor, confidence: Tensor, size: Tensor, size_logits: Tensor, inside: Tensor
-) -> Tensor:
-    """N_STATS figures (batch, 8) of an answer for the policy's state; no target needed, all about
-    0..1.
-
-    logits (steps, batch, rows, cols, colours), confidence (steps, batch) logits, size (batch, 2),
-    size_logits (batch, 2, sides), inside (batch, rows, cols) bool: cells of the predicted grid. In
-    order: last confidence, cell entropy / log 10, mean largest probability, share of cells changed
-    by the last step, expected steps, rows / 30, cols / 30, size entropy / log 30. The means over
-    cells are 0 where no cell is inside.
-    """
-    grids = torch.where(inside, 0, -1)
-    p = logits[-1].float().softmax(dim=-1)
-    entropy = torch.special.entr(p).sum(dim=-1) / math.log(p.shape[-1])
-    changed = (logits[-1].argmax(dim=-1) != logits[max(len(logits) - 2, 0)].argmax(dim=-1)).float()
-    size_entropy = torch.special.entr(size_logits.float().softmax(dim=-1)).sum(dim=-1).mean(dim=-1)
-    return torch.stack(
-        [
-            confidence[-1].float().sigmoid(),
-            weighted_cell_mean(entropy, grids),
-            weighted_cell_mean(p.amax(dim=-1), grids),
-            weighted_cell_mean(changed, grids),
-            expected_steps(confidence),
-            size[:, 0].float() / 30.0,
-            size[:, 1].float() / 30.0,
-            size_entropy / math.log(size_logits.shape[-1]),
-        ],
-        dim=-1,
-    )
 
 
 def _projection(width: int, projected: int) -> Tensor:

@@ -286,8 +286,7 @@ def run_prediction(args: argparse.Namespace) -> int:
     from batches import evaluation_views
     from dataset_arc import load_tasks, slices_of
     from evaluation import (
-        contested,
-        demonstration_scores,
+        contested_scores,
         gains,
         gains_line,
         joined,
@@ -362,7 +361,7 @@ def run_prediction(args: argparse.Namespace) -> int:
                 f"{fitter.failed}",
                 file=sys.stderr,
             )
-    offered, doubtful = proposals_for(explained), contested(explained)
+    offered = proposals_for(explained)
 
     def answers_of(
         system: System, tasks: Sequence[Task], task_index: dict[str, int], title: str
@@ -373,8 +372,7 @@ def run_prediction(args: argparse.Namespace) -> int:
         }  # fmt: skip
         own_scores = None
         if args.acceptance == "demonstrations":
-            some = [task for task in tasks if task.task_id in doubtful]
-            own_scores = demonstration_scores(system, some, **how)
+            own_scores = contested_scores(system, tasks, explained, **how)
         with tqdm(
             total=sum(len(task.tests) for task in tasks) * n_views,
             desc=title,

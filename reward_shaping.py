@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from grid_accuracy_loss import COLOURS, cell_accuracy, pick_colour, valid_cells, weighted_cell_mean
+from grid_accuracy_loss import cell_accuracy, pick_colour, valid_cells, weighted_cell_mean
+from grid_parts import COLOURS
 
 Scores = dict[str, Tensor]
 

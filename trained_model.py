@@ -1,4 +1,5 @@
-"""What model a checkpoint holds: built again from the file alone, as it was trained or averaged.
+"""What model a checkpoint holds: described in words, and built again from the file alone, as it was
+trained or averaged.
 
     from trained_model import load_model, load_modules
     agent, qwen, solver2, efe_loss, policy_rl, optimizer, metadata = load_modules("runs")
@@ -10,14 +11,40 @@ folder, `best_model.pt` or a checkpoint file do as well.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from command_line import EXIT_ARGUMENTS, EXIT_MISSING, UserError
 
 if TYPE_CHECKING:
     from arc_system import System, SystemConfig
+    from optimizers import WeightAverage
+
+
+class Description(TypedDict):
+    """What a checkpoint's `extra` says of its model, so that another process can build it again
+    from one file, without the run directory."""
+
+    # The SystemConfig; qwen_train as it was used: "auto" may mean another thing on another device.
+    system: dict[str, Any]
+    task_ids: list[str]  # in the order of the task table
+    average_names: list[str]  # "module.parameter" of each averaged tensor, in the average's order
+
+
+NEEDED = (*Description.__annotations__, "progress", "average")  # of `extra`, to build a model
+
+
+def describe(system: System, average: WeightAverage, task_ids: Iterable[str]) -> Description:
+    """What a checkpoint of this system has to say of it. average: over all that is trained, in the
+    order of the optimizer's groups; task_ids: in the order of the task table."""
+    names = {id(p): name for name, p in named_parameters(system).items()}
+    return {
+        "system": dataclasses.asdict(system.config) | {"qwen_train": system.qwen.train_mode},
+        "task_ids": list(task_ids),
+        "average_names": [names[id(p)] for p in average.params],
+    }
 
 
 @dataclass
@@ -166,8 +193,9 @@ def model_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool)
         n_batches = extra["progress"]["total"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path}: what it says of its training cannot be read ({type(error).__name__}: {error}). "
-            "The file is damaged or was made by hand; use another.",
+            f"{path}: what it says of its training cannot be read "
+            f"({type(error).__name__}: {error}). The file is damaged or was made by hand; use "
+            "another.",
             EXIT_MISSING,
         ) from error
     return Model(system, index, path, n_batches, averaged, [])
@@ -179,8 +207,7 @@ def system_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool
     from persistence.restoring import apply_state
 
     extra = payload.get("extra") or {}
-    needed = ("system", "task_ids", "progress", "average", "average_names")
-    missing = [key for key in needed if key not in extra]
+    missing = [key for key in NEEDED if key not in extra]
     if missing:
         raise UserError(
             f"{path}: it does not describe its model ('{missing[0]}' is missing), so another "

@@ -672,6 +672,12 @@ POLICY_FIGURES = {  # the policy's own name for a figure -> ours
     "grad_norm": "policy_grad",
     "skipped": "policy_skipped",
 }
+GRADIENT_FIGURES = {  # our name -> the parts of `System.trained_parts` whose gradients it measures
+    "agent_grad": ("agent",),
+    "memory_grad": ("solver2", "task_tokens"),
+    "refinement_grad": ("refinement",),
+    "qwen_heads_grad": ("qwen_heads",),
+}
 # Weight of the first answer's loss where a second one followed (guess): those queries are mostly explained already.
 FIRST_ANSWER_WEIGHT = 0.5
 SUMS = (
@@ -761,42 +767,6 @@ def commit_hash() -> str | None:
     return done.stdout.strip()
 
 
-def parameter_groups(system: Any, args: argparse.Namespace, qwen_lr: float) -> list[dict[str, Any]]:
-    """Every trained tensor exactly once, by learning rate and by optimizer kind.
-
-    Hidden matrices (2D, inside blocks) go to Muon; embeddings, heads, gains and Qwen to AdamW.
-    """
-    muon: list[Any] = []
-    plain: list[Any] = []
-    for name, p in system.agent.named_parameters():
-        hidden = (
-            p.ndim == 2
-            and name.startswith(("blocks.", "encoder.", "demonstrations."))
-            and "null" not in name
-        )
-        (muon if hidden and args.optimizer == "muon" else plain).append(p)
-    task = [system.solver2.task_tokens.weight]
-    rest = [p for p in system.solver2.parameters() if p is not task[0]]
-    groups = [
-        {"name": "agent_matrices", "params": muon, "lr": args.agent_lr, "muon": True},
-        {"name": "agent", "params": plain, "lr": args.agent_lr},
-        {"name": "solver2", "params": rest, "lr": args.agent_lr},
-        {
-            "name": "task_tokens",
-            "params": task,
-            "lr": args.agent_lr * args.task_lr_factor,
-            "weight_decay": 0.0,
-        },
-        {"name": "refinement", "params": system.policy_rl.main_parameters(), "lr": args.agent_lr},
-        {"name": "qwen_heads", "params": system.qwen.head_parameters(), "lr": qwen_lr},
-        {"name": "qwen", "params": system.qwen.lm_parameters(), "lr": qwen_lr},
-    ]
-    for group in groups:
-        group["params"] = [p for p in group["params"] if p.requires_grad]
-        group["base_lr"] = group["lr"]
-    return [group for group in groups if group["params"]]
-
-
 # ---------------------------------------------------------------------------------------------
 # One batch, in the order of the design
 # ---------------------------------------------------------------------------------------------
@@ -873,30 +843,13 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     """
     import torch
 
-    from arc_agent import AgentOutput
-    from arc_system import (
-        answer_stats,
-        arms_right,
-        fingerprint,
-        put_rows,
-        rows_of,
-    )
+    from arc_system import answer_stats, arms_right, rows_of
     from curriculum import gradient_norm
-    from grid_accuracy_loss import (
-        cell_accuracy,
-        copied_share,
-        exact_match,
-        resize_grids,
-        resize_logits,
-    )
+    from grid_accuracy_loss import cell_accuracy, exact_match, resize_logits
     from loss_function import EFE_SHARE, combined_loss
 
     args, system, progress = run.args, run.system, run.progress
     place = (args.seed, progress.epoch, progress.batch)
-    canvas = tuple(targets.output.shape[1:])
-    # A target that cannot be written on the query's canvas trains the size, not the cells.
-    target = targets.output.masked_fill(~targets.fits[:, None, None], -1)
-    refining = args.policy != "off"
 
     with run.autocast():
         # 1. Task view -> prompt. Half of the tasks go without their own tokens, so that unseen
@@ -907,83 +860,26 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
 
         # 2. The agent's first answer. Where no proposal is taken it stands, and learns. In a batch
         #    without proposals all that is refined is the prompt: the second answer learns for it.
-        everyone = refining and not batch.proposed.shape[1]
-        with torch.set_grad_enabled(not everyone):
-            before: AgentOutput = system.answer(reading)
-
         # 3. The policy chooses among the ways to explain the demonstrations and changes the prompt;
         #    the agent answers again where it chose one.
-        after, refinement = before, None
-        again = torch.zeros(0, dtype=torch.long, device=run.device)  # numbers of those queries
-        if refining:
-            generator = generator_for(run.device, *place, 2)
-            refinement = system.refine(reading, before, generator)
-        if everyone:
-            after = system.answer(reading, refinement)
-        elif refinement is not None and refinement.proposal is not None:
-            again = refinement.proposal.given.nonzero().squeeze(-1)
-            if len(again):
-                second = system.answer(rows_of(reading, again), rows_of(refinement, again))
-                after = put_rows(before, again, second)
-        with torch.no_grad():
-            if everyone:
-                told_before = system.backward(reading, before)
-            elif len(again):
-                told_before = system.backward(rows_of(reading, again), rows_of(before, again))
-        backward_after = system.backward(reading, after)
-        if everyone:
-            backward_before = told_before
-        else:
-            backward_before = backward_after.detach()
-            if len(again):
-                backward_before = backward_before.index_copy(0, again, told_before)
+        passed = system.answer_twice(reading, generator_for(run.device, *place, 2))
+        before, after, again = passed.before, passed.after, passed.again
+        refinement = passed.refinement
+        backward_before, backward_after = system.backward_both(reading, passed)
         # Only the true output teaches the backward model; the agent's own answer never does.
         backward_true = system.backward_of(reading, targets.output, targets.size)
 
     # 4. Resize what differs from the target's size: nearest for colours, bilinear for logits.
-    grids_before, grids_after = before.grids(), after.grids()
-    shown = resize_grids(grids_after, after.size, targets.size, canvas)
-    logits = resize_logits(after.logits, after.size, targets.size, canvas)
-    with torch.no_grad():
-        logits_before = resize_logits(before.logits[-1], before.size, targets.size, canvas)
-    size_right = (after.size == targets.size).all(-1)
-
     # 5. Reward of the change: hard for the policy, soft (with gradient) for the combined loss.
     #    Sizes are the model's own, before step 4; d_rev comes from the real backward model.
-    inp = batch.query_input
-    copied_before = copied_share(before.logits[-1].exp(), before.size, inp, batch.query_input_size)
-    copied_after = copied_share(after.logits[-1].exp(), after.size, inp, batch.query_input_size)
-    reward, breakdown = system.policy_rl.compute_reward(
-        grids_before,
-        grids_after,
-        target,
-        inp,
-        size_before=before.size,
-        size_after=after.size,
-        target_size=targets.size,
-        reconstruction_before=backward_before.argmax(-1),
-        reconstruction_after=backward_after.argmax(-1),
-        copied_before=copied_before.detach(),
-        copied_after=copied_after.detach(),
-    )
-    soft, _ = system.policy_rl.soft_reward(
-        logits_before,
-        logits[-1],
-        target,
-        size_logits_before=before.size_logits,
-        size_logits_after=after.size_logits,
-        target_size=targets.size,
-        backward_logits_before=backward_before,
-        backward_logits_after=backward_after,
-        inp=inp,
-        copied_before=copied_before,
-        copied_after=copied_after,
-    )
+    earned = system.reward(reading, passed, targets, (backward_before, backward_after))
+    target, shown, size_right = earned.target, earned.shown, earned.size_right
+    reward, soft, inp = earned.hard, earned.soft, batch.query_input
 
     # 6. EFE loss, hard cells first, size part weighted by the curriculum; then the combination.
     size_weight = run.curriculum.get_size_loss_weight(progress.epoch)
     efe = system.efe_loss(
-        logits=logits,
+        logits=earned.logits,
         target=target,
         confidence=after.confidence,
         size_right=size_right,
@@ -1004,7 +900,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         own_size = targets.size[again]
         share = FIRST_ANSWER_WEIGHT * len(again) / len(target)
         first_efe = system.efe_loss(
-            logits=resize_logits(first.logits, first.size, own_size, canvas),
+            logits=resize_logits(first.logits, first.size, own_size, tuple(goal.shape[1:])),
             target=goal,
             confidence=first.confidence,
             size_right=(first.size == own_size).all(-1),
@@ -1029,7 +925,11 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         unscale = 1.0 / run.scaler.get_scale()
     # Qwen's own parameters: 0 when it is frozen or was not run. Its projections are apart.
     qwen_grad = unscale * run.monitor.check_gradients(system.qwen.backbone, "Qwen")["norm"]
-    heads_grad = unscale * gradient_norm(system.qwen.head_parameters(), run.device)
+    trained = system.trained_parts()
+    norms = {
+        name: unscale * gradient_norm((p for part in parts for p in trained[part]), run.device)
+        for name, parts in GRADIENT_FIGURES.items()
+    }
     if last:
         healthy = bool(torch.isfinite(norm) & torch.isfinite(loss))
         if healthy or run.scaler.is_enabled():  # the scaler skips by itself and lowers its scale
@@ -1053,14 +953,14 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     choosing: dict[str, Any] = {}
     if refinement is not None:
         after_state = system.policy_rl.state(reading.prompt.summary, answer_stats(after))
-        if everyone:
+        if passed.everyone:
             health = system.policy_rl.update(refinement.info, reward, after_state)
         elif len(again):  # the others' prompt was not changed
             health = system.policy_rl.update(
                 refinement.info.of(again), reward[again], after_state[again]
             )
         rewards, right = system.policy_rl.proposal_rewards(
-            grids_before,
+            before.grids(),
             batch.proposed,
             batch.proposed_size,
             target,
@@ -1090,14 +990,15 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
     if system.solver2.use_memory:
         system.solver2.store(summary / counts[:, None], owner, by_task, keep)
         if refinement is not None and batch.proposed.shape[1]:
-            system.solver2.store_arms(*arms_right(batch, fingerprint(batch), right[:, 1:]))
+            known = arms_right(batch, refinement.fingerprint, right[:, 1:])
+            system.solver2.store_arms(*known)
 
     # 10. The figures of the batch, waited for once.
     shown_figures = {
         "loss": loss,
         "reward": reward.mean(),
         "mask_ratio": efe["mask_ratio"],
-        **{name: breakdown[name].mean() for name in REWARD_FIGURES},
+        **{name: earned.parts[name].mean() for name in REWARD_FIGURES},
         "reward_zero_frac": (reward == 0).float().mean(),
         "soft_reward": soft.mean(),
         "efe": efe["total"],
@@ -1108,7 +1009,7 @@ def train_step(run: Run, batch: Any, targets: Any, *, last: bool = True) -> dict
         "stored": keep.sum(),
         "fits_frac": targets.fits.float().mean(),
         "change": refinement.info.change_frac if refinement is not None else torch.zeros(()),
-        "qwen_heads_grad": heads_grad,
+        **norms,
         **{ours: health[theirs] for theirs, ours in POLICY_FIGURES.items() if health},
         **choosing,
     }
@@ -1153,8 +1054,7 @@ def evaluate(
     from batches import evaluation_views
     from evaluation import (
         answered_all,
-        contested,
-        demonstration_scores,
+        contested_scores,
         gains,
         joined,
         predict_tasks,
@@ -1202,9 +1102,9 @@ def evaluate(
     n_done = n_batches = 0
     with run.average.applied():
         if fitter is not None and args.acceptance == "demonstrations":
-            doubtful = contested(explained)
-            some = [task for task in wanted if task.task_id in doubtful]
-            own_scores = demonstration_scores(run.system, some, progress=heed_stop, **options)
+            own_scores = contested_scores(
+                run.system, wanted, explained, progress=heed_stop, **options
+            )
         bar = tqdm(
             total=len(keys) * n_views, desc=title, unit="query", leave=False, disable=no_bar(args)
         )
@@ -1410,37 +1310,17 @@ def resume_command(run: Run, *flags: str) -> str:
 def checkpoint_extra(run: Run) -> dict[str, Any]:
     """Everything a checkpoint holds beside the five modules and the optimizer."""
     from model_persistence import capture_rng_state
+    from trained_model import describe
 
     run.clock.elapsed_s = time.monotonic() - run.started
     extra = {name: part.state_dict() for name, part in run.state().items()}
     extra["config"] = run_config(run)
     extra["flags"] = other_flags(run)
     extra["in_use"] = in_use(run)
-    extra |= model_identity(run)
+    extra |= describe(run.system, run.average, run.stream.task_table)
     extra["qwen_cache"] = run.system.qwen.cache_state()
     extra["rng"] = capture_rng_state()
     return extra
-
-
-def model_identity(run: Run) -> dict[str, Any]:
-    """What another process needs to rebuild the model from one file, without the run directory.
-
-    average_names: "module.parameter" of each averaged tensor, in the average's order.
-    """
-    import dataclasses
-
-    system = run.system
-    names = {
-        id(p): f"{module}.{name}"
-        for module, part in system.modules().items()
-        for name, p in part.named_parameters()
-    }
-    return {
-        # "auto" may mean another thing on another device: the mode that was used is kept.
-        "system": dataclasses.asdict(system.config) | {"qwen_train": system.qwen.train_mode},
-        "task_ids": list(run.stream.task_table),
-        "average_names": [names[id(p)] for p in run.average.params],
-    }
 
 
 def restore(run: Run, metadata: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -1595,7 +1475,9 @@ def set_up(args: argparse.Namespace, tasks: Any, started: float) -> Run:
     system = arc_system.build_system(config, device, offline=args.offline)
     args.qwen_train = system.qwen.train_mode  # "auto" may mean another thing on another device
     collator = Collator()
-    groups = parameter_groups(system, args, args.qwen_lr)
+    groups = system.parameter_groups(
+        args.agent_lr, args.qwen_lr, args.task_lr_factor, args.optimizer == "muon"
+    )
     optimizer = MuonAdamW(groups, weight_decay=args.weight_decay)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return Run(

@@ -48,8 +48,7 @@ def main() -> None:
     from dataset_arc import load_tasks, slices_of
     from evaluation import (
         alone,
-        contested,
-        demonstration_scores,
+        contested_scores,
         gains,
         joined,
         mcnemar,
@@ -78,8 +77,7 @@ def main() -> None:
     network_s = time.process_time() - begun
     explained = fitter.collect()
     fitter.close()
-    doubtful = contested(explained)
-    own = demonstration_scores(model.system, [t for t in chosen if t.task_id in doubtful], **common)
+    own = contested_scores(model.system, chosen, explained, **common)
     offered = {"proposals": proposals_for(explained), "own_scores": own}
     both = predict_tasks(model.system, hidden, views, **common, **offered)
     free = predict_tasks(model.system, hidden, views, **common, **offered, accept=False)

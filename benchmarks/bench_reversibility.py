@@ -50,12 +50,12 @@ from evaluation import (  # noqa: E402
     reversibility,
 )
 from grid_accuracy_loss import (  # noqa: E402
-    COLOURS,
     copied_share,
     exact_match,
     pick_colour,
     weighted_cell_mean,
 )
+from grid_parts import COLOURS  # noqa: E402
 from trained_model import load_model  # noqa: E402
 
 UNSEEN_EPOCH = 1_000_000  # no run gets there, so its views are new

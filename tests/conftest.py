@@ -1,4 +1,5 @@
-"""Helpers of the suite: synthetic tasks, a small system, and the real script run in this process.
+"""Helpers of the suite: synthetic tasks, a small system, the real script run in this process, and
+one training step of it with its calls watched.
 
 Nothing here touches the network, the user's configuration or the folder that pytest runs in.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import os
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
@@ -25,6 +27,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 import dataset_arc
 import trainloop_complete_with_fixes as trainloop
@@ -271,6 +274,15 @@ def taking(system: Any, reading: Any, taken: Sequence[int]) -> Any:
     return dataclasses.replace(made, tokens=reading.prompt.tokens, proposal=proposal)
 
 
+def stir(system: Any, seed: int = 0) -> None:
+    """Move every weight off its (often zero) start, so that nothing hides there."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in system.modules().values():
+            for p in module.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+
 def lively_system(seed: int = 0, **options: Any) -> Any:
     """A small system of which no weight is at its (often zero) start, so that nothing hides there.
 
@@ -280,11 +292,7 @@ def lively_system(seed: int = 0, **options: Any) -> Any:
 
     config = arc_system.SystemConfig(**{"width": 32, "heads": 2, "n_tasks": 6, **options})
     system = arc_system.build_system(config, "cpu")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in system.modules().values():
-            for p in module.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    stir(system, seed)
     return system.train(False)
 
 
@@ -292,6 +300,143 @@ def lively_system(seed: int = 0, **options: Any) -> Any:
 def system() -> Any:
     """A lively system that tests only read."""
     return lively_system()
+
+
+# ---------------------------------------------------------------- one step, watched
+
+
+class Call(NamedTuple):
+    """One call of a watched function."""
+
+    given: dict[str, Any]  # arguments by name, as they were given
+    result: Any
+
+
+@dataclass
+class Step:
+    """A run set up without training, one of its batches, and what is called in its steps."""
+
+    run: Any
+    batch: Any
+    targets: Any
+    calls: dict[str, list[Call]]
+
+    def take(self, **options: Any) -> dict[str, float]:
+        """One `train_step`; its figures."""
+        return trainloop.train_step(self.run, self.batch, self.targets, **options)
+
+    def one(self, name: str) -> Call:
+        """The only call of that name so far."""
+        (call,) = self.calls[name]
+        return call
+
+    def keep_gradients(self) -> None:
+        """Weights and gradients stay as the backward pass leaves them."""
+        self.run.optimizer.zero_grad = lambda set_to_none=True: None
+        self.run.optimizer.step = lambda: None
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients by module and name, 0 where there is none."""
+        return {
+            f"{module}.{name}": torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for module, part in self.run.system.modules().items()
+            for name, p in part.named_parameters()
+        }
+
+
+def watch(owner: Any, name: str, calls: dict[str, list[Call]]) -> None:
+    """Note every call of owner.name, which goes through."""
+    real = getattr(owner, name)
+    signature = inspect.signature(real)
+
+    def call(*args: Any, **options: Any) -> Any:
+        given = dict(signature.bind(*args, **options).arguments)
+        given |= given.pop("given", {})  # a watched function that was replaced before
+        result = real(*args, **options)
+        calls.setdefault(name, []).append(Call(given, result))
+        return result
+
+    setattr(owner, name, call)
+
+
+Prepare = Callable[[Any, Any], None]
+
+
+@pytest.fixture
+def ready(train: Script) -> Callable[..., Step]:
+    """`ready(*flags)`: a stirred run and a batch of two whole tasks, with proposals if `proposing`;
+    calls are watched.
+
+    `prepare(run, targets)` may replace parts before the watching starts.
+    """
+
+    def make(*flags: Any, prepare: Prepare | None = None, proposing: bool = False) -> Step:
+        outcome = train("--dry_run", *flags)
+        assert outcome.code == 0, outcome.err
+        run = outcome.run
+        stir(run.system)
+        run.stream.proposals = Proposer() if proposing else None
+        for position in range(run.stream.n_batches(0)):
+            batch, targets = run.stream.batch(0, position)
+            if batch.n_tasks == 2 and targets.fits.all():
+                break
+        else:
+            raise AssertionError("no batch of two whole tasks")
+        if prepare is not None:
+            prepare(run, targets)
+        calls: dict[str, list[Call]] = {}
+        system = run.system
+        for owner, names in (
+            (system, ("read", "answer", "refine", "backward")),
+            (
+                system.policy_rl,
+                ("compute_reward", "soft_reward", "update", "proposal_rewards", "learn_choice"),
+            ),
+            (system.efe_loss, ("forward",)),
+            (system.solver2, ("store", "tokens", "store_arms", "recall")),
+        ):
+            for name in names:
+                watch(owner, name, calls)
+        return Step(run, batch, targets, calls)
+
+    return make
+
+
+def say(run: Any, *changes: Callable[[Any], Any]) -> None:
+    """The agent's answers of a step, in turn, as `changes` make them; the policy decides by the
+    agent's own, which lies on the batch's canvas."""
+    real, real_refine = run.system.answer, run.system.refine
+    turn = iter(changes)
+    own: list[Any] = []
+
+    def answer(reading: Any, refinement: Any = None, **given: Any) -> Any:
+        own.append(real(reading, refinement, **given))
+        return next(turn)(own[-1])
+
+    def refine(reading: Any, before: Any, generator: Any, **given: Any) -> Any:
+        return real_refine(reading, own[0], generator, **given)
+
+    run.system.answer, run.system.refine = answer, refine
+
+
+def showing(grids: torch.Tensor, size: torch.Tensor) -> Callable[[Any], Any]:
+    """An answer with these cells (Q, rows, cols) and sizes (Q, 2)."""
+    sure = functional.one_hot(grids.clamp(min=0), 10).float().mul(8.0).log_softmax(-1)
+
+    def change(output: Any) -> Any:
+        logits = sure.expand(len(output.logits), *sure.shape) + 0.0 * output.logits.sum()
+        return dataclasses.replace(output, logits=logits, size=size)
+
+    return change
+
+
+def twice_as_large(targets: Any) -> Callable[[Any], Any]:
+    """Every target drawn with cells of 2 x 2: resized to the target it is the target."""
+    return showing(targets.output.repeat_interleave(2, 1).repeat_interleave(2, 2), 2 * targets.size)
+
+
+def exactly(targets: Any) -> Callable[[Any], Any]:
+    return showing(targets.output, targets.size)
 
 
 def work_moves_the_clock(patch: pytest.MonkeyPatch) -> list[float]:

@@ -13,6 +13,7 @@ import torch
 from conftest import FAST, differing, lively_system, make_tasks, write_tasks
 
 import adaptation
+import evaluation
 import predict
 import trainloop_complete_with_fixes as trainloop
 from adaptation import FOLDS, Adapted, Measure, adapt
@@ -72,17 +73,17 @@ def test_only_the_tokens_of_new_tasks_change_if_only_they_may(unseen, monkeypatc
     assert any(not torch.equal(before[key], after[key]) for key in policy)
 
 
-def spied(monkeypatch, name):
-    """Arguments of every call of a function of adaptation, from now on."""
+def spied(monkeypatch, name, owner=adaptation):
+    """Arguments of every call of a function, from now on."""
     calls: list[Any] = []
-    real = getattr(adaptation, name)
+    real = getattr(owner, name)
 
     def spy(*args, **options):
         result = real(*args, **options)
         calls.append((*args, result))
         return result
 
-    monkeypatch.setattr(adaptation, name, spy)
+    monkeypatch.setattr(owner, name, spy)
     return calls
 
 
@@ -95,7 +96,7 @@ def test_no_demonstration_is_judged_by_weights_that_have_trained_on_it(unseen, m
     said = []
     for given in (tasks, other):
         with monkeypatch.context() as patch:
-            calls = spied(patch, "predict_tasks")
+            calls = spied(patch, "predict_tasks", evaluation)
             trained = spied(patch, "_train")
             adapt(small(), given, {}, n_batches=2, lr=0.01)
         asked = [(call[1], call[-1]) for call in calls]
@@ -149,10 +150,10 @@ def test_what_helps_on_held_out_demonstrations_is_accepted(alike):
         assert adapted.after[task_id] > adapted.before[task_id]
 
     def exact_and_cells(system, index):
-        told = adaptation._told_from_others(
+        rows = adaptation._outcomes_of_folds(
             system, alike, index, range(FOLDS), device="cpu", dtype=None, seed=0
         )
-        return {task_id: adaptation._measure(answers) for task_id, answers in told.items()}
+        return {task_id: adaptation._measure(answers) for task_id, answers in rows.items()}
 
     assert exact_and_cells(system, {}) == adapted.before
     fitted = exact_and_cells(adapted.system, adapted.task_index)
@@ -230,17 +231,17 @@ def test_seconds_end_it_and_progress_is_told(unseen, monkeypatch):
     monkeypatch.setattr(adaptation.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(adaptation, "MEASURED_AT_ONCE", 2)
 
-    def slower(name, seconds):
-        real = getattr(adaptation, name)
+    def slower(owner, name, seconds):
+        real = getattr(owner, name)
 
         def call(*args, **options):
             clock[0] += seconds
             return real(*args, **options)
 
-        monkeypatch.setattr(adaptation, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    slower("_leave_one_out", 1.0)
-    slower("predict_tasks", 0.5)
+    slower(adaptation, "_leave_one_out", 1.0)
+    slower(evaluation, "predict_tasks", 0.5)
     shares: list[float] = []
     adapted = adapt(small(), unseen, {}, seconds=15, progress=shares.append)
     assert clock[0] <= 15 + 1 + FOLDS  # a batch that has begun is finished

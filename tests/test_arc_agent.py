@@ -23,10 +23,10 @@ from arc_agent import (
     rotary_dim,
     rotary_table,
     rotate,
-    size_mask,
 )
 from arc_system import SystemConfig, build_system
 from batches import evaluation_batches, evaluation_targets
+from grid_accuracy_loss import size_mask
 from grid_parts import COLOURS
 from grid_transforms import N_SOURCES
 from hypotheses import N_PROPOSAL_FACTS, Proposals
@@ -479,13 +479,6 @@ def test_choose_size_stays_on_the_canvas():
     logits[:, :, 4] = 1.0
     canvas = torch.tensor([[20, 30], [19, 5]])
     assert choose_size(logits, canvas).tolist() == [[20, 20], [5, 5]]
-
-
-def test_size_mask_is_the_top_left_rectangle():
-    mask = size_mask(torch.tensor([[2, 3], [0, 1]]), 3, 4)
-    expected = torch.zeros(2, 3, 4, dtype=torch.bool)
-    expected[0, :2, :3] = True
-    assert torch.equal(mask, expected)
 
 
 # ---------------------------------------------------------------- positions and colours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
@@ -11,14 +12,14 @@ from conftest import differing, lively_system, taking
 
 import arc_system
 import dataset_arc
+from arc_agent import AgentOutput
 from arc_system import SystemConfig, answer_stats, build_system
 from batches import View, evaluation_batches
 from hypotheses import N_ARM_SLOTS, PROPOSAL_FACTS
 from language_model import ModelError
+from model_persistence import ModelPersistence
 from policy_refined import N_STATS
 from proposal_policy import ARM_FACTS, RELATION
-
-NAMES = {"agent", "qwen", "solver2", "efe_loss", "policy_rl"}
 
 
 @pytest.fixture
@@ -36,8 +37,13 @@ def final_logits(system, batch, seed=0):
     return system.answer(reading, refinement).logits
 
 
-def test_the_modules_have_the_names_of_a_checkpoint(system):
-    assert set(system.modules()) == NAMES
+def test_the_modules_have_the_names_and_the_order_of_a_checkpoint(system):
+    """They are saved and loaded by position."""
+    names = list(system.modules())
+    assert names == ["agent", "qwen", "solver2", "efe_loss", "policy_rl"]
+    for call in (ModelPersistence.save_checkpoint, ModelPersistence.save_best_model):
+        assert list(inspect.signature(call).parameters)[1:6] == names
+    assert all(module is getattr(system, name) for name, module in system.modules().items())
     assert all(module.training is False for module in system.modules().values())
 
 
@@ -104,6 +110,42 @@ def test_the_prompt_reaches_the_answer_through_every_part(batch):
         with torch.no_grad():
             part(changed).mul_(-1.0)
         assert not torch.equal(final_logits(changed, batch), base), name
+
+
+def test_a_batch_without_proposals_answers_again_in_training_alone(batch):
+    """Breaks: a prediction that no demonstration accepted; a second answer that learns twice over."""
+    system = lively_system()
+    reading = system.read(batch)
+    generator = torch.Generator().manual_seed(0)
+    passed = system.answer_twice(reading, generator)
+    assert passed.everyone
+    assert not len(passed.again)
+    assert not passed.before.logits.requires_grad
+    assert passed.after.logits.requires_grad
+    assert not torch.equal(passed.after.logits, passed.before.logits)
+    stands = system.answer_twice(reading, generator, prompt_alone=False)
+    assert not stands.everyone
+    assert stands.after is stands.before
+    assert stands.before.logits.requires_grad
+
+
+def test_without_backward_readings_the_reward_leaves_their_part_out(proposing):
+    """Breaks: test-time training paid by d_rev, or its soft reward in the loss."""
+    batch, targets = proposing
+    system = lively_system(policy="random")
+    with torch.no_grad():
+        reading = system.read(batch)
+        passed = system.answer_twice(reading, torch.Generator().manual_seed(0))
+        bare = system.reward(reading, passed, targets)
+        whole = system.reward(reading, passed, targets, system.backward_both(reading, passed))
+    assert 0 < len(passed.again) < batch.n_queries
+    assert (bare.parts["d_rev"] == 0).all()
+    assert (bare.soft == 0).all()
+    assert (whole.parts["d_rev"] != 0).any()
+    assert (whole.soft != 0).any()
+    torch.testing.assert_close(bare.hard + 0.5 * whole.parts["d_rev"], whole.hard)
+    for name in ("target", "logits", "shown", "size_right"):
+        assert torch.equal(getattr(bare, name), getattr(whole, name)), name
 
 
 def test_stored_memory_reaches_the_answer_of_other_tasks(batch):
@@ -190,10 +232,47 @@ def test_dropping_the_task_tokens_is_per_query(system, batch):
 
 
 def test_the_policy_s_state_is_eight_finite_figures(system, batch):
-    with torch.no_grad():
-        stats = answer_stats(system.answer(system.read(batch)))
+    stats = answer_stats(system.answer(system.read(batch)))
     assert stats.shape == (batch.n_queries, N_STATS)
     assert ((stats >= 0) & (stats <= 1.0001)).all()
+    assert not stats.requires_grad
+
+
+def test_the_figures_of_an_answer_are_of_the_cells_inside_it():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 2, 4, 4, 10, generator=g)
+    size = torch.tensor([[2, 3], [0, 0]])
+    size_logits = torch.randn(2, 2, 30, generator=g)
+    size_logits[:, :, 20:] = -torch.inf  # sizes that were ruled out
+    output = AgentOutput(
+        logits, size_logits, size, torch.randn(3, 2, generator=g), torch.tensor([3, 3])
+    )
+    stats = answer_stats(output)
+    assert stats.shape == (2, N_STATS)
+    assert torch.isfinite(stats).all()
+    assert stats.min() >= 0
+    assert stats.max() <= 1 + 1e-6
+    cells = logits[:, 0, :2, :3].reshape(3, 6, 10)
+    entropy = torch.distributions.Categorical(logits=cells[-1]).entropy().mean()
+    changed = (cells[-1].argmax(-1) != cells[-2].argmax(-1)).float().mean()
+    torch.testing.assert_close(stats[0, 1], entropy / torch.tensor(10.0).log())
+    torch.testing.assert_close(stats[0, 2], cells[-1].softmax(-1).amax(-1).mean())
+    torch.testing.assert_close(stats[0, 3], changed)
+    torch.testing.assert_close(stats[:, 0], output.confidence[-1].sigmoid())
+    torch.testing.assert_close(stats[0, 5:7], torch.tensor([2.0, 3.0]) / 30)
+    torch.testing.assert_close(stats[0, 7], entropy_of_sizes(size_logits[0]))
+    assert stats[1, 1:4].eq(0).all()
+    outside = torch.ones(2, 4, 4, 1, dtype=torch.bool)
+    outside[0, :2, :3] = False
+    noisy = logits + 5 * torch.rand(logits.shape, generator=g) * outside
+    moved = answer_stats(dataclasses.replace(output, logits=noisy))
+    torch.testing.assert_close(moved, stats)
+
+
+def entropy_of_sizes(size_logits):
+    """Mean over rows and cols (2, 30), as a share of the largest possible."""
+    entropy = torch.distributions.Categorical(logits=size_logits[:, :20]).entropy().mean()
+    return entropy / torch.tensor(30.0).log()
 
 
 def test_reading_twice_gives_the_same_bits(system, batch):
@@ -322,6 +401,7 @@ def test_a_refused_refinement_leaves_the_prediction_as_it_was(batch):
     assert len(answered.again) == 0
     assert answered.backward_before is None
     assert answered.backward_after is None
+    assert not answered.before.logits.requires_grad
     assert not torch.equal(final_logits(system, batch), answered.before.logits)
 
 

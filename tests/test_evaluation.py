@@ -13,6 +13,7 @@ import torch
 from conftest import lively_system
 
 import dataset_arc
+import evaluation
 import rule_list
 from batches import View, evaluation_batches, evaluation_views
 from dataset_arc import Pair, Task
@@ -26,6 +27,7 @@ from evaluation import (
     demonstration_scores,
     gains,
     joined,
+    left_out,
     predict_tasks,
     proposals_for,
     refined,
@@ -612,6 +614,28 @@ def test_contested_are_tasks_of_which_the_demonstrations_are_in_two_minds():
         ("late", 0): said(0), ("late", 1): said(2), ("no", 0): said(),
     }  # fmt: skip
     assert contested(explained) == {"some", "late"}
+
+
+def test_contested_tasks_alone_are_asked_for_their_own_scores(system, task_set, monkeypatch):
+    """Breaks: the network asked for every task, or for one that is not among the tasks."""
+    tasks = without_outputs(task_set.train[:3])
+    asked = {task.task_id for task in tasks[1:]} | {"another"}
+    monkeypatch.setattr(evaluation, "contested", lambda _: asked)
+    found = evaluation.contested_scores(system, tasks, {}, seed=3)
+    assert found == demonstration_scores(system, tasks[1:], seed=3)
+    assert set(found) == {task.task_id for task in tasks[1:]}
+
+
+def test_a_question_is_one_demonstration_without_itself_in_sight(task_set):
+    """Breaks: another demonstration asked, or shown; a question under another task's name."""
+    task = task_set.train[0]
+    for number, pair in enumerate(task.demonstrations):
+        question = left_out(task, number)
+        assert question.task_id == task.task_id
+        assert question.tests == (pair,)
+        assert pair not in question.demonstrations
+        assert len(question.demonstrations) == len(task.demonstrations) - 1
+    assert left_out(task, 0, "other").task_id == "other"
 
 
 def test_where_hypotheses_answer_the_deadline_cuts_the_first_view_too(system, hidden):

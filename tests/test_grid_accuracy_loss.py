@@ -10,18 +10,20 @@ from torch.nn import functional
 
 from grid_accuracy_loss import (
     cell_accuracy,
-    cell_cross_entropy,
     copied_share,
     exact_match,
     grid_sizes,
     hard_cell_scale,
     hard_cell_weights,
     mask_ratio,
+    pick_colour,
     resize_grids,
     resize_logits,
     resize_turned,
+    size_mask,
     size_match,
     valid_cells,
+    weighted_cell_mean,
 )
 
 TARGET = torch.tensor([[[1, 2, 3], [4, 5, 6], [7, 8, 9]]])
@@ -45,12 +47,19 @@ def example(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 4, 5, 6, 10, generator=generator), padded(grids, (5, 6))
 
 
+def cell_loss(
+    logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy per grid, put together as the EFE loss does it."""
+    return weighted_cell_mean(-pick_colour(logits.log_softmax(-1), target), target, weights)
+
+
 def test_wrong_cells_of_the_three_by_three_example_get_4_5_times_the_gradient() -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(1, 3, 3, 10, generator=generator, requires_grad=True)
     weights = hard_cell_weights(PREDICTION, TARGET)
-    (plain,) = torch.autograd.grad(cell_cross_entropy(logits, TARGET).sum(), logits)
-    (hard,) = torch.autograd.grad(cell_cross_entropy(logits, TARGET, weights).sum(), logits)
+    (plain,) = torch.autograd.grad(cell_loss(logits, TARGET).sum(), logits)
+    (hard,) = torch.autograd.grad(cell_loss(logits, TARGET, weights).sum(), logits)
     wrong = PREDICTION != TARGET
     assert int(wrong.sum()) == 2
     torch.testing.assert_close(hard[wrong], 4.5 * plain[wrong])
@@ -70,9 +79,7 @@ def test_easy_weight_and_cells_outside() -> None:
 def test_a_grid_without_mistakes_keeps_its_loss() -> None:
     logits = torch.zeros(1, 3, 3, 10, requires_grad=True)
     ratio = mask_ratio(TARGET, TARGET)
-    loss = hard_cell_scale(ratio) * cell_cross_entropy(
-        logits, TARGET, hard_cell_weights(TARGET, TARGET)
-    )
+    loss = hard_cell_scale(ratio) * cell_loss(logits, TARGET, hard_cell_weights(TARGET, TARGET))
     assert ratio.item() == 0.0
     assert hard_cell_scale(ratio).item() == 0.5
     loss.sum().backward()
@@ -92,7 +99,7 @@ def test_mask_ratio() -> None:
 def test_cross_entropy_matches_a_loop_over_cells() -> None:
     logits, target = example()
     weights = torch.rand(target.shape, generator=torch.Generator().manual_seed(1))
-    got = cell_cross_entropy(logits, target, weights)
+    got = cell_loss(logits, target, weights)
     assert got.shape == (3, 4)
     for t in range(3):
         for b in range(4):
@@ -103,27 +110,27 @@ def test_cross_entropy_matches_a_loop_over_cells() -> None:
                     p = logits[t, b, r, c].exp() / logits[t, b, r, c].exp().sum()
                     total -= float(weights[b, r, c] * p[target[b, r, c]].log())
             assert got[t, b].item() == pytest.approx(total / (rows * cols), rel=1e-5)
-    torch.testing.assert_close(cell_cross_entropy(logits[1], target, weights), got[1])
+    torch.testing.assert_close(cell_loss(logits[1], target, weights), got[1])
 
 
 def test_cells_outside_the_target_have_no_gradient_and_no_say() -> None:
     logits, target = example()
     logits = logits.requires_grad_()
-    cell_cross_entropy(logits, target).sum().backward()
+    cell_loss(logits, target).sum().backward()
     assert logits.grad is not None
     assert logits.grad[:, target < 0].eq(0).all()
     assert logits.grad[:, target >= 0].abs().sum(-1).gt(0).all()
     noisy = torch.where(valid_cells(target)[..., None], logits.detach(), torch.tensor(1e4))
-    assert torch.equal(cell_cross_entropy(noisy, target), cell_cross_entropy(logits, target))
+    assert torch.equal(cell_loss(noisy, target), cell_loss(logits, target))
 
 
-def test_loss_is_float32_under_autocast() -> None:
+def test_resized_logits_are_float32_under_autocast() -> None:
     logits, target = example()
+    sizes = grid_sizes(target), grid_sizes(target) * 2, (10, 12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = cell_cross_entropy(logits, target)
-        resized = resize_logits(logits, grid_sizes(target), grid_sizes(target), (5, 6))
-    assert inside.dtype == resized.dtype == torch.float32
-    assert torch.equal(inside, cell_cross_entropy(logits, target))
+        inside = resize_logits(logits, *sizes)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, resize_logits(logits, *sizes))
 
 
 def test_accuracy_metrics() -> None:
@@ -144,6 +151,14 @@ def test_exact_match_counts_cells_too_many() -> None:
     target = functional.pad(TARGET, (0, 1), value=-1)
     assert exact_match(target, target).all()
     assert not exact_match(functional.pad(TARGET, (0, 1), value=0), target).any()
+
+
+def test_size_mask_is_the_top_left_rectangle() -> None:
+    mask = size_mask(torch.tensor([[2, 3], [0, 1]]), 3, 4)
+    assert mask.int().tolist() == [
+        [[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]],
+        [[0, 0, 0, 0]] * 3,
+    ]
 
 
 def test_grid_sizes() -> None:

@@ -71,8 +71,7 @@ def cells(target: Tensor, b: int) -> list[tuple[int, int]]:
 
 def test_parts_are_finite_scalars_and_add_up() -> None:
     loss = EFELoss()
-    out = loss(**example(), size_weight=0.5, per_pair=True)
-    per_pair = out.pop("per_pair")
+    out = loss(**example(), size_weight=0.5)
     out = {name: value.detach() for name, value in out.items()}
     assert set(out) == {*PARTS, "total", "mask_ratio"}
     assert all(value.dim() == 0 and torch.isfinite(value) for value in out.values())
@@ -80,9 +79,6 @@ def test_parts_are_finite_scalars_and_add_up() -> None:
     state = {name: float(getattr(loss, f"lambda_{name}")) for name in PARTS}
     state["size"] *= 0.5
     assert out["total"].item() == pytest.approx(sum(state[n] * float(out[n]) for n in PARTS))
-    assert per_pair.shape == (BATCH,)
-    without_prompt = out["total"] - loss.lambda_prompt * out["prompt"]
-    torch.testing.assert_close(per_pair.mean(), without_prompt)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -121,21 +117,24 @@ def test_cons_is_scaled_hard_weighted_cross_entropy_of_the_last_step() -> None:
     assert out["mask_ratio"].item() == pytest.approx(sum(ratios) / BATCH)
 
 
-def test_risk_is_the_step_weighted_divergence_to_the_smoothed_target() -> None:
+@pytest.mark.parametrize("hard", [True, False])
+def test_risk_is_the_step_weighted_divergence_to_the_smoothed_target(hard: bool) -> None:
     values = example()
-    weights = torch.rand(BATCH, ROWS, COLS, generator=torch.Generator().manual_seed(1))
-    out = EFELoss(smoothing=0.1)(**values, weights=weights)
+    out = EFELoss(smoothing=0.1, easy_weight=0.5, hard_cells=hard)(**values)
     logits, target = values["logits"].detach(), values["target"]
     total = 0.0
     for b in range(BATCH):
         inside = cells(target, b)
+        wrong = [rc for rc in inside if logits[-1, b][rc].argmax() != target[b][rc]]
+        assert 0 < len(wrong) < len(inside)
         for t in range(STEPS):
             for r, c in inside:
                 q = logits[t, b, r, c].softmax(0)
                 preference = torch.full((10,), 0.01)
                 preference[target[b, r, c]] += 0.9
                 divergence = float((q * (q / preference).log()).sum())
-                total += (t + 1) / 6 * float(weights[b, r, c]) * divergence / len(inside)
+                weight = len(inside) / len(wrong) if (r, c) in wrong else 0.5
+                total += (t + 1) / 6 * (weight if hard else 1.0) * divergence / len(inside)
     assert out["risk"].item() == pytest.approx(total / BATCH, rel=1e-4)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from hypotheses import N_PROPOSAL_FACTS
 from loss_function import EFELoss, combined_loss
-from policy_refined import N_STATS, RefinedPolicy, prediction_stats
+from policy_refined import N_STATS, RefinedPolicy
 from proposal_policy import RELATION, Candidates, Choice
 
 BATCH, TOKENS, WIDTH = 6, 5, 24
@@ -323,38 +323,6 @@ def test_round_trip_is_exact() -> None:
     a, _ = model.refine(tokens, mask, summary, stats, generator(3))
     b, _ = other.refine(tokens, mask, summary, stats, generator(3))
     assert torch.equal(a, b)
-
-
-def test_prediction_stats() -> None:
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 2, 4, 4, 10, generator=g)
-    inside = torch.zeros(2, 4, 4, dtype=torch.bool)
-    inside[0, :2, :3] = True
-    size = torch.tensor([[2, 3], [30, 1]])
-    size_logits = torch.randn(2, 2, 30, generator=g)
-    size_logits[:, :, 20:] = -torch.inf  # sizes that were ruled out
-    confidence = torch.randn(3, 2, generator=g)
-    stats = prediction_stats(logits, confidence, size, size_logits, inside)
-    assert stats.shape == (2, N_STATS)
-    assert torch.isfinite(stats).all()
-    assert stats.min() >= 0
-    assert stats.max() <= 1 + 1e-6
-    cells = logits[:, 0, :2, :3].reshape(3, 6, 10)
-    entropy = torch.distributions.Categorical(logits=cells[-1]).entropy().mean()
-    changed = (cells[-1].argmax(-1) != cells[-2].argmax(-1)).float().mean()
-    torch.testing.assert_close(stats[0, 1], entropy / torch.tensor(10.0).log())
-    torch.testing.assert_close(stats[0, 2], cells[-1].softmax(-1).amax(-1).mean())
-    torch.testing.assert_close(stats[0, 3], changed)
-    torch.testing.assert_close(stats[:, 0], confidence[-1].sigmoid())
-    assert stats[1, 1:4].eq(0).all()
-    moved = prediction_stats(
-        logits + 5 * torch.rand(logits.shape, generator=g) * ~inside[..., None],
-        confidence,
-        size,
-        size_logits,
-        inside,
-    )
-    torch.testing.assert_close(moved, stats)
 
 
 # ---------------------------------------------------------------- what candidates would earn

@@ -34,6 +34,7 @@ import evaluation
 import human_rl_agent
 import loss_function
 import reward_shaping
+import trained_model
 import trainloop_complete_with_fixes as trainloop
 from batches import TrainingStream
 
@@ -588,8 +589,9 @@ def test_the_names_that_save_writes_are_the_names_that_restore_reads(fresh_run):
     extra = Reading(written)
     trainloop.restore(run, {"extra": extra})
     # The rest is for `resume` (config) and for other programs (what the model is).
-    identity = set(trainloop.model_identity(run))
+    identity = set(trained_model.Description.__annotations__)
     assert set(written) - extra.read == {"config", "flags", "in_use"} | identity
+    assert set(trained_model.NEEDED) <= set(written)
     assert set(run.state()) | {"qwen_cache", "rng"} == extra.read
 
 
