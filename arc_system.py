@@ -119,6 +119,44 @@ class System:
             module.train(mode)
         return self
 
+    def parameter_groups(
+        self, agent_lr: float, qwen_lr: float, task_lr_factor: float, muon: bool
+    ) -> list[dict[str, Any]]:
+        """Every trained tensor exactly once, by learning rate and by optimizer kind.
+
+        Hidden matrices (2D, inside blocks) go to Muon, if `muon`; embeddings, heads, gains and Qwen
+        to AdamW.
+        """
+        matrices: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for name, p in self.agent.named_parameters():
+            hidden = (
+                p.ndim == 2
+                and name.startswith(("blocks.", "encoder.", "demonstrations."))
+                and "null" not in name
+            )
+            (matrices if hidden and muon else plain).append(p)
+        task = [self.solver2.task_tokens.weight]
+        rest = [p for p in self.solver2.parameters() if p is not task[0]]
+        groups: list[dict[str, Any]] = [
+            {"name": "agent_matrices", "params": matrices, "lr": agent_lr, "muon": True},
+            {"name": "agent", "params": plain, "lr": agent_lr},
+            {"name": "solver2", "params": rest, "lr": agent_lr},
+            {
+                "name": "task_tokens",
+                "params": task,
+                "lr": agent_lr * task_lr_factor,
+                "weight_decay": 0.0,
+            },
+            {"name": "refinement", "params": self.policy_rl.main_parameters(), "lr": agent_lr},
+            {"name": "qwen_heads", "params": self.qwen.head_parameters(), "lr": qwen_lr},
+            {"name": "qwen", "params": self.qwen.lm_parameters(), "lr": qwen_lr},
+        ]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+            group["base_lr"] = group["lr"]
+        return [group for group in groups if group["params"]]
+
     def read(self, batch: Batch, keep_task: Tensor | None = None) -> Reading:
         """Demonstrations -> prompt and encoded cells. keep_task (Q,) bool: use the task tokens."""
         batch = self._ablate(batch)

@@ -10,6 +10,7 @@ folder, `best_model.pt` or a checkpoint file do as well.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,25 @@ from command_line import EXIT_ARGUMENTS, EXIT_MISSING, UserError
 
 if TYPE_CHECKING:
     from arc_system import System, SystemConfig
+    from optimizers import WeightAverage
+
+
+def describe(system: System, average: WeightAverage, task_ids: Iterable[str]) -> dict[str, Any]:
+    """What another process needs to rebuild the model from one file, without the run directory.
+
+    average_names: "module.parameter" of each averaged tensor, in the average's order.
+    """
+    names = {
+        id(p): f"{module}.{name}"
+        for module, part in system.modules().items()
+        for name, p in part.named_parameters()
+    }
+    return {
+        # "auto" may mean another thing on another device: the mode that was used is kept.
+        "system": dataclasses.asdict(system.config) | {"qwen_train": system.qwen.train_mode},
+        "task_ids": list(task_ids),
+        "average_names": [names[id(p)] for p in average.params],
+    }
 
 
 @dataclass
@@ -71,6 +91,15 @@ def load_modules(
     modules = system.modules()
     agent, qwen, solver2, efe_loss, policy_rl = (modules[name] for name in MODULES)
     return agent, qwen, solver2, efe_loss, policy_rl, optimizer, metadata
+
+
+def known_errors() -> tuple[type[Exception], ...]:
+    """The errors of data, model and files, whose text says what to do."""
+    from dataset_arc import DataError
+    from model_persistence import PersistenceError
+    from qwen_hybrid_prompt import ModelError
+
+    return DataError, ModelError, PersistenceError
 
 
 def read_model(spec: str | Path, checkpoint: str) -> tuple[dict[str, Any], Path, list[str]]:
