@@ -15,7 +15,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +240,9 @@ class RunLog:
         """Keep one object for metrics.jsonl until `flush`."""
         if self.rows is not None:
             self.rows.add(json.dumps(finite(row)))
-        if self.board is not None and "step" in row:
+        if self.board is not None and "batches_done" in row:
             figures = {k: v for k, v in row.items() if isinstance(v, float)}
-            self._board(lambda: self._scalars(row["kind"], figures, row["step"]))
+            self._board(lambda: self._scalars(row["kind"], figures, row["batches_done"]))
 
     def _scalars(self, kind: str, figures: dict[str, float], step: int) -> None:
         for name, value in figures.items():
@@ -348,3 +348,19 @@ class RunLog:
         if self.board is not None:
             self._board(self.board.close)
             self.board = None
+
+
+def listener(log: RunLog) -> Callable[[str], None]:
+    """Where saving and the Drive backup report: trouble is shown whatever --quiet says."""
+    troubled = False
+
+    def hear(text: str) -> None:
+        nonlocal troubled
+        if text.startswith("Drive backup: ok"):
+            log.say(text, important=troubled)
+            troubled = False
+        else:
+            troubled |= text.startswith("Drive backup")
+            log.warn(text)
+
+    return hear
