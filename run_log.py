@@ -39,13 +39,24 @@ def finite(row: dict[str, Any]) -> dict[str, Any]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, whatever is in it: damaged lines are left out, nothing is raised.
 
-    Each row is a dict with a text as `kind`; its other keys and values are as they were found. No
-    rows where there is no such file, or it cannot be read.
+    Each row is a dict with a text as `kind`; its other values are as they were found, and so are
+    its keys, but for those of older versions (`_renamed`). No rows where there is no such file, or
+    it cannot be read.
     """
     rows = []
     with contextlib.suppress(OSError):
-        rows += [row for _, row in scan_metrics(path) if row is not None]
+        rows += [_renamed(row) for _, row in scan_metrics(path) if row is not None]
     return rows
+
+
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row under the keys of docs/METRICS.md: older versions wrote `step` for `batches_done`, and
+    the d_acc of a batch a second time as `accuracy_delta`."""
+    if "step" in row:
+        row["batches_done"] = row.pop("step")
+    if row["kind"] == "batch":
+        row.pop("accuracy_delta", None)
+    return row
 
 
 def scan_metrics(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
