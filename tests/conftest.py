@@ -336,10 +336,10 @@ def interrupt_after(patch: pytest.MonkeyPatch, n_batches: int) -> None:
 
 
 @pytest.fixture
-def fresh_run(train):
+def fresh_run(train: Script) -> Callable[..., tuple[Any, Any, Any]]:
     """`fresh_run(*flags)` sets a run up without training: (run, a whole batch, its targets)."""
 
-    def make(*flags):
+    def make(*flags: Any) -> tuple[Any, Any, Any]:
         outcome = train("--dry_run", *flags)
         assert outcome.code == 0, outcome.err
         run = outcome.run
@@ -352,14 +352,14 @@ def fresh_run(train):
     return make
 
 
-def full_state(outcome):
+def full_state(outcome: Outcome) -> dict[str, Any]:
     """All that a checkpoint of the outcome holds, less clocks, ids and global randomness."""
     file = outcome.checkpoint()
     extra = {k: v for k, v in file["extra"].items() if k not in CLOCKS}
     return {name: file[name] for name in (*MODULES, "optimizer", "epoch", "batch")} | extra
 
 
-def assert_same_end(a, b):
+def assert_same_end(a: Outcome, b: Outcome) -> None:
     """Two runs ended in the same weights, optimizers, averages, counters and batch figures."""
     assert differing(full_state(a), full_state(b)) == []
     assert a.figures() == b.figures()
@@ -367,7 +367,7 @@ def assert_same_end(a, b):
     assert differing(states[0], states[1]) == []
 
 
-def one_line_error(outcome, code):
+def one_line_error(outcome: Outcome, code: int) -> str:
     """The run ended with this code and exactly one line on stderr; the line."""
     assert outcome.code == code, outcome.err
     assert "Traceback" not in outcome.err + outcome.out
@@ -376,7 +376,8 @@ def one_line_error(outcome, code):
     return lines[0]
 
 
-def environment(tmp_path):
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Of a process of the script: one thread, no configuration of the user's, output at once."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
