@@ -1,7 +1,7 @@
-"""What the scripts' command lines share: the parser, exit codes, user errors, device and precision.
+"""What the scripts' command lines share: parser, argument checks, exit codes, errors, devices.
 
-Importing it needs the standard library alone, so that `--help` does not wait for torch. It prints
-nothing and reads no files. `from command_line import Parser, UserError, number, pick_device`.
+Importing it needs the standard library alone, so that `--help` does not wait for torch. It reads no
+files and knows no other module. `from command_line import Parser, UserError, guarded, pick_device`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ import contextlib
 import difflib
 import errno
 import os
+import signal
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import torch
 
 EXIT_DONE, EXIT_UNEXPECTED, EXIT_ARGUMENTS, EXIT_MISSING = 0, 1, 2, 3
 EXIT_MEMORY, EXIT_DIVERGED, EXIT_UNSAVED = 4, 5, 6
+EXIT_INTERRUPTED = 130  # Ctrl+C, as shells count it: 128 + the signal's number
 # What the texts of errors say when the memory of the CPU ran out, beside MemoryError and ENOMEM.
 MEMORY_TEXTS = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory")
 
@@ -61,6 +68,36 @@ def number(kind: type, low: float, high: float = float("inf")) -> Any:
     return parse
 
 
+def check_device_name(parser: Parser, device: str) -> None:
+    """auto, cpu, cuda or cuda:N; whether it is there is `pick_device`'s question."""
+    if device in ("auto", "cpu", "cuda"):
+        return
+    if not (device.startswith("cuda:") and device[5:].isdecimal()):
+        parser.error(f"--device {device}: use auto, cpu, cuda or cuda:N")
+
+
+def check_output_file(parser: Parser, flag: str, path: Path) -> None:
+    """A result that cannot be written is found before the work, not after it."""
+    if path.is_dir():
+        parser.error(f"{flag} {path}: is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        parser.error(f"{flag} {path}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.absolute().parent, os.W_OK):
+        parser.error(f"{flag} {path}: the folder {path.parent} may not be written; choose another")
+
+
+def check_arguments(
+    parser: Parser, args: argparse.Namespace, outputs: Iterable[tuple[str, str]]
+) -> None:
+    """What every script that uses a trained model checks: --checkpoint, --device, and the files
+    that it is to write, as (flag, path)."""
+    if args.checkpoint not in ("latest", "best") and not args.checkpoint.isdecimal():
+        parser.error(f"--checkpoint {args.checkpoint}: use latest, best or a checkpoint's number")
+    for flag, path in outputs:
+        check_output_file(parser, flag, Path(path))
+    check_device_name(parser, args.device)
+
+
 class UserError(Exception):
     """Something the user can put right: one message (what, why, fix) and an exit code."""
 
@@ -87,6 +124,61 @@ def memory_message(error: BaseException, advice: str) -> str | None:
             return f"out of memory: {why}. {advice}" if why else f"out of memory. {advice}"
         seen = seen.__cause__
     return None
+
+
+def answer_early(parse: Callable[[], object]) -> None:
+    """Between a script's parser and its slow imports: `parse` ends the process for --help and for
+    wrong flags. From here to `guarded`, Ctrl+C ends it too, at once and without a traceback."""
+    settle_threads()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_at_once)
+    parse()
+
+
+def _leave_at_once(*_: object) -> None:
+    os._exit(EXIT_INTERRUPTED)  # an exception could end in the `except` of a library's import
+
+
+def guarded(
+    action: Callable[[], int],
+    advice: str,
+    known: Callable[[], tuple[type[Exception], ...]],
+    interrupted: str = "",
+) -> int:
+    """A script's work with its exit code; what goes wrong becomes one line on stderr and a code.
+
+    advice: what to do when memory ran out; known: the errors whose text says what to do;
+    interrupted: what to say after Ctrl+C, if anything. Any other error is raised as it is.
+    """
+    settle_threads()
+    if signal.getsignal(signal.SIGINT) is _leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return action()
+    except UserError as error:
+        message, code = str(error), error.code
+    except KeyboardInterrupt:
+        message, code = interrupted, EXIT_INTERRUPTED
+    except Exception as error:
+        memory = memory_message(error, advice)
+        if memory is None and not isinstance(error, known()):
+            raise
+        message, code = memory or str(error), EXIT_MEMORY if memory else EXIT_MISSING
+    if message:
+        with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+            sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+def write(path: str, action: Callable[[str], object]) -> None:
+    """Run a writing action on a path; a disk that refuses is a user's error."""
+    try:
+        action(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}). Choose another place.",
+            EXIT_MISSING,
+        ) from error
 
 
 def leave(code: int) -> NoReturn:
@@ -128,7 +220,26 @@ def pick_device(name: str) -> str:
     return name
 
 
-def pick_precision(amp: str, device: str) -> tuple[Any, bool]:
+def device_name(device: str) -> str:
+    """The hardware in words, for results."""
+    import torch
+
+    if device == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(torch.device(device))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def no_bar(quiet: bool) -> bool:
+    """Progress bars on a terminal only; plain lines elsewhere."""
+    return quiet or not sys.stderr.isatty()
+
+
+def pick_precision(amp: str, device: str) -> tuple[torch.dtype | None, bool]:
     """(autocast dtype or None, whether gradients need scaling) for --amp on a device."""
     import torch
 

@@ -1,18 +1,49 @@
-"""Small schedules and monitors beside the losses: size warmup, memory threshold, gradient norms.
+"""Small schedules and monitors beside the losses: learning rate, size warmup, memory threshold,
+gradient norms.
 
 They hold a few floats each, never a tensor or a model, and every one has state_dict /
 load_state_dict so that a resumed run continues with the same figures. They print and log nothing.
-Import: ``from curriculum import DynamicMemoryThreshold, GradientMonitor, SizeWarmupCurriculum``.
+Import: ``from curriculum import DynamicMemoryThreshold, GradientMonitor, Schedule``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+
+@dataclass
+class Schedule:
+    """Learning rate factor by batch: linear warmup, stable, linear decay to 0 (wsd) or constant.
+
+    With a time budget the decay's start and length in batches are fixed once, when the clock says
+    so; `stop_at` is where it reaches 0 and training ends, unless time is up at batch `end_at`. The
+    three reproduce the run bit for bit on a CPU.
+    """
+
+    kind: str
+    warmup: int
+    decay_start: int | None = None
+    stop_at: int | None = None
+    end_at: int | None = None
+
+    def factor(self, batch: int) -> float:
+        rise = min(1.0, (batch + 1) / self.warmup) if self.warmup else 1.0
+        if self.kind == "constant" or self.decay_start is None or self.stop_at is None:
+            return rise
+        length = max(1, self.stop_at - self.decay_start)
+        return rise * min(1.0, max(0.0, (self.stop_at - batch) / length))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"decay_start": self.decay_start, "stop_at": self.stop_at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.decay_start, self.stop_at = state["decay_start"], state["stop_at"]
 
 
 class SizeWarmupCurriculum:

@@ -1,10 +1,9 @@
 """Prediction without targets, voting over views, and scoring.
 
-`predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `outcomes`,
-`score` and `gains` are the only places where predictions and outputs meet. Each query has two
-ballots: the network's alone, and one in which the refined answers and the proposals vote too. It
-trains nothing and writes no files.
-`from evaluation import predict_tasks, refined, score, without_outputs`.
+`predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `outcomes`, `score` and `gains` are the
+only places where predictions and outputs meet. Each query has two ballots: the network's alone, and one in which the
+refined answers and the proposals vote too. `evaluate` is all of it for a run, hypotheses included. It trains nothing and
+writes no files. `from evaluation import evaluate, predict_tasks, refined, score, without_outputs`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import one_hot
+from tqdm import tqdm
 
 from arc_agent import AgentOutput
 from arc_system import Answered, System
@@ -27,7 +27,7 @@ from batches import Batch, Collator, View, evaluation_batches
 from dataset_arc import Task
 from grid_accuracy_loss import copied_share, pick_colour, weighted_cell_mean
 from grid_parts import COLOURS
-from hypotheses import Proposals, proposals_of, verdict_name
+from hypotheses import Fitter, Proposals, proposals_of, verdict_name
 from proposal_policy import PRIOR
 from reward_shaping import REWARD_WEIGHTS, beyond_copying
 from rule_list import Explained, Hypothesis, Verdict
@@ -623,3 +623,120 @@ def scores_alone(
             "p": mcnemar(won, lost),
         }
     return found
+
+
+def validation_keys(tasks: Iterable[Task], limit: int | None, seed: int) -> set[Key]:
+    """The test queries of tasks with known outputs, or a fixed random `limit` of them."""
+    keys = [
+        (task.task_id, number)
+        for task in tasks
+        for number, pair in enumerate(task.tests)
+        if pair.output is not None
+    ]
+    if limit is not None and limit < len(keys):
+        chosen = np.random.default_rng([seed, 7]).permutation(len(keys))[:limit]
+        keys = [keys[i] for i in sorted(chosen)]
+    return set(keys)
+
+
+def evaluate(
+    system: System,
+    tasks: Sequence[Task],
+    keys: set[Key],
+    views: Sequence[View],
+    *,
+    slices: Mapping[str, AbstractSet[Key]] | None = None,
+    deadline: float | None = None,
+    max_batches: int | None = None,
+    fitter: Fitter | None = None,
+    hypothesis_tasks: tuple[int, int] | None = None,
+    propose: bool = True,
+    acceptance: str = "demonstrations",
+    title: str = "Validation",
+    hide_bar: bool = True,
+    heed_stop: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Score the system on the given queries of `tasks`; targets meet predictions only in `score`.
+
+    fitter: hypotheses for the policy to choose from (if `propose`), as far as they are fitted when
+    the voting starts; those fitted later, by the deadline, vote without it. "alone" then holds the
+    counts of network and hypotheses by themselves, "gains" what the refinements won.
+    hypothesis_tasks: the hypotheses of so many tasks before the voting, and after it, however long
+    that takes; repeats what a deadline cut. acceptance: full, demonstrations or off, what a
+    refinement needs. heed_stop: called between batches; what it raises ends the evaluation. say:
+    hears of trouble. deadline, max_batches and options (task_index, batch_size, device, dtype,
+    seed, collator): as of `predict_tasks`.
+    """
+    ids = {task_id for task_id, _ in keys}
+    wanted = [task for task in tasks if task.task_id in ids]
+    first, last = hypothesis_tasks or (None, None)
+
+    def collect(until: float | None, n_tasks: int | None) -> dict[Key, Explained]:
+        assert fitter is not None
+        with tqdm(
+            total=fitter.n_tasks, desc="Hypotheses", unit="task", leave=False, disable=hide_bar
+        ) as fitting:
+
+            def ready(n: int) -> None:
+                fitting.update(n - fitting.n)
+                heed_stop()
+
+            found = fitter.collect(until, n_tasks, ready)
+        return {key: e for key, e in found.items() if key in keys}
+
+    explained: dict[Key, Explained] = {}
+    if fitter is not None:
+        at_once = deadline is not None and first is None
+        explained = collect(time.monotonic() if at_once else None, first)
+        first = len({task_id for task_id, _ in explained}) if first is None else first
+    own_scores = None
+    if fitter is not None and acceptance == "demonstrations":
+        own_scores = contested_scores(
+            system, wanted, explained, progress=lambda _: heed_stop(), **options
+        )
+    n_done = n_batches = 0
+    with tqdm(
+        total=len(keys) * len(views), desc=title, unit="query", leave=False, disable=hide_bar
+    ) as bar:
+
+        def step(n: int) -> None:
+            nonlocal n_done, n_batches
+            n_done += n
+            n_batches += 1
+            bar.update(n)
+            heed_stop()
+
+        predictions = predict_tasks(
+            system,
+            without_outputs(wanted),
+            views,
+            only=keys,
+            deadline=deadline,
+            max_batches=max_batches,
+            progress=step,
+            proposals=proposals_for(explained) if propose else None,
+            own_scores=own_scores,
+            accept=acceptance != "off",
+            whole_first=fitter is None,
+            **options,
+        )
+    views_done = n_done / max(1, sum(len(task.tests) for task in wanted))
+    done = {"views_done": round(views_done, 2), "batches_done": n_batches}
+    if fitter is None:
+        return {**score(predictions, wanted, slices), **done}
+    explained = collect(deadline if last is None else None, last)
+    if fitter.failed:
+        say(f"Hypotheses: {fitter.failed}; {fitter.n_first()} tasks were fitted before")
+    both = answered_all(joined(predictions, explained), wanted, keys)
+    return {
+        **score(both, wanted, slices),
+        **done,
+        "network_queries": len(predictions),
+        "alone": scores_alone(predictions, explained, wanted, both),
+        "gains": gains(predictions, wanted),
+        "acceptance": acceptance,
+        "hypothesis_tasks": [first, len({task_id for task_id, _ in explained})],
+        "hypothesis_queries": len(explained),
+    }

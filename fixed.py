@@ -1,7 +1,8 @@
 """The trainer under the name `python fixed.py --epochs 10`; it is trainloop_complete_with_fixes.py."""
 
-from command_line import leave
-from trainloop_complete_with_fixes import main
+import runpy
+from pathlib import Path
 
 if __name__ == "__main__":
-    leave(main())
+    script = Path(__file__).with_name("trainloop_complete_with_fixes.py")
+    runpy.run_path(str(script), run_name="__main__")

@@ -11,26 +11,25 @@ afterwards. In a program of your own: `from trained_model import load_model, loa
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import (
     EXIT_DONE,
-    EXIT_MEMORY,
     EXIT_MISSING,
     Parser,
     UserError,
     add_process_arguments,
-    memory_message,
+    check_arguments,
+    guarded,
+    no_bar,
     number,
     pick_device,
     pick_precision,
-    settle_threads,
+    write,
 )
-from trained_model import load_model
+from trained_model import known_errors, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 VIEWS_CPU, VIEWS_GPU = 4, 8  # guess: a CPU user waits for every view
 BATCH_CPU, BATCH_GPU = 16, 256  # queries; as in the evaluations of training
 ADAPT_BATCH = 8  # queries; as in training on a CPU
-EXIT_INTERRUPTED = 130
 
 
 def build_parser() -> Parser:
@@ -146,34 +144,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, checked as far as is possible without torch."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.checkpoint not in ("latest", "best") and not args.checkpoint.isdecimal():
-        parser.error(f"--checkpoint {args.checkpoint}: use latest, best or a checkpoint's number")
-    for flag, value in (("--out", args.out), ("--score_json", args.score_json)):
-        if value is not None:
-            check_output_file(parser, flag, Path(value))
-    check_device_name(parser, args.device)
+    outputs = (("--out", args.out), ("--score_json", args.score_json))
+    check_arguments(parser, args, [(flag, path) for flag, path in outputs if path is not None])
     if args.adapt_seconds and args.adapt_batches:
         parser.error("--adapt_seconds and --adapt_batches: give one of them")
     args.score = args.score or args.score_json is not None
     return args
-
-
-def check_output_file(parser: Parser, flag: str, path: Path) -> None:
-    """A result that cannot be written is found before the work, not after it."""
-    if path.is_dir():
-        parser.error(f"{flag} {path}: is a folder; give a file")
-    if not path.absolute().parent.is_dir():
-        parser.error(f"{flag} {path}: the folder {path.parent} does not exist; make it first")
-    if not os.access(path.absolute().parent, os.W_OK):
-        parser.error(f"{flag} {path}: the folder {path.parent} may not be written; choose another")
-
-
-def check_device_name(parser: Parser, device: str) -> None:
-    """auto, cpu, cuda or cuda:N."""
-    if device in ("auto", "cpu", "cuda"):
-        return
-    if not (device.startswith("cuda:") and device[5:].isdecimal()):
-        parser.error(f"--device {device}: use auto, cpu, cuda or cuda:N")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -324,7 +300,7 @@ def run_prediction(args: argparse.Namespace) -> int:
     say(f"        {n_known} tasks known from training, {len(chosen) - n_known} unseen")
     say(f"Device: {device}, {n_views} views")
 
-    hide_bar = args.quiet or not sys.stderr.isatty()
+    hide_bar = no_bar(args.quiet)
     fitter = Fitter(without_outputs(chosen)) if args.hypotheses == "on" else None
     adapted = None
     if args.adapt_seconds or args.adapt_batches:
@@ -424,44 +400,15 @@ def run_prediction(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def write(path: str, action: Any) -> None:
-    """Run a writing action; a disk that refuses is a user's error."""
-    try:
-        action(path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}). Choose another place.",
-            EXIT_MISSING,
-        ) from error
-
-
-def guarded(action: Any, args: argparse.Namespace, advice: str) -> int:
-    """Run `action(args)`, and turn what goes wrong into one line and an exit code."""
-    settle_threads()
-    try:
-        from dataset_arc import DataError
-        from language_model import ModelError
-        from model_persistence import PersistenceError
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    try:
-        return action(args)
-    except UserError as error:
-        message, code = str(error), error.code
-    except KeyboardInterrupt:
-        message, code = "interrupted; nothing was written", EXIT_INTERRUPTED
-    except Exception as error:
-        memory = memory_message(error, advice)
-        if memory is None and not isinstance(error, DataError | ModelError | PersistenceError):
-            raise
-        message, code = memory or str(error), EXIT_MEMORY if memory else EXIT_MISSING
-    print(f"error: {message}", file=sys.stderr)
-    return code
-
-
 def main(argv: list[str] | None = None) -> int:
     """The script: parse, predict, and return an exit code."""
-    return guarded(run_prediction, parse_arguments(argv), "Use a smaller --batch_size.")
+    args = parse_arguments(argv)
+    return guarded(
+        lambda: run_prediction(args),
+        "Use a smaller --batch_size.",
+        known_errors,
+        "interrupted; nothing was written",
+    )
 
 
 if __name__ == "__main__":

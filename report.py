@@ -25,12 +25,15 @@ from command_line import (
     Parser,
     UserError,
     add_process_arguments,
+    check_arguments,
+    guarded,
+    no_bar,
     number,
     pick_device,
+    write,
 )
-from predict import check_device_name, check_output_file, guarded, write
 from run_log import read_metrics
-from trained_model import find_run, load_model
+from trained_model import find_run, known_errors, load_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,11 +108,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, checked as far as is possible without torch."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.checkpoint not in ("latest", "best") and not args.checkpoint.isdecimal():
-        parser.error(f"--checkpoint {args.checkpoint}: use latest, best or a checkpoint's number")
-    flag, path = ("--curves", args.curves) if args.curves else ("--out", args.out)
-    check_output_file(parser, flag, Path(path))
-    check_device_name(parser, args.device)
+    output = ("--curves", args.curves) if args.curves else ("--out", args.out)
+    check_arguments(parser, args, [output])
     return args
 
 
@@ -298,7 +298,7 @@ def answer_queries(
         desc="Answering",
         unit="query",
         leave=False,
-        disable=quiet or not sys.stderr.isatty(),
+        disable=no_bar(quiet),
     )
     batches = evaluation_batches(
         without_outputs(tasks.values()), View(), batch_size=32, task_table=model.task_index
@@ -538,7 +538,13 @@ def run_report(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The script: parse, report, and return an exit code."""
-    return guarded(run_report, parse_arguments(argv), "Use --device cpu.")
+    args = parse_arguments(argv)
+    return guarded(
+        lambda: run_report(args),
+        "Use --device cpu.",
+        known_errors,
+        "interrupted; nothing was written",
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ before anything is loaded. Needs the standard library alone; reads and prints no
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,10 +87,19 @@ RULES = {
     "no_reward": SAME,
     "planning_steps": SAME,
 }
-# The path of the same data and the word for the same precision may differ: their effect is compared.
+# The same data may have another path, the same precision another word: what they do is compared.
 BY_EFFECT = ("data", "amp")
 # The final evaluation alone depends on these.
 OF_THE_VOTE = ("eval_views", "vote_batches", "acceptance", "hypothesis_tasks")
+
+
+# By what name a user gives a flag, where runs record it under another one.
+GIVEN_AS = {"views": "augment"}
+
+
+def as_flags(names: Iterable[str]) -> str:
+    """The flags of these names, for a message."""
+    return ", ".join(f"--{GIVEN_AS.get(name, name)}" for name in names)
 
 
 def with_meaning(*meanings: str) -> tuple[str, ...]:
@@ -129,11 +138,12 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         if meaning not in lists or name in BY_EFFECT or name not in now:
             continue
         if name not in saved:
-            (changes.unknown if meaning == SAME else changes.unrecorded).append(f"--{name}")
+            (changes.unknown if meaning == SAME else changes.unrecorded).append(as_flags([name]))
             continue
         before, after = plain(saved[name]), plain(now[name])
         if before != after:
-            lists[meaning].append(f"--{name}: saved {shown(before)}, now {shown(after)}")
+            flag = as_flags([name])
+            lists[meaning].append(f"{flag}: saved {shown(before)}, now {shown(after)}")
     if "data_sha256" not in saved:
         changes.unknown.append("--data")
     elif saved["data_sha256"] != now["data_sha256"]:
@@ -178,7 +188,7 @@ def settings_of(extra: Any) -> dict[str, Any]:
 
 
 def from_saved(action: argparse.Action, value: Any) -> Any:
-    """A saved value as the flag's own parser makes it. Raises ValueError for one it would refuse."""
+    """A saved value as the flag's own parser makes it. ValueError for one it would refuse."""
     value = plain(value)
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):

@@ -15,7 +15,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,24 @@ def finite(row: dict[str, Any]) -> dict[str, Any]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, whatever is in it: damaged lines are left out, nothing is raised.
 
-    Each row is a dict with a text as `kind`; its other keys and values are as they were found. No
-    rows where there is no such file, or it cannot be read.
+    Each row is a dict with a text as `kind`; its other values are as they were found, and so are
+    its keys, but for those of older versions (`_renamed`). No rows where there is no such file, or
+    it cannot be read.
     """
     rows = []
     with contextlib.suppress(OSError):
-        rows += [row for _, row in scan_metrics(path) if row is not None]
+        rows += [_renamed(row) for _, row in scan_metrics(path) if row is not None]
     return rows
+
+
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row under the keys of docs/METRICS.md: older versions wrote `step` for `batches_done`, and
+    the d_acc of a batch a second time as `accuracy_delta`."""
+    if "step" in row:
+        row["batches_done"] = row.pop("step")
+    if row["kind"] == "batch":
+        row.pop("accuracy_delta", None)
+    return row
 
 
 def scan_metrics(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
@@ -240,9 +251,9 @@ class RunLog:
         """Keep one object for metrics.jsonl until `flush`."""
         if self.rows is not None:
             self.rows.add(json.dumps(finite(row)))
-        if self.board is not None and "step" in row:
+        if self.board is not None and "batches_done" in row:
             figures = {k: v for k, v in row.items() if isinstance(v, float)}
-            self._board(lambda: self._scalars(row["kind"], figures, row["step"]))
+            self._board(lambda: self._scalars(row["kind"], figures, row["batches_done"]))
 
     def _scalars(self, kind: str, figures: dict[str, float], step: int) -> None:
         for name, value in figures.items():
@@ -348,3 +359,19 @@ class RunLog:
         if self.board is not None:
             self._board(self.board.close)
             self.board = None
+
+
+def listener(log: RunLog) -> Callable[[str], None]:
+    """Where saving and the Drive backup report: trouble is shown whatever --quiet says."""
+    troubled = False
+
+    def hear(text: str) -> None:
+        nonlocal troubled
+        if text.startswith("Drive backup: ok"):
+            log.say(text, important=troubled)
+            troubled = False
+        else:
+            troubled |= text.startswith("Drive backup")
+            log.warn(text)
+
+    return hear

@@ -101,6 +101,15 @@ def load_modules(
     return agent, qwen, solver2, efe_loss, policy_rl, optimizer, metadata
 
 
+def known_errors() -> tuple[type[Exception], ...]:
+    """The errors of data, model and files, whose text says what to do."""
+    from dataset_arc import DataError
+    from language_model import ModelError
+    from model_persistence import PersistenceError
+
+    return DataError, ModelError, PersistenceError
+
+
 def read_model(spec: str | Path, checkpoint: str) -> tuple[dict[str, Any], Path, list[str]]:
     """(payload, its file, what was passed over and why) of the first file that is good."""
     from model_persistence import CheckpointError, CorruptCheckpointError, verify_checkpoint_file

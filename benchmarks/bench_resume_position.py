@@ -48,6 +48,9 @@ def main() -> None:
     import trainloop_complete_with_fixes as script
     from dataset_arc import load_tasks
     from model_persistence import ModelPersistence
+    from resuming import resume
+    from run_log import RunLog
+    from run_state import save
 
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -59,7 +62,7 @@ def main() -> None:
 
         def fresh(folder: Path) -> tuple[Any, Any]:
             run = script.set_up(args, tasks, time.monotonic())
-            run.log = script.RunLog(folder, quiet=True)
+            run.log = RunLog(folder, quiet=True)
             return run, ModelPersistence(folder, drive_backup=False, on_message=lambda _: None)
 
         def first_batch(run: Any) -> None:
@@ -76,14 +79,14 @@ def main() -> None:
             n_batches = run.stream.n_batches(0)
             run.progress.epoch, run.progress.batch = divmod(position, n_batches)
             run.progress.total = position
-            script.save(run, persistence, wait=True)
+            save(run, persistence, wait=True)
             persistence.close()
         times: dict[int, list[float]] = {position: [] for position in POSITIONS}
         for _ in range(repeats + 1):
             for position in POSITIONS:
                 run, persistence = fresh(root / str(position))
                 started = time.process_time()
-                script.resume(run, persistence)
+                resume(run, persistence)
                 first_batch(run)
                 times[position].append(time.process_time() - started)
                 persistence.close()

@@ -34,6 +34,16 @@ import trainloop_complete_with_fixes as trainloop
 from batches import TrainingStream
 from hypotheses import explain_demonstrations, pairs_of, proposals_of
 
+SCRIPT = Path(trainloop.__file__)
+MODULES = ("agent", "qwen", "solver2", "efe_loss", "policy_rl")
+# Of a checkpoint's extra: what two equal runs may differ in.
+CLOCKS = ("clock", "rng", "flags", "in_use")
+# Of a batch row, where there are hypotheses to choose from.
+CHOICE_FIGURES = (
+    "proposal_loss", "proposal_sure_loss", "proposal_entropy", "group_zero_frac",
+    "proposal_best_frac", "proposed_frac", "proposal_taken_frac", "proposal_exact",
+)  # fmt: skip
+
 RULES: dict[str, Callable[[Any], Any]] = {
     "flip": lambda g: g[:, ::-1],
     "turn": lambda g: np.rot90(g),
@@ -474,3 +484,54 @@ def interrupt_after(patch: pytest.MonkeyPatch, n_batches: int) -> None:
         return figures
 
     patch.setattr(trainloop, "train_step", step)
+
+
+@pytest.fixture
+def fresh_run(train: Script) -> Callable[..., tuple[Any, Any, Any]]:
+    """`fresh_run(*flags)` sets a run up without training: (run, a whole batch, its targets)."""
+
+    def make(*flags: Any) -> tuple[Any, Any, Any]:
+        outcome = train("--dry_run", *flags)
+        assert outcome.code == 0, outcome.err
+        run = outcome.run
+        for position in range(run.stream.n_batches(0)):
+            batch, targets = run.stream.batch(0, position)
+            if batch.n_tasks == 2 or run.args.batch_size < 6:
+                return run, batch, targets
+        raise AssertionError("no batch of two whole tasks")
+
+    return make
+
+
+def full_state(outcome: Outcome) -> dict[str, Any]:
+    """All that a checkpoint of the outcome holds, less clocks, ids and global randomness."""
+    file = outcome.checkpoint()
+    extra = {k: v for k, v in file["extra"].items() if k not in CLOCKS}
+    return {name: file[name] for name in (*MODULES, "optimizer", "epoch", "batch")} | extra
+
+
+def assert_same_end(a: Outcome, b: Outcome) -> None:
+    """Two runs ended in the same weights, optimizers, averages, counters and batch figures."""
+    assert differing(full_state(a), full_state(b)) == []
+    assert a.figures() == b.figures()
+    states = [{n: m.state_dict() for n, m in o.run.system.modules().items()} for o in (a, b)]
+    assert differing(states[0], states[1]) == []
+
+
+def one_line_error(outcome: Outcome, code: int) -> str:
+    """The run ended with this code and exactly one line on stderr; the line."""
+    assert outcome.code == code, outcome.err
+    assert "Traceback" not in outcome.err + outcome.out
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, outcome.err
+    return lines[0]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Of a process of the script: one thread, no configuration of the user's, output at once."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ARC_TRAINER_CONFIG_DIR": str(tmp_path),
+        "PYTHONUNBUFFERED": "1",
+    }

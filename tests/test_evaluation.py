@@ -33,6 +33,7 @@ from evaluation import (
     refined,
     reversibility,
     score,
+    validation_keys,
     without_outputs,
 )
 from hypotheses import N_PROPOSAL_FACTS, Proposals
@@ -657,3 +658,11 @@ def test_where_hypotheses_answer_the_deadline_cuts_the_first_view_too(system, hi
                 (grid,) = whole[task.task_id, number].attempts()
                 assert np.array_equal(grid, pair.input)
     assert len(some) == 2
+
+
+def test_the_validation_subset_is_fixed_by_the_seed(train):
+    tasks = dataset_arc.load_tasks(train.data)
+    keys = validation_keys(tasks.train, 3, 0)
+    assert keys == validation_keys(tasks.train, 3, 0)
+    assert len(keys) == 3
+    assert any(validation_keys(tasks.train, 3, seed) != keys for seed in range(1, 9))

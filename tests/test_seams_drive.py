@@ -27,6 +27,7 @@ from harness import FileSystem, Toy, forked, temps
 
 import predict
 import report
+import resuming
 import trainloop_complete_with_fixes as trainloop
 from model_persistence import (
     CorruptCheckpointError,
@@ -599,7 +600,7 @@ def test_left_overs_go_before_a_resume_writes_anything(
     for name in (".metrics.jsonl.1-0.tmp", "checkpoints/.checkpoint_00009.pt.1-7.tmp"):
         (run / name).touch()
     seen: list[list[str]] = []
-    real = trainloop.resume
+    real = resuming.resume
     monkeypatch.setattr(trainloop, "resume", lambda *a: seen.append(temps(run)) or real(*a))
     assert train("--resume", "--epochs", 1, *SMALL).code == 0
     assert seen == [[]]

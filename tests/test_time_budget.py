@@ -1,0 +1,58 @@
+"""Runs that a time budget, or a schedule in batches, ends; and their repetition bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from conftest import work_moves_the_clock
+
+from time_budget import FINAL_RESERVE_S
+
+
+def test_a_time_budget_ends_the_run_with_the_learning_rate_at_zero(train):
+    outcome = train("--schedule_batches", "6:10", "--warmup_batches", 2, "--qwen_train", "frozen")
+    assert outcome.code == 0, outcome.err
+    factors = [row["lr_factor"] for row in outcome.rows("batch")]
+    assert factors == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+def test_a_run_that_time_cut_short_is_repeated_and_resumed_to_the_same_batch(train):
+    whole = train("--schedule_batches", "6:10:8", "--save_every", 3)
+    assert whole.code == 0, whole.err
+    assert [row["lr_factor"] for row in whole.rows("batch")] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75]
+    (whole.folder / "results.json").unlink()
+    for file in (whole.folder / "checkpoints").glob("*.pt"):
+        if file.name > "checkpoint_00000.pt":  # back to the first save
+            file.unlink()
+    again = train("--resume", whole.folder)
+    assert again.code == 0, again.err
+    assert again.figures()[-1] == whole.figures()[-1]
+    other = train("--resume", whole.folder, "--schedule_batches", "8:20")
+    assert other.code == 3
+    assert "schedule_batches" in other.err
+
+
+def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(train, monkeypatch):
+    """By a clock that the work moves: a step takes a second, a batch of predictions as long."""
+    clock = work_moves_the_clock(monkeypatch)
+    quick = ("--seed", 3, "--planning_steps", 2, "--batch_size", 3, "--hypotheses", "on")
+    begun = clock[0]
+    outcome = train("--time_budget", 0.7, *quick)
+    assert outcome.code == 0, outcome.err
+    assert 42 - FINAL_RESERVE_S - 1 < clock[0] - begun < 42
+    results = json.loads((outcome.folder / "results.json").read_text())
+    again = re.search(
+        r"in place of --time_budget, (--schedule_batches \d+:(\d+):(\d+) --eval_views (\d+) "
+        r"--vote_batches (\d+) --hypothesis_tasks \d+:\d+ --acceptance full)$",
+        outcome.out,
+        re.MULTILINE,
+    )
+    assert again, outcome.out
+    assert int(again[5]) < 2 * int(again[4])  # time did not do for all views of both batches
+    repeated = train(*again[1].split(), *quick)
+    assert repeated.code == 0, repeated.err
+    same = json.loads((repeated.folder / "results.json").read_text())
+    assert {**same, "minutes": 0} == {**results, "minutes": 0}
+    assert repeated.figures() == outcome.figures()
+    assert len(outcome.figures()) > 10
