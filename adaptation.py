@@ -1,13 +1,13 @@
 """Test-time training: fit a trained system to tasks it has never met, on their demonstrations alone,
 and say for which of them that helped.
 
-Each unseen task gets a row of task tokens; then every demonstration is asked in turn, told from the
-others, in random views, while tokens (and, if wanted, weights) learn from the EFE loss and the
+Each unseen task gets a row of task tokens; then every demonstration is the query in turn, predicted
+from the others, in random views, while tokens (and, if wanted, weights) learn from the EFE loss and the
 policy from its reward. Unlike training it never drops a task's tokens, stores no memories, and has
 no soft reward in its loss. No test input or output is looked at, and nothing is written: the system
 that is given stays as it is, what learns is a copy.
 
-*Accepted* is a task whose demonstrations are then told from each other better than before: more of
+*Accepted* is a task whose demonstrations are then predicted from each other better: more of
 them exactly, or as many and more cells, by one view each at the size that the system itself predicts.
 No demonstration is judged by weights that have trained on it: the demonstrations are dealt into FOLDS
 folds, a copy trains without the fold that it is judged on, and only a last copy, which answers, trains
@@ -41,11 +41,11 @@ FOLDS = 3  # of two, one would leave a task of three demonstrations, the usual n
 MEASURE_SHARE = 1 / 6  # of the seconds, before training; as much again after it, the rest trains
 MEASURED_AT_ONCE = 8  # tasks; a guess
 ASKED_AT_ONCE = 16  # queries
-Told = tuple[bool, float]  # an answer: whether it is exact, share of right cells
+Judged = tuple[bool, float]  # an answer: whether it is exact, share of right cells
 
 
 class Measure(NamedTuple):
-    """How well a task's demonstrations were told from each other; the greater the better."""
+    """How well a task's demonstrations were predicted from each other; the greater the better."""
 
     exact: int = 0
     cells: float = 0.0  # mean share of right cells, 0 at a wrong size
@@ -110,21 +110,21 @@ def adapt(
         """Seconds until this share of them is left; without end where batches are counted."""
         return begun + (1 - share) * seconds - time.monotonic() if seconds else math.inf
 
-    def tell(share: float) -> None:
+    def report(share: float) -> None:
         if progress is not None:
             progress(1 - max(0.0, left()) / seconds if seconds else share)
 
-    told: dict[str, list[Told]] = {}
-    while len(told) < len(unseen) and (not told or left(1 - MEASURE_SHARE) > 0):
-        some = unseen[len(told) : len(told) + MEASURED_AT_ONCE]
-        told |= _told_from_others(system, some, {}, range(FOLDS), **how)
-        tell(0.0)
+    judged: dict[str, list[Judged]] = {}
+    while len(judged) < len(unseen) and (not judged or left(1 - MEASURE_SHARE) > 0):
+        some = unseen[len(judged) : len(judged) + MEASURED_AT_ONCE]
+        judged |= _told_from_others(system, some, {}, range(FOLDS), **how)
+        report(0.0)
     measuring_s = time.monotonic() - begun
-    chosen = unseen[: len(told)]
-    before = {task_id: _measure(answers) for task_id, answers in told.items()}
+    chosen = unseen[: len(judged)]
+    before = {task_id: _measure(answers) for task_id, answers in judged.items()}
     first_row = len(system.solver2.task_tokens.weight)
     index |= {task.task_id: first_row + i for i, task in enumerate(chosen)}
-    told = {task.task_id: [] for task in chosen}
+    judged = {task.task_id: [] for task in chosen}
     n_done = 0
 
     def trained(number: int, some: Sequence[Task]) -> System:
@@ -138,7 +138,7 @@ def adapt(
             _what_learns(learner, parts, lr),
             until=time.monotonic() + share_s,
             n_batches=n_batches,
-            progress=lambda share: tell((number + share) / (FOLDS + 1)),
+            progress=lambda share: report((number + share) / (FOLDS + 1)),
             **how,
         )
         return learner
@@ -146,8 +146,8 @@ def adapt(
     for fold in range(FOLDS):
         judge = trained(fold, [_without(task, fold) for task in chosen])
         for task_id, more in _told_from_others(judge, chosen, index, [fold], **how).items():
-            told[task_id] += more
-    after = {task_id: _measure(answers) for task_id, answers in told.items()}
+            judged[task_id] += more
+    after = {task_id: _measure(answers) for task_id, answers in judged.items()}
     better = any(after[task_id] > before[task_id] for task_id in before)
     answering = trained(FOLDS, chosen) if better else system
     return Adapted(answering, index, before, after, n_done, len(unseen) - len(chosen))
@@ -171,12 +171,12 @@ def _told_from_others(
     task_index: dict[str, int],
     folds: Iterable[int],
     **how: Any,
-) -> dict[str, list[Told]]:
+) -> dict[str, list[Judged]]:
     """How the demonstrations of these folds come out, each predicted from all others of its task.
 
     One of a task at a time: an output that is asked for is in no batch as another query's context.
     """
-    found: dict[str, list[Told]] = {task.task_id: [] for task in tasks}
+    found: dict[str, list[Judged]] = {task.task_id: [] for task in tasks}
     longest = max(len(task.demonstrations) for task in tasks)
     for number in (n for fold in folds for n in range(fold, longest, FOLDS)):
         asked = [
@@ -199,13 +199,13 @@ def _told_from_others(
     return found
 
 
-def _measure(answers: Sequence[Told]) -> Measure:
+def _measure(answers: Sequence[Judged]) -> Measure:
     exact, cells = zip(*answers, strict=True)
     return Measure(sum(exact), sum(cells) / len(cells))
 
 
 def _copy(system: System, n_new: int) -> System:
-    """The system with rows for new tasks. It shares the language model, which stands still."""
+    """The system with rows for new tasks. It shares the language model, which is frozen."""
     backbone = system.qwen.backbone
     copied = copy.deepcopy(system, {id(backbone): backbone})
     copied.solver2.add_tasks(n_new)
@@ -324,9 +324,9 @@ def _forever(stream: TrainingStream, seed: int) -> Iterator[tuple[tuple[int, ...
 def _what_learns(
     system: System, parts: str, lr: float
 ) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
-    """(trained tensors that have to stand still meanwhile, the optimizer of the others).
+    """(parameters that are frozen meanwhile, the optimizer of the others).
 
-    The language model stands still: its learning rate in training is its own, and with a large one
+    The language model is frozen: its learning rate in training is its own, and with a large one
     its gradient costs more than all else.
     """
     tokens = system.solver2.task_tokens.weight

@@ -56,7 +56,7 @@ class SystemConfig:
 
 @dataclass
 class Reading:
-    """What a batch says before any answer: the prompt, what the agent sees, pooled pairs."""
+    """What is computed of a batch before any answer: prompt, encoded cells, pooled pairs."""
 
     batch: Batch
     prompt: Prompt
@@ -242,8 +242,8 @@ class System:
         some = rows_of(reading, again)
         after = self.answer(some, rows_of(refinement, again), stop=stop)
         old, new = rows_of(before, again), after
-        told = [self.backward_of(some, a.grids(), a.size) for a in (old, new)]
-        return Answered(before, put_rows(before, again, after), refinement, again, *told)
+        recovered = [self.backward_of(some, a.grids(), a.size) for a in (old, new)]
+        return Answered(before, put_rows(before, again, after), refinement, again, *recovered)
 
     def _ablate(self, batch: Batch) -> Batch:
         """`demonstrations` off or shuffled takes them away from Qwen, from the agent's view of their

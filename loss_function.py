@@ -264,7 +264,7 @@ def confidence_divergence(confidence: Tensor, share_right: Tensor) -> Tensor:
 def backward_divergence(backward_logits: Tensor, inp: Tensor, smoothing: float) -> Tensor:
     """Jensen-Shannon divergence between the input and what the backward model makes of the output.
 
-    Reason: an answer from which the input can be told again has kept the information of the task.
+    Reason: an answer from which the input can be recovered has kept the information of the task.
     Q_fwd(o_0) is the smoothed one-hot input, Q_bwd the backward model's distribution; mean over the
     input's cells, (batch,), in [0, log 2]. `bi` is this of the predicted output, whose gradient is
     meant for the agent, plus this of the true output, from which the backward model learns: trained
@@ -282,7 +282,7 @@ def backward_divergence(backward_logits: Tensor, inp: Tensor, smoothing: float) 
 def prompt_inconsistency(pair_summary: Tensor, task_ids: Tensor) -> Tensor:
     """1 - mean cosine between each pair's summary and the others of its task; scalar in [0, 2].
 
-    Reason: demonstrations of one task tell of one rule; the more alike their prompts, the lower the
+    Reason: demonstrations of one task show one rule; the more alike their prompts, the lower the
     loss.
     Mean over the pairs that have a partner; 0 if none has. Keep its weight small: alone it would
     make all prompts equal. `pair_summary` (pairs, width), `task_ids` (pairs,).

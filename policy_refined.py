@@ -227,7 +227,7 @@ class RefinedPolicy(nn.Module):
         already.
         reconstruction_* (batch, input rows, input cols): the backward model's reading of each
         prediction, on the input's canvas; without them d_rev is 0. copied_* (batch,): the share of
-        the input that each prediction shows as it is; with them d_rev pays what is told beyond it.
+        the input that each prediction shows as it is; with them d_rev pays what is recovered beyond it.
         """
         if target.dim() == 2:
             grids = [_batch_of_one(g) for g in (before, after, target, inp)]

@@ -10,7 +10,7 @@ Prints, for the reversibility that votes (`evaluation.reversibility`) and for wh
   c  within a query: how often a right candidate scores above a wrong one, over the candidates of
      all views (a candidate's score: mean over its views), mean over queries that have both
 and the exact counts in one and two attempts for several vote weights. Scores: `reversibility`;
-`told`, its first part alone (probability of the input given the answer); `not copied`, one minus its
+`recovered`, its first part alone (probability of the input given the answer); `not copied`, one minus its
 second part, which needs no backward model; `cell probability`, the model's own certainty.
 
 Two sets of queries. *Demonstrations*: each predicted from the others, in epochs (hence views) that no
@@ -145,7 +145,7 @@ def scores_of(
         "reversibility": reversibility(
             grids, size, backward, batch.query_input, batch.query_input_size
         ),
-        "told": weighted_cell_mean(pick_colour(backward, inp), inp).exp(),
+        "recovered": weighted_cell_mean(pick_colour(backward, inp), inp).exp(),
         "not copied": 1.0 - copied_share(colours, size, inp, batch.query_input_size),
     }
 
@@ -191,7 +191,7 @@ def _padded(grids: torch.Tensor, canvas: list[int]) -> torch.Tensor:
 def demonstration_queries(
     tasks: list[Task], index: dict[str, int], n_views: int, batch_size: int
 ) -> Iterator[Query]:
-    """Every demonstration of every task, told from the others, once per view."""
+    """Every demonstration of every task, predicted from the others, once per view."""
     stream = TrainingStream(tasks, 0, batch_size, task_table=index, overflow=False)
     for view in range(n_views):
         for batch, targets in stream.epoch(UNSEEN_EPOCH + view):
@@ -215,7 +215,7 @@ def report(title: str, answers: Answers, chosen: float) -> None:
     print(f"{title}: {len(first)} queries, {n_exact} exact in the first view")
     head = ("a, first view", "a, all views", "b", "more", "equal", "less", "c", "queries of c")
     print(f"  {'score':<17}" + "".join(f"{name:>14}" for name in head))
-    for name in ("reversibility", "told", "not copied", "cell probability"):
+    for name in ("reversibility", "recovered", "not copied", "cell probability"):
         a_first, a_all = (
             auc([a["own"][name] for a in some], [a["exact"] for a in some])
             for some in (first, answers)
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
             demonstration_queries(tasks, index, args.demonstration_views, args.batch_size),
         )
         chosen = max(WEIGHTS, key=lambda w: (*exact_counts(shown, w), -w))
-        report("Demonstrations, each told from the others", shown, chosen)
+        report("Demonstrations, each predicted from the others", shown, chosen)
     tests = test_queries(tasks, index, args.views, args.batch_size, model.seed)
     report("Test queries", answers_of(model.system, tests), chosen)
 

@@ -341,7 +341,7 @@ def test_reversibility_is_what_is_told_beyond_what_is_shown():
         batch.query_input,
         batch.query_input_size,
     )
-    assert got.tolist() == pytest.approx([0.5, 0.75])  # a copy; told by half, nothing shown
+    assert got.tolist() == pytest.approx([0.5, 0.75])  # a copy; recovered by half, nothing shown
 
 
 # ---------------------------------------------------------------- refinements and both ballots
