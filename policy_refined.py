@@ -1,5 +1,5 @@
-"""The refined policy: changes a prompt, chooses a proposed answer, says what that earned, and passes it on to the
-policies' updates.
+"""The refined policy: changes a prompt, chooses a proposed answer, says what that earned, and
+passes it on to the policies' updates.
 
 Glue only: the decision and its learning are `human_rl_agent`'s, the scores `reward_shaping`'s. It
 never sees a target when it refines; targets enter `compute_reward` and `soft_reward` alone.
@@ -227,7 +227,7 @@ class RefinedPolicy(nn.Module):
         already.
         reconstruction_* (batch, input rows, input cols): the backward model's reading of each
         prediction, on the input's canvas; without them d_rev is 0. copied_* (batch,): the share of
-        the input that each prediction shows as it is; with them d_rev pays what is recovered beyond it.
+        the input that each prediction shows as it is; with them d_rev pays what comes on top.
         """
         if target.dim() == 2:
             grids = [_batch_of_one(g) for g in (before, after, target, inp)]
@@ -277,11 +277,12 @@ class RefinedPolicy(nn.Module):
         own_size: Tensor,
         target_size: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """What each candidate would earn if the agent answered with it as it is, and whether it is exact: (batch, A + 1)
-        float32 and bool, number 0 the agent's own answer, which earns 0.
+        """What each candidate would earn if the agent answered with it as it is, and whether it is
+        exact: (batch, A + 1) float32 and bool, number 0 the agent's own answer, which earns 0.
 
-        own (batch, rows, cols) and its size; proposed (batch, A, rows, cols) uint8 and size (batch, A, 2), 0 = none. The
-        reward is `compute_reward`'s but for d_rev, for which every candidate would have to be read backwards.
+        own (batch, rows, cols) and its size; proposed (batch, A, rows, cols) uint8 and size
+        (batch, A, 2), 0 = none. The reward is `compute_reward`'s but for d_rev, for which every
+        candidate would have to go through the backward model.
         """
         same_size = (own_size == target_size).all(-1)
         canvas = (target.shape[1], target.shape[2])

@@ -87,7 +87,7 @@ RULES = {
     "no_reward": SAME,
     "planning_steps": SAME,
 }
-# The path of the same data and the word for the same precision may differ: their effect is compared.
+# The path of the same data and the word for the same precision may differ: effects are compared.
 BY_EFFECT = ("data", "amp")
 # The final evaluation alone depends on these.
 OF_THE_VOTE = ("eval_views", "vote_batches", "acceptance", "hypothesis_tasks")
@@ -180,7 +180,7 @@ def settings_of(extra: Any) -> dict[str, Any]:
 
 
 def from_saved(action: argparse.Action, value: Any) -> Any:
-    """A saved value as the flag's own parser makes it. Raises ValueError for one it would refuse."""
+    """A saved value as the flag's parser makes it. Raises ValueError for one it would refuse."""
     value = plain(value)
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):

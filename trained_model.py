@@ -164,8 +164,8 @@ def model_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool)
         n_batches = extra["progress"]["total"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path}: what it says of its training cannot be read ({type(error).__name__}: {error}). "
-            "The file is damaged or was made by hand; use another.",
+            f"{path}: what it says of its training cannot be read ({type(error).__name__}: "
+            f"{error}). The file is damaged or was made by hand; use another.",
             EXIT_MISSING,
         ) from error
     return Model(system, index, path, n_batches, averaged, [])
