@@ -1,7 +1,7 @@
 """Does a right answer tell more of its input than a wrong one? Of one trained run.
 
     python benchmarks/bench_reversibility.py runs/arc_complete_20260101_120000 --threads 1
-    python benchmarks/bench_reversibility.py RUN --max_side 30 --views 2      # all 1076 test queries
+    python benchmarks/bench_reversibility.py RUN --max_side 30 --views 2   # all 1076 test queries
 
 Prints, for the reversibility that votes (`evaluation.reversibility`) and for what it is made of,
   a  across queries: AUC for "this answer is exact" (first view; all views together)
@@ -10,11 +10,11 @@ Prints, for the reversibility that votes (`evaluation.reversibility`) and for wh
   c  within a query: how often a right candidate scores above a wrong one, over the candidates of
      all views (a candidate's score: mean over its views), mean over queries that have both
 and the exact counts in one and two attempts for several vote weights. Scores: `reversibility`;
-`recovered`, its first part alone (probability of the input given the answer); `not copied`, one minus its
-second part, which needs no backward model; `cell probability`, the model's own certainty.
+`recovered`, its first part alone (probability of the input given the answer); `not copied`, one
+minus its second part, which needs no backward model; `cell probability`, the model's own certainty.
 
-Two sets of queries. *Demonstrations*: each predicted from the others, in epochs (hence views) that no
-run trains on; the vote weight is chosen here (most exact in two attempts, then in one, then the
+Two sets of queries. *Demonstrations*: each predicted from the others, in epochs (hence views) that
+no run trains on; the vote weight is chosen here (most exact in two attempts, then in one, then the
 smallest). *Test*: the held-out test queries of the training tasks; their outputs only measure.
 It trains nothing and writes nothing.
 """
@@ -241,7 +241,8 @@ def main(argv: list[str] | None = None) -> None:
         "--max_side",
         type=number(int, 1, 30),
         default=10,
-        help="tasks whose grids all fit this side, in cells (default: %(default)s: the small slice)",
+        help="tasks whose grids all fit this side, in cells (default: %(default)s: the small "
+        "slice)",
     )
     parser.add_argument("--views", type=number(int, 1, 64), default=8, help="(default: 8)")
     parser.add_argument(

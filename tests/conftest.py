@@ -289,7 +289,8 @@ def system() -> Any:
 
 
 def work_moves_the_clock(patch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that the work moves: a step takes a second, a batch of predictions as long. Its time is the one entry."""
+    """A clock that the work moves: a step takes a second, a batch of predictions as long.
+    Its time is the one entry."""
     import arc_system
 
     clock = [time.monotonic()]

@@ -193,7 +193,8 @@ def names_in(file: Path) -> frozenset[str]:
 
 
 def missing_in(text: str) -> list[str]:
-    """What a document names that is not there: `file.py::name`, `docs/FILE.md`, `folder/file.py`."""
+    """What a document names that is not there: `file.py::name`,
+    `docs/FILE.md`, `folder/file.py`."""
     missing = []
     for file, name in re.findall(r"`([\w/]+\.(?:py|md|ipynb))(?:::([\w.]+))?`", text):
         path = ROOT / file
@@ -223,7 +224,10 @@ def test_tests_named_in_the_page_on_saving_exist() -> None:
 
 
 def test_something_that_is_not_there_is_noticed() -> None:
-    text = "`tests/test_documents.py::no_such_test`, `no_such.py`, `curriculum.py::CURVE`, `predict.py`"
+    text = (
+        "`tests/test_documents.py::no_such_test`, `no_such.py`, `curriculum.py::CURVE`, "
+        "`predict.py`"
+    )
     assert missing_in(text) == [
         "tests/test_documents.py::no_such_test", "no_such.py", "curriculum.py::CURVE",
     ]  # fmt: skip

@@ -86,7 +86,8 @@ def python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 
 class Scripts:
-    """The fault scripts, each run once, whichever of the parallel test processes comes first; by files in `shared`."""
+    """The fault scripts, each run once, whichever of the parallel test processes comes first;
+    by files in `shared`."""
 
     def __init__(self, shared: Path, names: list[str]) -> None:
         self.shared = shared

@@ -114,7 +114,8 @@ MUTANTS = [
     Mutant(
         "rotation after the save",
         '        """The protocol: file, index entry',
-        '        self._rotate(self.max_checkpoints - 1)\n        """The protocol: file, index entry',
+        "        self._rotate(self.max_checkpoints - 1)\n"
+        '        """The protocol: file, index entry',
         "kill_points.py --only only",
     ),
     Mutant(
@@ -131,8 +132,8 @@ MUTANTS = [
     ),
     Mutant(
         "second try on a full disk",
-        "            if not is_space_error(e):\n                raise\n            self._make_room()\n"
-        "            return write",
+        "            if not is_space_error(e):\n                raise\n"
+        "            self._make_room()\n            return write",
         "            raise\n            return write",
         "test_a_full_disk",
     ),

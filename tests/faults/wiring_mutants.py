@@ -842,14 +842,16 @@ HYPOTHESES = [
         "40 training's proposals made with the own pair",
         FITTING,
         "return rule_list.leave_one_out(pairs, arms=arms, limits=TRAINING_LIMITS)",
-        "return rule_list.fit_task(pairs, [a for a, _ in pairs], arms=arms, limits=TRAINING_LIMITS)",
+        "return rule_list.fit_task(pairs, [a for a, _ in pairs], arms=arms, "
+        "limits=TRAINING_LIMITS)",
         "hypotheses: explained_from_the_others",
     ),
     Mutant(
         "40 proposals with the own pair change an own answer's logits",
         FITTING,
         "return rule_list.leave_one_out(pairs, arms=arms, limits=TRAINING_LIMITS)",
-        "return rule_list.fit_task(pairs, [a for a, _ in pairs], arms=arms, limits=TRAINING_LIMITS)",
+        "return rule_list.fit_task(pairs, [a for a, _ in pairs], arms=arms, "
+        "limits=TRAINING_LIMITS)",
         "honesty: own_output_changes_no_bit",
     ),
     Mutant(
@@ -974,7 +976,8 @@ HYPOTHESES = [
     Mutant(
         "42 no token for the proposal",
         SYSTEM,
-        "                prompt = prompt.extended(token.to(prompt.tokens.dtype), proposal.given[:, None])\n",
+        "                prompt = prompt.extended(token.to(prompt.tokens.dtype), "
+        "proposal.given[:, None])\n",
         "",
         "arc_system: token_of_a_proposal",
     ),
@@ -1227,7 +1230,8 @@ HYPOTHESES = [
         "48 a first answer that stands learns nothing",
         T,
         "put_rows(before, again, second)",
-        "put_rows(__import__('dataclasses').replace(before, logits=before.logits.detach()), again, second)",
+        "put_rows(__import__('dataclasses').replace(before, logits=before.logits.detach()), "
+        "again, second)",
         "wiring: first_answer_stands",
     ),
     Mutant(
