@@ -11,6 +11,7 @@ afterwards. In a program of your own: `from trained_model import load_model, loa
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -279,8 +280,6 @@ def adaptation_report(adapted: Adapted) -> list[str]:
 
 def run_prediction(args: argparse.Namespace) -> int:
     """From parsed arguments to the written file."""
-    import json
-
     import torch
     from tqdm import tqdm
 

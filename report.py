@@ -27,6 +27,7 @@ from command_line import (
     add_process_arguments,
     number,
     pick_device,
+    pick_precision,
 )
 from predict import check_device_name, check_output_file, guarded, write
 from run_log import read_metrics
@@ -285,7 +286,6 @@ def answer_queries(
     import torch
     from tqdm import tqdm
 
-    from command_line import pick_precision
     from dataset_arc import View, evaluation_batches
     from evaluation import without_outputs
 
