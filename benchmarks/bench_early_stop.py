@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from dataset_arc import load_tasks
-    from predict import load_model
+    from trained_model import load_model
 
     args.device = pick_device(args.device)
     torch.set_num_threads(args.threads)

@@ -57,7 +57,7 @@ from grid_accuracy_loss import (  # noqa: E402
     pick_colour,
     weighted_cell_mean,
 )
-from predict import load_model  # noqa: E402
+from trained_model import load_model  # noqa: E402
 
 UNSEEN_EPOCH = 1_000_000  # no run gets there, so its views are new
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)

@@ -17,7 +17,7 @@ from policy_refined import N_STATS
 from proposal_policy import ARM_FACTS, RELATION
 from qwen_hybrid_prompt import ModelError
 
-NAMES = {"agent", "qwen", "solver2", "efe_loss", "policy_rl"}
+NAMES = ["agent", "qwen", "solver2", "efe_loss", "policy_rl"]  # in the order of a checkpoint
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def final_logits(system, batch, seed=0):
 
 
 def test_the_modules_have_the_names_of_a_checkpoint(system):
-    assert set(system.modules()) == NAMES
+    assert list(system.modules()) == NAMES
     assert all(module.training is False for module in system.modules().values())
 
 
