@@ -242,10 +242,10 @@ class Place(nn.Module):
         row = torch.arange(rows, device=size.device)
         col = torch.arange(cols, device=size.device)
         below = (size[:, :1] - 1 - row).clamp(0, MAX_SIDE)
-        right = (size[:, 1:] - 1 - col).clamp(0, MAX_SIDE)
+        beside = (size[:, 1:] - 1 - col).clamp(0, MAX_SIDE)
         stride = MAX_SIDE + 1
         by_row = self.table(row) + self.table(below + 2 * stride)  # (N, rows, width)
-        by_col = self.table(col + stride) + self.table(right + 3 * stride)
+        by_col = self.table(col + stride) + self.table(beside + 3 * stride)
         return (by_row[:, :, None] + by_col[:, None, :]).flatten(1, 2)
 
 

@@ -126,9 +126,9 @@ class EFELoss(nn.Module):
         size_right (batch,) bool: where False the confidence should be low whatever the cells are.
         size_logits (batch, 2, sides), entry k = side k + 1; target_size (batch, 2).
         size_weight: the curriculum's factor on the size part.
-        backward_logits (batch, input rows, input cols, colours): the live backward model's reading
-        of the predicted output; backward_logits_true: its reading of the true output.
-        inp (batch, input rows, input cols): the input that reading should give.
+        backward_logits (batch, input rows, input cols, colours): the input that the live backward
+        model finds for the predicted output; backward_logits_true: for the true output.
+        inp (batch, input rows, input cols): the input that it should find.
         pair_summary (pairs, width) and task_ids (pairs,): pooled prompts of demonstration pairs.
 
         Parts whose tensors are not given are 0. `per_pair=True` adds "per_pair" (batch,): each
@@ -163,10 +163,10 @@ class EFELoss(nn.Module):
                         confidence, observed_share(logits, target, size_right)
                     )
                 if inp is not None:
-                    for reading in (backward_logits, backward_logits_true):
-                        if reading is not None:
+                    for found in (backward_logits, backward_logits_true):
+                        if found is not None:
                             pairs["bi"] = pairs["bi"] + backward_divergence(
-                                reading, inp, self.smoothing
+                                found, inp, self.smoothing
                             )
 
             parts = {name: value.mean() for name, value in pairs.items()}
