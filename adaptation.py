@@ -114,7 +114,7 @@ def adapt(
         """Seconds until this share of them is left; without end where batches are counted."""
         return begun + (1 - share) * seconds - time.monotonic() if seconds else math.inf
 
-    def tell(share: float) -> None:
+    def report(share: float) -> None:
         if progress is not None:
             progress(1 - max(0.0, left()) / seconds if seconds else share)
 
@@ -122,7 +122,7 @@ def adapt(
     while len(answered) < len(unseen) and (not answered or left(1 - MEASURE_SHARE) > 0):
         some = unseen[len(answered) : len(answered) + MEASURED_AT_ONCE]
         answered |= _outcomes_of_folds(system, some, {}, range(FOLDS), **how)
-        tell(0.0)
+        report(0.0)
     measuring_s = time.monotonic() - begun
     chosen = unseen[: len(answered)]
     before = {task_id: _measure(answers) for task_id, answers in answered.items()}
@@ -142,7 +142,7 @@ def adapt(
             _what_learns(learner, parts, lr),
             until=time.monotonic() + share_s,
             n_batches=n_batches,
-            progress=lambda share: tell((number + share) / (FOLDS + 1)),
+            progress=lambda share: report((number + share) / (FOLDS + 1)),
             **how,
         )
         return learner
@@ -198,7 +198,7 @@ def _measure(answers: Sequence[Outcome]) -> Measure:
 
 
 def _copy(system: System, n_new: int) -> System:
-    """The system with rows for new tasks. It shares the language model, which stands still."""
+    """The system with rows for new tasks. It shares the language model, which is frozen."""
     backbone = system.qwen.backbone
     copied = copy.deepcopy(system, {id(backbone): backbone})
     copied.solver2.add_tasks(n_new)
@@ -305,9 +305,9 @@ def _forever(stream: TrainingStream, seed: int) -> Iterator[tuple[tuple[int, ...
 def _what_learns(
     system: System, parts: str, lr: float
 ) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
-    """(trained tensors that have to stand still meanwhile, the optimizer of the others).
+    """(parameters that are frozen meanwhile, the optimizer of the others).
 
-    The language model stands still: its learning rate in training is its own, and with a large one
+    The language model is frozen: its learning rate in training is its own, and with a large one
     its gradient costs more than all else.
     """
     trained = system.trained_parts()

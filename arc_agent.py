@@ -62,12 +62,13 @@ class AgentConfig:
 
 @dataclass
 class DemonstrationCells:
-    """The encoded demonstrations of a batch, one token per output cell.
+    """The encoded demonstrations of a batch, one token per output cell; cells = rows * cols.
 
-    raw (pairs, cells, width) is what each cell of the input is by itself; plain, of the same shape,
-    encodes the input as a query's cells are; tokens add what the output is; mask (pairs, cells)
-    bool; right (pairs, cells, N_POINTERS) float, 1 where that pointer names the demonstrated
-    colour; rows, cols of the canvas.
+    raw (pairs, cells, width): each cell's sources and features, embedded, before the encoder.
+    plain (pairs, cells, width): the same after the encoder, as a query's cells are encoded.
+    tokens (pairs, cells, width): plain plus the embedded `right`, so the output is known, too.
+    mask (pairs, cells) bool: the cells that the output has.
+    right (pairs, cells, N_POINTERS) float32: 1 where that pointer shows the output's colour.
     """
 
     raw: Tensor
@@ -95,8 +96,11 @@ class Sight:
 
 @dataclass
 class Proposal:
-    """One proposed answer a query: colours (Q, H, W) int64, -1 outside; size (Q, 2) int64, 0 where
-    a query has none; facts (Q, N_PROPOSAL_FACTS) float32 (`hypotheses.PROPOSAL_FACTS`)."""
+    """One proposed answer a query.
+
+    colours (Q, H, W) int64, -1 outside; size (Q, 2) int64, 0 where a query has none; facts
+    (Q, N_PROPOSAL_FACTS) float32 (`hypotheses.PROPOSAL_FACTS`).
+    """
 
     colours: Tensor
     size: Tensor
@@ -115,7 +119,7 @@ class Proposal:
 
 @dataclass
 class AgentOutput:
-    """What one planning pass says. Q queries, H x W the batch's canvas.
+    """The answers of one planning pass. Q queries, H x W the batch's canvas.
 
     logits (steps, Q, H, W, 10) float32, log-probabilities per planning step;
     size_logits (Q, 2, 30) float32 over rows and cols 1..30; size (Q, 2) int64, the size the
@@ -226,10 +230,10 @@ class Place(nn.Module):
         row = torch.arange(rows, device=size.device)
         col = torch.arange(cols, device=size.device)
         below = (size[:, :1] - 1 - row).clamp(0, MAX_SIDE)
-        right = (size[:, 1:] - 1 - col).clamp(0, MAX_SIDE)
+        beside = (size[:, 1:] - 1 - col).clamp(0, MAX_SIDE)
         stride = MAX_SIDE + 1
         by_row = self.table(row) + self.table(below + 2 * stride)  # (N, rows, width)
-        by_col = self.table(col + stride) + self.table(right + 3 * stride)
+        by_col = self.table(col + stride) + self.table(beside + 3 * stride)
         return (by_row[:, :, None] + by_col[:, None, :]).flatten(1, 2)
 
 
@@ -245,6 +249,7 @@ class Mlp(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
+        """x (N, rows * cols, width), mask (N, rows * cols) bool -> x plus what the MLP adds."""
         y = self.norm(x) * mask.unsqueeze(-1)
         grid = y.view(x.shape[0], rows, cols, -1).permute(0, 3, 1, 2)
         y = y + self.depthwise(grid).permute(0, 2, 3, 1).flatten(1, 2)
@@ -273,6 +278,8 @@ class SelfAttention(nn.Module):
         return q.to(v.dtype), k.to(v.dtype), v
 
     def forward(self, x: Tensor, mask: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """x (N, cells, width), mask (N, cells) bool of the cells looked at, table of
+        `rotary_table` -> x plus what attention adds."""
         n, cells, width = x.shape
         q, k, v = self.heads_of(x, table)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
@@ -288,6 +295,7 @@ class AxialAttention(SelfAttention):
     def forward(  # type: ignore[override]
         self, x: Tensor, mask: Tensor, table: tuple[Tensor, Tensor], rows: int, cols: int
     ) -> Tensor:
+        """As `SelfAttention.forward`, of cells that lie as (rows, cols)."""
         n, cells, width = x.shape
         q, k, v = self.heads_of(x, table)
         half = self.heads // 2
@@ -342,6 +350,8 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor, table: tuple[Tensor, Tensor] | None
     ) -> Tensor:
+        """x (N, cells, width); k, v (N, heads, M, head_dim) and mask (N, M) bool of the keys, null
+        slot included -> x plus what attention adds."""
         n, cells, width = x.shape
         q = self.q(self.norm(x)).view(n, cells, self.heads, self.head_dim).transpose(1, 2)
         q = self.q_norm(q)
@@ -399,11 +409,12 @@ class EncoderBlock(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, table: tuple[Tensor, Tensor], rows: int, cols: int
     ) -> Tensor:
+        """x (N, rows * cols, width), mask (N, rows * cols) bool -> the same shape as x."""
         return self.mlp(self.attention(x, mask, table), mask, rows, cols)
 
 
 class PlanningBlock(nn.Module):
-    """One refinement: look at the prompt, at the own row and column; think."""
+    """One planning step: attention to the prompt, to the cell's row and column, then the MLP."""
 
     def __init__(self, config: AgentConfig) -> None:
         super().__init__()
@@ -420,6 +431,8 @@ class PlanningBlock(nn.Module):
         rows: int,
         cols: int,
     ) -> Tensor:
+        """x (Q, rows * cols, width), mask (Q, rows * cols) bool of the answer's cells, prompt: the
+        keys, values and mask of its tokens -> the same shape as x."""
         x = self.prompt(x, *prompt, None)
         return self.mlp(self.own(x, mask, table, rows, cols), mask, rows, cols)
 
@@ -440,7 +453,7 @@ class PointerHead(nn.Module):
         self.query = nn.Linear(config.width, inner, bias=False)
         self.key = nn.Linear(config.width, inner, bias=False)
         with torch.no_grad():
-            self.key.weight.copy_(self.query.weight)  # like finds like from the first step
+            self.key.weight.copy_(self.query.weight)  # equal cells attend from the start
         self.scale = nn.Parameter(torch.full((self.heads,), 1.0))
         self.evidence = nn.Parameter(torch.full((self.heads, N_POINTERS), 0.5 / self.heads))
         self.global_evidence = nn.Parameter(torch.full((N_POINTERS,), 0.1))
@@ -451,6 +464,7 @@ class PointerHead(nn.Module):
         nn.init.zeros_(self.to_proposed.weight)
 
     def keys(self, tokens: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """tokens (N, cells, width) -> keys (N, heads, cells, head_dim) float32 of length 1."""
         n, cells, _ = tokens.shape
         k = self.key(self.key_norm(tokens)).view(n, cells, self.heads, self.head_dim)
         return rotate(F.normalize(k.float(), dim=-1).transpose(1, 2), table)
@@ -548,7 +562,8 @@ class RuleFit(nn.Module):
         weigh more.
         """
         with torch.autocast(query.device.type, enabled=False):
-            changed = 1.0 - right[..., :1]
+            # ridge regression of `right` on the features, weighted by cell
+            changed = 1.0 - right[..., :1]  # pointer 0 is the input's own colour
             weight = mask.unsqueeze(-1) * (1.0 + self.log_changed.exp() * changed)
             weight = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
             weighted = (seen * weight).transpose(1, 2)
@@ -559,6 +574,7 @@ class RuleFit(nn.Module):
                 moments + ridge * torch.eye(seen.shape[-1], device=seen.device)
             )
             rule = torch.cholesky_solve(weighted @ right, factor) * self.gain
+            # then steps on the likelihood that a right pointer is chosen, whichever it is
             wrong = torch.where(right > 0, 0.0, -1e4)
             for step_size in self.step_size:
                 belief = seen @ rule + self.prior
@@ -597,7 +613,7 @@ class SizeHead(nn.Module):
 
 
 class BackwardModel(nn.Module):
-    """From the answer back to the input: what was the input grid, judging by this output?
+    """From an answer back to the input: a colour distribution for every cell of the input.
 
     Each cell of the input points at what the answer shows there, in its eight orientations resized
     to the input and cell by cell from the corner, or at a constant colour. Which pointer is right
@@ -621,7 +637,7 @@ class BackwardModel(nn.Module):
         nn.init.normal_(self.to_pointer.weight, std=0.02)
         nn.init.zeros_(self.to_pointer.bias)
         with torch.no_grad():
-            self.to_pointer.bias[0] = 2.0  # a copy, until told otherwise
+            self.to_pointer.bias[0] = 2.0  # a copy, until it has learned better
         self.log_ridge = nn.Parameter(torch.tensor(-4.0))
         self.gain = nn.Parameter(torch.full((N_BACKWARD_POINTERS,), 4.0))
         self.step_size = nn.Parameter(torch.ones(1))
@@ -703,9 +719,9 @@ class BackwardModel(nn.Module):
         learned = self.to_pointer(self.norm(x + self.film(summary).unsqueeze(1)))
         with torch.autocast(features.device.type, enabled=False):
             weight = (learned.float() + features @ rule).softmax(-1)
-            told = torch.matmul(weight[..., None, :N_SHOWN], shown).squeeze(-2)
-            told = told + weight[..., N_SHOWN:]
-        return told.clamp_min(BACKWARD_FLOOR).log().view(len(x), *canvas, COLOURS)
+            recovered = torch.matmul(weight[..., None, :N_SHOWN], shown).squeeze(-2)
+            recovered = recovered + weight[..., N_SHOWN:]
+        return recovered.clamp_min(BACKWARD_FLOOR).log().view(len(x), *canvas, COLOURS)
 
 
 class ArcAgent(nn.Module):
@@ -928,7 +944,8 @@ class ArcAgent(nn.Module):
         """Inference by hand: a bare grid (H, W) of colours -> logits (5, rows, cols, 10).
 
         With a batch instead of a grid it is `plan`. A bare grid has no demonstrations, so the
-        answer is what the agent believes of any task; use `evaluation` to solve one.
+        answer is the one for any task at all; use `evaluation` to solve one. Raises ValueError for
+        a grid that is not (rows, cols) with sides 1..30.
         """
         if isinstance(input_grid, Batch):
             if demos is None:
@@ -958,8 +975,9 @@ def choose_size(size_logits: Tensor, canvas: Tensor) -> Tensor:
 
 
 def sureness(logits: Tensor, previous: Tensor | None, mask: Tensor) -> Tensor:
-    """What a step's answer says of itself, (Q, N_SURE) float32 without gradient: mean and smallest
-    largest-probability of its cells, their geometric mean, share of cells as in the step before.
+    """How sure a step's answer is, (Q, N_SURE) float32 without gradient: of its cells' largest
+    probabilities the mean, the smallest and the geometric mean; the share of cells that are as in
+    the step before.
 
     logits, previous (Q, cells, 10) log-probabilities, previous None at the first step (share 0);
     mask (Q, cells) bool, the cells of the answer.

@@ -134,7 +134,8 @@ class DynamicMemoryThreshold:
 
 
 class GradientMonitor:
-    """Gradient norms of modules. Its state is the sum and the number of the finite ones, by name."""
+    """Gradient norms of modules. Its state is the sum and the number of the finite ones, by
+    name."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}

@@ -1,8 +1,11 @@
 """Prediction without targets, voting over views, and scoring.
 
-`predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `outcomes`, `score` and `gains` are the
-only places where predictions and outputs meet. Each query has two ballots: the network's alone, and one in which the
-refined answers and the proposals vote too. `evaluate` is all of it for a run, hypotheses included. It trains nothing and
+`predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `outcomes`,
+`score` and `gains` are the
+only places where predictions and outputs meet. Each query has two ballots: the network's alone,
+and one in which the
+refined answers and the proposals vote too. `evaluate` is all of it for a run, hypotheses included.
+It trains nothing and
 writes no files. `from evaluation import evaluate, predict_tasks, refined, score, without_outputs`.
 """
 
@@ -217,11 +220,11 @@ def _ballots(
     n_steps = len(own.logits)
     grids, *earlier = (own.grids(step).cpu().numpy() for step in range(n_steps - 1, -1, -1))
     sure = answer_probability(own).tolist()
-    told = [[0.0] * batch.n_queries, [0.0] * batch.n_queries]
+    recovered = [[0.0] * batch.n_queries, [0.0] * batch.n_queries]
     again = answered.again
     for column, output, backward in (
-        (told[0], own, answered.backward_before),
-        (told[1], after, answered.backward_after),
+        (recovered[0], own, answered.backward_before),
+        (recovered[1], after, answered.backward_after),
     ):
         if backward is not None:
             inp, size = on_device.query_input[again], on_device.query_input_size[again]
@@ -268,7 +271,9 @@ def _ballots(
             for c in ballot.candidates.values():
                 both.add(c.grid, EARLIER_WEIGHT * c.weight, votes=0)
             ballot.refined = both
-            ballot.changes = [Change(grid, answer, told[0][row], told[1][row], number > 0)]
+            ballot.changes = [
+                Change(grid, answer, recovered[0][row], recovered[1][row], number > 0)
+            ]
         yield ballot
 
 
@@ -366,7 +371,7 @@ def gains(predictions: Mapping[Key, Prediction], tasks: Iterable[Task]) -> dict[
                 rows.append([0.0] * len(REWARD_WEIGHTS))
                 continue
             scores = []
-            for grid, told in (
+            for grid, rev in (
                 (change.before, change.reversible_before),
                 (change.after, change.reversible_after),
             ):
@@ -376,7 +381,7 @@ def gains(predictions: Mapping[Key, Prediction], tasks: Iterable[Task]) -> dict[
                 shares = [
                     np.bincount(g.ravel(), minlength=COLOURS) / g.size for g in (grid, target)
                 ]
-                scores.append([cells, float(sides.mean()), float(np.minimum(*shares).sum()), told])
+                scores.append([cells, float(sides.mean()), float(np.minimum(*shares).sum()), rev])
             rows.append([b - a for a, b in zip(*scores, strict=True)])
     means = np.mean(rows, axis=0).tolist() if rows else [0.0] * len(REWARD_WEIGHTS)
     parts = dict(zip(REWARD_WEIGHTS, means, strict=True))
@@ -439,16 +444,16 @@ def reversibility(
     inp: torch.Tensor,
     input_size: torch.Tensor,
 ) -> torch.Tensor:
-    """How well the inputs can be told from answers, (Q,) in [0, 1]: probability of the input's
+    """How well the inputs can be recovered from answers, (Q,) in [0, 1]: probability of the input's
     cells by the backward model (geometric mean), beyond what the answer shows as it is.
 
     grids (Q, H, W) colours and size (Q, 2) of the answers; backward: the backward model's
     log-probabilities (Q, rows, cols, 10) of them, from `System.backward_of` or `System.predict`;
     inp (Q, rows, cols) and input_size (Q, 2).
     """
-    told = weighted_cell_mean(pick_colour(backward, inp), inp).exp()
+    recovered = weighted_cell_mean(pick_colour(backward, inp), inp).exp()
     answer = one_hot(grids.clamp(min=0), COLOURS)
-    return beyond_copying(told, copied_share(answer, size, inp, input_size))
+    return beyond_copying(recovered, copied_share(answer, size, inp, input_size))
 
 
 def answer_probability(output: AgentOutput) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""The trainer under the name `python fixed.py --epochs 10`; it is trainloop_complete_with_fixes.py."""
+"""The trainer under a shorter name, `python fixed.py --epochs 10`.
+
+It is trainloop_complete_with_fixes.py.
+"""
 
 import runpy
 from pathlib import Path

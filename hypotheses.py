@@ -1,9 +1,10 @@
 """Hypotheses of many tasks, fitted in processes of their own while something else runs.
 
-`Fitter` runs `rule_list.fit_task` on tasks, smallest first, and in between `rule_list.leave_one_out` on those that
-training asks for; it takes nothing from a training loop but cores. Tasks come without test outputs. The child processes
-end by themselves when their parent is gone, however that ended. `proposals_of` says of an explanation what a policy may
-know. Use: `from hypotheses import Fitter, proposals_of`; needs NumPy alone.
+`Fitter` runs `rule_list.fit_task` on tasks, smallest first, and in between
+`rule_list.leave_one_out` on those that training asks for; it takes nothing from a training loop but
+cores. Tasks come without test outputs. The child processes end by themselves when their parent is
+gone, however that ended. `proposals_of` says of an explanation what a policy may know.
+Use: `from hypotheses import Fitter, proposals_of`; needs NumPy alone.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ Key = tuple[str, int]  # task id, number of the test input
 Pairs = list[tuple[Any, Any]]
 HEADER = struct.Struct("<Q")
 MAX_PROPOSALS = 12  # different answers a query
-# What training's queries are explained with: half the time of all arms; any answer exact for 61 of 167 demonstrations of 50
-# tasks, 62 with `again` at 1.4 times the time.
+# What training's queries are explained with: half the time of all arms; any answer exact for 61 of
+# 167 demonstrations of 50 tasks, 62 with `again` at 1.4 times the time.
 TRAINING_ARMS = ("plain", "pairs", "shadow", "objects", "places", "drawn")
 TRAINING_LIMITS = Limits(max_cells=1600)
 
@@ -84,9 +85,10 @@ def verdict_name(verdict: Verdict) -> str:
 
 
 def proposals_of(explained: Explained) -> Proposals | None:
-    """The different answers of an explanation, best first, with what is known of each; None if there is none.
+    """The different answers of an explanation, best first, with facts of each; None without any.
 
-    Arms that answer alike make one proposal: the facts are those of the best ranked, `n_arms` and the arms count all.
+    Arms that answer alike make one proposal: the facts are those of the best ranked, `n_arms` and
+    the arms count all.
     """
     slot = {name: i for i, name in enumerate(ARMS)}
     found: dict[tuple[Any, ...], list[Hypothesis]] = {}
@@ -127,8 +129,8 @@ def explain_demonstrations(pairs: Pairs) -> list[Explained]:
 class Fitter:
     """Hypotheses of tasks, made in `n_workers` child processes from the moment this object is made.
 
-    tasks: whose test inputs are answered, without test outputs; fitted smallest first. What is asked for with `ask` comes
-    before them. Raises ValueError if a test output is in sight.
+    tasks: whose test inputs are answered, without test outputs; fitted smallest first. What is
+    asked for with `ask` comes before them. Raises ValueError if a test output is in sight.
     """
 
     def __init__(self, tasks: Sequence[Task], n_workers: int = 1) -> None:
@@ -166,8 +168,8 @@ class Fitter:
     ) -> dict[Key, Explained]:
         """What is fitted by `deadline` (time.monotonic(); None: wait for all), by query.
 
-        n_tasks: wait for so many tasks, take no more; repeats what a deadline cut. waiting(n) is called with the number
-        of tasks done whenever one came.
+        n_tasks: wait for so many tasks, take no more; repeats what a deadline cut. waiting(n) is
+        called with the number of tasks done whenever one came.
         """
         wanted = self.n_tasks if n_tasks is None else min(n_tasks, self.n_tasks)
         shown = 0
@@ -215,8 +217,8 @@ class Fitter:
             self._changed.notify_all()
 
     def leave_one_out(self, task: Task) -> list[Proposals | None]:
-        """Proposals per demonstration, made from the others alone; waits for them. A pure function of the task: made here
-        when the children are gone."""
+        """Proposals per demonstration, made from the others alone; waits for them. A pure function
+        of the task: made here when the children are gone."""
         self.ask([task])
         with self._changed:
             while task.task_id not in self._proposed:
@@ -307,7 +309,8 @@ def _read(stream: IO[bytes]) -> bytes | None:
 
 
 def serve() -> None:
-    """A child: one piece of work a message from stdin, one answer a message to stdout; ends when stdin does."""
+    """A child: one piece of work a message from stdin, one answer a message to stdout; ends when
+    stdin does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the parent's; it closes our stdin
     waiting: deque[bytes] = deque()
     came = threading.Semaphore(0)

@@ -124,9 +124,9 @@ class EFELoss(nn.Module):
         size_right (batch,) bool: where False the confidence should be low whatever the cells are.
         size_logits (batch, 2, sides), entry k = side k + 1; target_size (batch, 2).
         size_weight: the curriculum's factor on the size part.
-        backward_logits (batch, input rows, input cols, colours): the live backward model's reading
-        of the predicted output; backward_logits_true: its reading of the true output.
-        inp (batch, input rows, input cols): the input that reading should give.
+        backward_logits (batch, input rows, input cols, colours): the input that the live backward
+        model finds for the predicted output; backward_logits_true: for the true output.
+        inp (batch, input rows, input cols): the input that it should find.
         pair_summary (pairs, width) and task_ids (pairs,): pooled prompts of demonstration pairs.
 
         Parts whose tensors are not given are 0.
@@ -159,10 +159,10 @@ class EFELoss(nn.Module):
                         confidence, observed_share(logits, target, size_right)
                     )
                 if inp is not None:
-                    for reading in (backward_logits, backward_logits_true):
-                        if reading is not None:
+                    for found in (backward_logits, backward_logits_true):
+                        if found is not None:
                             pairs["bi"] = pairs["bi"] + backward_divergence(
-                                reading, inp, self.smoothing
+                                found, inp, self.smoothing
                             )
 
             parts = {name: value.mean() for name, value in pairs.items()}
@@ -256,7 +256,7 @@ def confidence_divergence(confidence: Tensor, share_right: Tensor) -> Tensor:
 def backward_divergence(backward_logits: Tensor, inp: Tensor, smoothing: float) -> Tensor:
     """Jensen-Shannon divergence between the input and what the backward model makes of the output.
 
-    Reason: an answer from which the input can be told again has kept the information of the task.
+    Reason: an answer from which the input can be recovered has kept the information of the task.
     Q_fwd(o_0) is the smoothed one-hot input, Q_bwd the backward model's distribution; mean over the
     input's cells, (batch,), in [0, log 2]. `bi` is this of the predicted output, whose gradient is
     meant for the agent, plus this of the true output, from which the backward model learns: trained
@@ -274,7 +274,7 @@ def backward_divergence(backward_logits: Tensor, inp: Tensor, smoothing: float) 
 def prompt_inconsistency(pair_summary: Tensor, task_ids: Tensor) -> Tensor:
     """1 - mean cosine between each pair's summary and the others of its task; scalar in [0, 2].
 
-    Reason: demonstrations of one task tell of one rule; the more alike their prompts, the lower the
+    Reason: demonstrations of one task show one rule; the more alike their prompts, the lower the
     loss.
     Mean over the pairs that have a partner; 0 if none has. Keep its weight small: alone it would
     make all prompts equal. `pair_summary` (pairs, width), `task_ids` (pairs,).

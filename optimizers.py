@@ -122,7 +122,7 @@ class MuonAdamW(torch.optim.Optimizer):
 class WeightAverage:
     """Exponential moving average of weights, used for evaluation; decay 0 switches it off.
 
-    The decay warms up as (1 + n) / (10 + n), so that a short run is not judged by its first weights.
+    The decay warms up as (1 + n) / (10 + n): a short run is not judged by its first weights.
     """
 
     def __init__(self, params: Iterable[Tensor], decay: float) -> None:

@@ -218,9 +218,10 @@ class RefinedPolicy(nn.Module):
         size_before, size_after (batch, 2): the model's own predicted sizes; default: the grids'
         own. They are never the resized ones, so `d_size` is live also when the caller resized
         already.
-        reconstruction_* (batch, input rows, input cols): the backward model's reading of each
-        prediction, on the input's canvas; without them d_rev is 0. copied_* (batch,): the share of
-        the input that each prediction shows as it is; with them d_rev pays what is told beyond it.
+        reconstruction_* (batch, input rows, input cols): the input that the backward model finds
+        for each prediction, on the input's canvas; without them d_rev is 0. copied_* (batch,): the
+        share of the input that each prediction shows as it is; with them d_rev pays what comes on
+        top.
         """
         if target.dim() == 2:
             grids = [_batch_of_one(g) for g in (before, after, target, inp)]

@@ -11,6 +11,7 @@ afterwards. In a program of your own: `from trained_model import load_model, loa
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -112,22 +113,23 @@ def build_parser() -> Parser:
         "--acceptance",
         choices=("demonstrations", "full", "off"),
         default="demonstrations",
-        help="what a refinement needs; demonstrations: its way of fitting re-predicts more of them from the others "
-        "than the network does; full: all of them; off: nothing (default: %(default)s)",
+        help="what a refinement needs; demonstrations: its way of fitting re-predicts more of them "
+        "from the others than the network does; full: all of them; off: nothing (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--adapt_seconds",
         type=number(float, 0.1),
         metavar="S",
-        help="first train a copy on the demonstrations of unseen tasks, for so long with judging; it "
-        "answers the tasks whose demonstrations, held out of it, come out better (default: off)",
+        help="first train a copy on the demonstrations of unseen tasks, for so long with judging; "
+        "it answers the tasks whose demonstrations, held out of it, come out better (default: off)",
     )
     parser.add_argument(
         "--adapt_batches",
         type=number(int, 1),
         metavar="N",
-        help="the same for so many batches in each of its four trainings (three judge, one answers), "
-        "which can be repeated bit for bit (default: off)",
+        help="the same for so many batches in each of its four trainings (three judge, one "
+        "answers), which can be repeated bit for bit (default: off)",
     )
     parser.add_argument(
         "--adapt_parts",
@@ -254,8 +256,6 @@ def adaptation_report(adapted: Adapted) -> list[str]:
 
 def run_prediction(args: argparse.Namespace) -> int:
     """From parsed arguments to the written file."""
-    import json
-
     import torch
     from tqdm import tqdm
 
@@ -388,7 +388,8 @@ def run_prediction(args: argparse.Namespace) -> int:
         figures["gains"] = gains(network, chosen)
         for part, counts in figures["alone"].items():
             say(
-                f"  {part} alone: {counts['exact_at_2']}/{figures['n']} ({counts['exact_at_1']} in one)",
+                f"  {part} alone: {counts['exact_at_2']}/{figures['n']} "
+                f"({counts['exact_at_1']} in one)",
                 important=True,
             )
         if known:

@@ -1,9 +1,11 @@
-"""The choice among proposed answers: which explanation of the demonstrations the agent should answer with.
+"""The choice among proposed answers: which explanation of the demonstrations the agent should
+answer with.
 
-A small network scores every proposal of a query, and keeping the agent's own answer, by what is known without
-the query's output. It learns from groups of draws (advantage against the group's other members), from hindsight (cross-entropy
-towards the best) and how likely each candidate is exact. It knows nothing of rules or files and draws only from a generator it is
-given. Import: ``from proposal_policy import ProposalPolicy``; ``choose`` before, ``learn`` after.
+A small network scores every proposal of a query, and keeping the agent's own answer, by what is
+known without the query's output. It learns from groups of draws (advantage against the group's
+other members), from hindsight (cross-entropy towards the best) and how likely each candidate is
+exact. It knows nothing of rules or files and draws only from a generator it is given.
+Import: ``from proposal_policy import ProposalPolicy``; ``choose`` before, ``learn`` after.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ N_GROUP = 4  # draws a query, of which the first is carried out
 HINDSIGHT_WEIGHT = 0.5
 ENTROPY_WEIGHT = 0.01
 REWARD_SCALE = 5.0  # as the other policy's
-# Where learning starts: how likely an answer is exact by verdict, measured on demonstrations as queries
-# (benchmarks/bench_hypotheses.py --leave_one_out: 42 of 47, 21 of 32, 5 of 20 and 13 of 97; untried and own are guesses).
+# Where learning starts: how likely an answer is exact by verdict, measured on demonstrations as
+# queries (benchmarks/bench_hypotheses.py --leave_one_out: 42 of 47, 21 of 32, 5 of 20 and 13 of 97;
+# untried and own are guesses).
 PRIOR = {"full": 0.9, "half": 0.65, "some": 0.25, "none": 0.1, "untried": 0.03}
 OWN_PRIOR = 0.2
 _CELLS = PROPOSAL_FACTS.index("cells_right")
@@ -38,7 +41,8 @@ ARM_FACTS = slice(PROPOSAL_FACTS.index("arm_0"), N_PROPOSAL_FACTS)
 class Candidates:
     """What may be chosen for Q queries; number 0 is the agent's own answer, 1.. are proposals.
 
-    facts (Q, A, N_PROPOSAL_FACTS), relation (Q, A + 1, len(RELATION)), state (Q, S), mask (Q, A + 1) bool.
+    facts (Q, A, N_PROPOSAL_FACTS), relation (Q, A + 1, len(RELATION)), state (Q, S), mask
+    (Q, A + 1) bool.
     """
 
     facts: Tensor
@@ -51,8 +55,8 @@ class Candidates:
 class Choice:
     """What was chosen, detached.
 
-    drawn (Q, N_GROUP) long, or (Q, 1) without chance: numbers of candidates, the first is carried out; chance
-    (Q, A + 1) float32 that each is exact.
+    drawn (Q, N_GROUP) long, or (Q, 1) without chance: numbers of candidates, the first is carried
+    out; chance (Q, A + 1) float32 that each is exact.
     """
 
     candidates: Candidates
@@ -77,9 +81,9 @@ def candidates_of(
 ) -> Candidates:
     """Candidates from a batch's proposals and the agent's own answer.
 
-    proposed (Q, A, H, W) uint8, above 9 outside; size (Q, A, 2), 0 = none; facts (Q, A, F); own (Q, H, W) colours, -1
-    outside; own_logits (Q, H, W, 10) log-probabilities; state (Q, S); recalled (Q, arms) how often each arm was right
-    for tasks alike, negative where nothing is known.
+    proposed (Q, A, H, W) uint8, above 9 outside; size (Q, A, 2), 0 = none; facts (Q, A, F);
+    own (Q, H, W) colours, -1 outside; own_logits (Q, H, W, 10) log-probabilities; state (Q, S);
+    recalled (Q, arms) how often each arm was right for tasks alike, negative where unknown.
     """
     n, n_offered = size.shape[:2]
     colour = proposed.long()
@@ -119,9 +123,9 @@ def candidates_of(
 def acceptable(facts: Tensor, own_score: Tensor | None) -> Tensor:
     """Which proposals may replace the agent's own answer at prediction, (Q, A) bool.
 
-    facts (Q, A, F). Accepted where the demonstrations, each predicted from the others, come out better than by the
-    agent: mean share of right cells above own_score (Q,), or all of them exact. own_score None or NaN: not measured,
-    only the latter.
+    facts (Q, A, F). Accepted where the demonstrations, each predicted from the others, come out
+    better than by the agent: mean share of right cells above own_score (Q,), or all of them exact.
+    own_score None or NaN: not measured, only the latter.
     """
     full = facts[..., 0] > 0
     if own_score is None:
@@ -133,7 +137,8 @@ def _log_odds(p: float) -> float:
     return math.log(p / (1.0 - p))
 
 
-# Weights that the linear part starts from; those beside the log-odds keep the order of rule_list where verdicts tie.
+# Weights that the linear part starts from; those beside the log-odds keep the order of rule_list
+# where verdicts tie.
 START = {
     **{verdict: _log_odds(p) for verdict, p in PRIOR.items()},
     "is_kept": _log_odds(OWN_PRIOR), "rank": -4.0, "explains": 0.5, "n_rules": -1.0, "n_arms": 2.0,
@@ -162,7 +167,7 @@ class ProposalPolicy(nn.Module):
             bound = 1.0 / math.sqrt(layer.in_features)
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             nn.init.zeros_(layer.bias)
-        # Beside the hidden layer a linear one, which starts from what is known of verdicts and ranks.
+        # Beside the hidden layer a linear one, which starts from verdicts and ranks (START).
         self.wide = nn.Linear(N_PROPOSAL_FACTS + len(RELATION), 2, bias=False)
         with torch.no_grad():
             self.out.weight.mul_(0.1)
@@ -189,10 +194,11 @@ class ProposalPolicy(nn.Module):
         deterministic: bool = False,
         allowed: Tensor | None = None,
     ) -> Choice:
-        """Draw a group of candidates a query from `generator`; or, deterministic, take the preferred one.
+        """A group of candidates a query, drawn from `generator`; deterministic: the preferred one.
 
-        mode "on": as the network prefers; "random": all alike; "off": the agent's own. allowed (Q, A) bool: proposals that
-        may be taken.
+        mode "on": as the network prefers; "random": all alike; "off": the agent's own.
+        allowed (Q, A) bool: proposals that may be taken. Raises ValueError where a generator is
+        needed and missing.
         """
         with torch.autocast(candidates.state.device.type, enabled=False):
             log_p, sure = self(candidates)
@@ -219,9 +225,10 @@ class ProposalPolicy(nn.Module):
     def learn(self, choice: Choice, rewards: Tensor, exact: Tensor) -> dict[str, Tensor]:
         """One step of the own optimizer.
 
-        rewards (Q, A + 1) of every candidate, 0 for the agent's own; exact (Q, A + 1) bool. Groups and queries whose
-        rewards do not differ teach no choice. Returns 0-dim tensors: proposal_loss, proposal_entropy,
-        group_zero_frac, proposal_best_frac (share of queries whose first draw was a best one), proposal_sure_loss.
+        rewards (Q, A + 1) of every candidate, 0 for the agent's own; exact (Q, A + 1) bool. Groups
+        and queries whose rewards do not differ teach no choice. Returns 0-dim tensors:
+        proposal_loss, proposal_entropy, group_zero_frac, proposal_best_frac (share of queries whose
+        first draw was a best one), proposal_sure_loss.
         """
         candidates, drawn = choice.candidates, choice.drawn
         rewards = torch.where(candidates.mask, rewards.detach().float(), 0.0)

@@ -183,7 +183,7 @@ def points(rows: list[dict[str, Any]], key: str) -> tuple[list[float], list[floa
 
 
 def draw_curves(record: Record) -> bytes:
-    """The learning curves as a PNG: batches smoothed, validation as dots, the final result a star."""
+    """The learning curves as a PNG: batches smoothed, validation as dots, the result a star."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -235,7 +235,7 @@ def draw_curves(record: Record) -> bytes:
 
 
 def robust_range(values: list[float]) -> tuple[float, float]:
-    """From the 1st to the 99th percentile with a margin, so that one outlier does not flatten all."""
+    """From the 1st to the 99th percentile with a margin: one outlier does not flatten all."""
     finite = sorted(v for v in values if math.isfinite(v))
     if not finite:
         return 0.0, 0.0

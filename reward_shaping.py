@@ -54,17 +54,17 @@ def reversibility(reconstruction: Tensor, inp: Tensor, copied: Tensor | None = N
 
     With `copied` (batch,), the share that the output shows as it is, `beyond_copying` of the two.
     """
-    told = cell_accuracy(reconstruction, inp)
-    return told if copied is None else beyond_copying(told, copied)
+    recovered = cell_accuracy(reconstruction, inp)
+    return recovered if copied is None else beyond_copying(recovered, copied)
 
 
-def beyond_copying(told: Tensor, copied: Tensor) -> Tensor:
-    """(1 + told - copied) / 2 in [0, 1]: above one half where more of the input can be told from
-    the answer than the answer simply shows.
+def beyond_copying(recovered: Tensor, copied: Tensor) -> Tensor:
+    """(1 + recovered - copied) / 2 in [0, 1]: above one half where more of the input can be
+    recovered from the answer than the answer simply shows.
 
     Without this an answer that leaves the input as it is counts as the most reversible one.
     """
-    return 0.5 * (1.0 + told - copied)
+    return 0.5 * (1.0 + recovered - copied)
 
 
 def soft_accuracy(logits: Tensor, target: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ def soft_reversibility(
     """Mean probability that the backward model gives the input's colours, `backward_logits` (batch,
     rows, cols, colours); with `copied` as in `reversibility`.
     """
-    told = soft_accuracy(backward_logits, inp)
-    return told if copied is None else beyond_copying(told, copied)
+    recovered = soft_accuracy(backward_logits, inp)
+    return recovered if copied is None else beyond_copying(recovered, copied)
 
 
 def hard_scores(

@@ -107,8 +107,8 @@ class Space:
     """All facts and pointers of the demonstrations' cells for one set of sources and facts.
 
     Pointers: every source row, then the ten colours.
-    table: the facts over the value rows. values(k, shape): value rows (rows, cells) of grid number k
-    at an output's shape; the demonstrations' inputs come first. outputs: theirs. allowed(subset):
+    table: the facts over the value rows. values(k, shape): value rows (rows, cells) of grid number
+    k at an output's shape; the demonstrations' inputs come first. outputs: theirs. allowed(subset):
     which value rows (rows,) bool a subset may use, None for all. background: of each grid, where a
     source shows nothing. context: the demonstrations looked at, None for all. extra_rows (rows,)
     bool: those that some subsets lack.

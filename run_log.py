@@ -37,7 +37,7 @@ def finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, whatever is in it: damaged lines are left out, nothing is raised.
+    """The rows of a metrics.jsonl, whatever is in it: damaged lines are left out, never raised on.
 
     Each row is a dict with a text as `kind`; its other values are as they were found, and so are
     its keys, but for those of older versions (`_renamed`). No rows where there is no such file, or
@@ -185,9 +185,9 @@ def _summary_writer() -> Any:
 class RunLog:
     """Lines to console and training.log, objects to metrics.jsonl, and whole small JSON files.
 
-    folder: the run's, None to write nothing. No method raises OSError: what the disk refuses is kept
-    (see `Appended`) and tried again at every `flush`; the trouble is said once on stderr, and so is
-    its end. The console goes through tqdm, so that a progress bar and lines do not mix.
+    folder: the run's, None to write nothing. No method raises OSError: what the disk refuses is
+    kept (see `Appended`) and tried again at every `flush`; the trouble is said once on stderr, and
+    so is its end. The console goes through tqdm, so that a progress bar and lines do not mix.
     """
 
     def __init__(self, folder: Path | None, *, quiet: bool, report_to: str = "none") -> None:
@@ -260,7 +260,7 @@ class RunLog:
             self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def _board(self, action: Any) -> None:
-        """Do something with TensorBoard; where its files fail, it ends: its writer does not recover."""
+        """Do something with TensorBoard; where its files fail, it ends: its writer stays broken."""
         try:
             action()
         except OSError as error:

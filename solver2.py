@@ -1,9 +1,10 @@
 """Permanent memory: what the run keeps about tasks it has met.
 
 Task tokens (learned, one row per training task), a view token per dihedral view, a bank of
-prompt summaries of tasks that went well, retrieved by likeness into later prompts, and a bank of which ways of fitting
-(arms) were right for which tasks, by a fingerprint that no colour permutation changes. It stores
-summaries and fingerprints of demonstrations only: no grid, no output, nothing of a test pair.
+prompt summaries of tasks that went well, retrieved by likeness into later prompts, and a bank of
+which ways of fitting (arms) were right for which tasks, by a fingerprint that no colour permutation
+changes. It stores summaries and fingerprints of demonstrations only: no grid, no output, nothing of
+a test pair.
 `from solver2 import Solver2`.
 """
 
@@ -74,10 +75,11 @@ class Solver2(nn.Module):
         return len(rows)
 
     def recall(self, fingerprint: Tensor, task_index: Tensor) -> Tensor:
-        """How often each arm was right in the N_ALIKE stored tasks most like each query's, other tasks only:
-        (Q, N_ARM_SLOTS) float32 in [0, 1], -1 where no such task tried the arm.
+        """How often each arm was right in the N_ALIKE stored tasks most like each query's, other
+        tasks only: (Q, N_ARM_SLOTS) float32 in [0, 1], -1 where no such task tried the arm.
 
-        fingerprint (Q, N_CONTROL) float32: mean control features of the demonstrations; task_index (Q,), -1 = unseen.
+        fingerprint (Q, N_CONTROL) float32: mean control features of the demonstrations; task_index
+        (Q,), -1 = unseen.
         """
         distance = torch.cdist(fingerprint.detach().float(), self.fingerprints)
         known = (self.arm_owners >= -1) & (
@@ -93,8 +95,9 @@ class Solver2(nn.Module):
 
     @torch.no_grad()
     def store_arms(self, fingerprint: Tensor, task_index: Tensor, right: Tensor) -> None:
-        """Keep which arms were right for tasks (N,): right (N, N_ARM_SLOTS), share of their demonstrations, -1 = not
-        tried; fingerprint (N, N_CONTROL). A task that is already there is replaced; waits for no device."""
+        """Keep which arms were right for tasks (N,): right (N, N_ARM_SLOTS), share of their
+        demonstrations, -1 = not tried; fingerprint (N, N_CONTROL). A task that is already there is
+        replaced; waits for no device."""
         capacity = self.fingerprints.shape[0]
         for row in range(fingerprint.shape[0]):  # a few tasks a batch
             same = (self.arm_owners == task_index[row]) & (task_index[row] >= 0)

@@ -937,8 +937,8 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
             progress.skipped += 1
             progress.skipped_in_a_row += 1
             run.log.say(
-                f"[Batch {progress.batch:4d}] skipped: loss {float(loss.detach()):.4g}, gradient norm "
-                f"{float(norm):.4g} (not finite; {progress.skipped} so far)"
+                f"[Batch {progress.batch:4d}] skipped: loss {float(loss.detach()):.4g}, gradient "
+                f"norm {float(norm):.4g} (not finite; {progress.skipped} so far)"
             )
 
     # 8. The policy learns from the hard reward: after the main step, own graph, own optimizer. The

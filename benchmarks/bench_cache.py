@@ -3,10 +3,11 @@
     python benchmarks/bench_cache.py                       # a random Qwen2 of 50 M parameters
     python benchmarks/bench_cache.py --qwen tiny --epochs 6
 
-Three runs of the real training script on the same batches, one after the other, one thread each: without the
-language model (--prompt no_qwen), with a reading of every pair in every batch (interval 1), and with readings reused
-(--interval, default 10). The language model's time is what a run costs beyond the first one. Validation and
-final evaluation are cut to one query, so that training is what is timed. The table is printed and written to --out.
+Three runs of the real training script on the same batches, one after the other, one thread each:
+without the language model (--prompt no_qwen), with a reading of every pair in every batch
+(interval 1), and with readings reused (--interval, default 10). The language model's time is what a
+run costs beyond the first one. Validation and final evaluation are cut to one query, so that
+training is what is timed. The table is printed and written to --out.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             (folder / "config.json").write_text(json.dumps(QWEN2_50M), encoding="utf-8")
             model = str(folder)
         print(
-            "| run | batches | with the language model | CPU s | language model, CPU s | mean loss |\n"
+            "| run | batches | with the language model | CPU s | language model, CPU s | "
+            "mean loss |\n"
             "|---|---|---|---|---|---|"
         )
         for number_of_arm, (name, flags) in enumerate(arms.items()):

@@ -1,7 +1,7 @@
 """What a checkpoint costs: ours beside a raw write, torch.save, DCP, Lightning and Accelerate.
 
-One run, methods interleaved, medians of `--repeats` after one discarded round. "Blocking" is how long
-the training loop stands still; "whole" is until the bytes are durable (ours: read back, too).
+One run, methods interleaved, medians of `--repeats` after one discarded round. "Blocking" is how
+long the training loop stands still; "whole" is until the bytes are durable (ours: read back, too).
     python benchmarks/bench_checkpoint.py --mib 1024 --repeats 5
 """
 

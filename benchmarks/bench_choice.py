@@ -1,13 +1,16 @@
-"""What the choice among proposals is worth: queries solved after 1, 2, 4, 8 proposals, by who orders them.
+"""What the choice among proposals is worth: queries solved after 1, 2, 4, 8 proposals,
+by who orders them.
 
     python benchmarks/bench_choice.py runs/RUN --every 4
 
-Queries are demonstrations, each explained from its task's others by every arm; no test output is read. Of every five tasks one is
-held out (of a --hold_out run the tasks that it held out): the choice is trained anew on the others (a few passes over the network's answers of the run's checkpoint, 3
-seeds) and measured on the held-out ones. Orders: the policy's; the verdicts' (as `rule_list` ranks them); the
-best fixed order of arms (greedy on the training tasks); random (mean of 20). The policy is also trained and measured without
-one of its inputs: memory empty, memory of other tasks shuffled, prompt summary zero, prompt summary of another query, no
-verdict, no look at the network's own answer. AUC: mean of the shares solved after 1..8 proposals.
+Queries are demonstrations, each explained from its task's others by every arm; no test output is
+read. Of every five tasks one is held out (of a --hold_out run the tasks that it held out): the
+choice is trained anew on the others (a few passes over the network's answers of the run's
+checkpoint, 3 seeds) and measured on the held-out ones. Orders: the policy's; the verdicts' (as
+`rule_list` ranks them); the best fixed order of arms (greedy on the training tasks); random (mean
+of 20). The policy is also trained and measured without one of its inputs: memory empty, memory of
+other tasks shuffled, prompt summary zero, prompt summary of another query, no verdict, no look at
+the network's own answer. AUC: mean of the shares solved after 1..8 proposals.
 """
 
 from __future__ import annotations
@@ -63,7 +66,8 @@ def explanations(tasks: Any, cache: Path | None) -> dict[str, list[Any]]:
 
 
 def collect(model: Any, tasks: Any, explained: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """A row a query: its candidates, rewards, and what is exact; by the checkpoint's own first answers."""
+    """A row a query: its candidates, rewards, and what is exact;
+    by the checkpoint's own first answers."""
     import torch
 
     from arc_system import arms_right, fingerprint
@@ -100,7 +104,8 @@ def collect(model: Any, tasks: Any, explained: dict[str, list[Any]]) -> list[dic
             prints, _, arms = arms_right(batch, fingerprint(batch), exact[:, 1:])
             for q, (task_id, _, number_in_task) in enumerate(batch.pair_ids):
                 rows.append({
-                    "task": task_id, "number": number_in_task, "facts": c.facts[q], "mask": c.mask[q],
+                    "task": task_id, "number": number_in_task,
+                    "facts": c.facts[q], "mask": c.mask[q],
                     "relation": c.relation[q], "state": c.state[q], "rewards": rewards[q],
                     "exact": exact[q], "print": prints[batch.query_task[q]],
                     "arms": arms[batch.query_task[q]],
@@ -158,7 +163,10 @@ def packed(rows: list[dict[str, Any]], change: str, train: list[dict[str, Any]],
 
 
 def curve(order: Any, exact: Any) -> list[float]:
-    """Share of queries of which one of the first 1..N_BEST proposals is exact. order (Q, A) numbers of proposals."""
+    """Share of queries of which one of the first 1..N_BEST proposals is exact.
+
+    order (Q, A): numbers of proposals.
+    """
     hit = exact.gather(1, order).float().cummax(1).values
     n = hit.shape[1]
     return [float(hit[:, min(k, n) - 1].mean()) for k in range(1, N_BEST + 1)]
@@ -226,7 +234,8 @@ def main() -> None:
     test = [r for r in rows if r["task"] in held]
     _, _, exact = packed(test, "", train, 0)
     print(
-        f"{len(train)} queries to learn from, {len(test)} of held-out tasks, of which the network alone solves "
+        f"{len(train)} queries to learn from, {len(test)} of held-out tasks, of which the network "
+        "alone solves "
         f"{int(exact[:, 0].sum())}, any proposal {int(exact[:, 1:].any(1).sum())}"
     )
     print(
@@ -278,7 +287,8 @@ def main() -> None:
         name = f"policy, {change}" if change else "policy"
         figures[name] |= {"exact_first": kept, "reward": sure}
         print(
-            f"|   the most likely of all candidates is exact | {100 * np.mean(kept):.1f} | reward of the chosen | {np.mean(sure):+.4f} | | |"
+            f"|   the most likely of all candidates is exact | {100 * np.mean(kept):.1f} | "
+            f"reward of the chosen | {np.mean(sure):+.4f} | | |"
         )
     if args.out is not None:
         args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -3,9 +3,10 @@
     python benchmarks/bench_early_stop.py RUN                    # on demonstrations: to choose by
     python benchmarks/bench_early_stop.py RUN --tests            # on the test outputs: the result
 
-For each --stop_confidence: planning steps taken per query, exact grids in one attempt and one view, and who gains
-and loses against taking all steps (exact McNemar test). On demonstrations each is predicted from the others, in
-views of an epoch far beyond any that was trained on. Threads and seed as in training; CPU by default.
+For each --stop_confidence: planning steps taken per query, exact grids in one attempt and one view,
+and who gains and loses against taking all steps (exact McNemar test). On demonstrations each is
+predicted from the others, in views of an epoch far beyond any that was trained on. Threads and seed
+as in training; CPU by default.
 """
 
 from __future__ import annotations

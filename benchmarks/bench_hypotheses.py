@@ -5,10 +5,11 @@
     python benchmarks/bench_hypotheses.py --every 1 --data arcagi1 --split evaluation
     python benchmarks/bench_hypotheses.py --leave_one_out          # demonstrations as queries
 
-Tasks are sorted by id. Sizes are predicted; two attempts are the two best-ranked different answers; a query without a
-hypothesis counts as wrong. Test outputs are read for scoring alone: choose between variants by --leave_one_out, whose
-queries are demonstrations. --all_arms runs every arm even after a full verdict, for the table by arm. CPU seconds are
-of the process, so start it with OMP_NUM_THREADS=1.
+Tasks are sorted by id. Sizes are predicted; two attempts are the two best-ranked different answers;
+a query without a hypothesis counts as wrong. Test outputs are read for scoring alone: choose
+between variants by --leave_one_out, whose queries are demonstrations. --all_arms runs every arm
+even after a full verdict, for the table by arm. CPU seconds are of the process, so start it with
+OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -134,12 +135,13 @@ def main() -> None:
     cpu = [r.cpu_s for r in rows]
     print(
         f"{len(rows)} queries: exact {share(rows, 1)} in one attempt, {share(rows, 2)} in two; any "
-        f"hypothesis {sum(any(r.exact) for r in rows)}; size right {sum(r.size_right for r in rows)}; no "
-        f"hypothesis {sum(not r.hypotheses for r in rows)}; {sum(cpu):.1f} CPU s, {np.mean(cpu):.3f} a query, "
-        f"median {np.median(cpu):.3f}"
+        f"hypothesis {sum(any(r.exact) for r in rows)}; size right "
+        f"{sum(r.size_right for r in rows)}; no hypothesis {sum(not r.hypotheses for r in rows)}; "
+        f"{sum(cpu):.1f} CPU s, {np.mean(cpu):.3f} a query, median {np.median(cpu):.3f}"
     )
     print(
-        f"{'arm':22s} {'ran':>5s} {'exact':>6s} {'full':>5s} {'exact':>6s} {'answers':>8s} {'exact':>6s}"
+        f"{'arm':22s} {'ran':>5s} {'exact':>6s} {'full':>5s} {'exact':>6s} {'answers':>8s} "
+        f"{'exact':>6s}"
     )
     table: dict[str, Any] = {}
     for name in ARMS:
@@ -158,7 +160,8 @@ def main() -> None:
     for low, high in ((1.0, 1.0), (0.5, 0.999), (0.001, 0.499), (0.0, 0.0)):
         some = [r for r in rows if r.hypotheses and low <= r.hypotheses[0].verdict.share <= high]
         print(
-            f"best verdict {low:.2f}-{high:.2f}: {share(some, 1)} in one attempt, {share(some, 2)} in two"
+            f"best verdict {low:.2f}-{high:.2f}: {share(some, 1)} in one attempt, "
+            f"{share(some, 2)} in two"
         )
     sliced = {}
     if args.data == "arcagi2" and args.split == "train" and not args.leave_one_out:

@@ -72,8 +72,9 @@ def build_parser() -> Parser:
         "--batches",
         type=number(int, 2),
         metavar="N",
-        help="equal batches instead of equal minutes: the learning rate falls from N / 2 to N and two "
-        "views vote; figures then do not depend on what else the machine does (default: minutes)",
+        help="equal batches instead of equal minutes: the learning rate falls from N / 2 to N and "
+        "two views vote; figures then do not depend on what else the machine does (default: "
+        "minutes)",
     )
     parser.add_argument(
         "--seeds",

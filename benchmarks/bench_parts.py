@@ -1,12 +1,14 @@
-"""What each part earns on one checkpoint: untrained, network, hypotheses, both, both without acceptance; exact McNemar tests.
+"""What each part earns on one checkpoint: untrained, network, hypotheses, both,
+both without acceptance; exact McNemar tests.
 
     python benchmarks/bench_parts.py runs/RUN                            # the 1076 test outputs
     python benchmarks/bench_parts.py runs/RUN --every 4 --views 2
     python benchmarks/bench_parts.py runs/RUN --data arcagi1 --split evaluation
 
-Every row answers the same queries in two attempts, in the same views, with the averaged weights of the run's last checkpoint; the
-untrained row has the weights that the run started from. Hypotheses are fitted for all tasks first. A McNemar test compares a
-row with the one above it: of the queries that only one of them solves, how many each does.
+Every row answers the same queries in two attempts, in the same views, with the averaged weights of
+the run's last checkpoint; the untrained row has the weights that the run started from. Hypotheses
+are fitted for all tasks first. A McNemar test compares a row with the one above it: of the queries
+that only one of them solves, how many each does.
 """
 
 from __future__ import annotations
@@ -98,7 +100,8 @@ def main() -> None:
         f"{len(keys)} queries, {args.views} views; {network_s:.0f} CPU s for one row of the network"
     )
     print(
-        f"| row | exact in two attempts | in one | {' | '.join(slices)} | McNemar against the row above |"
+        f"| row | exact in two attempts | in one | {' | '.join(slices)} | "
+        "McNemar against the row above |"
     )
     print("|---" * (4 + len(slices)) + "|")
     above: list[bool] | None = None
@@ -106,12 +109,14 @@ def main() -> None:
     for name, hits in solved.items():
         first = sum(key in found[name] and found[name][key].attempt_1 for key in keys)
         parts = [
-            f"{sum(h for key, h in zip(keys, hits, strict=True) if key in some)}/{sum(key in some for key in keys)}"
+            f"{sum(h for key, h in zip(keys, hits, strict=True) if key in some)}/"
+            f"{sum(key in some for key in keys)}"
             for some in slices.values()
         ]
         test = "" if above is None else describe(above, hits, mcnemar)
         print(
-            f"| {name} | {sum(hits)} ({100 * sum(hits) / len(keys):.1f}%) | {first} | {' | '.join(parts)} | {test} |"
+            f"| {name} | {sum(hits)} ({100 * sum(hits) / len(keys):.1f}%) | {first} | "
+            f"{' | '.join(parts)} | {test} |"
         )
         figures["rows"][name] = {"exact_at_2": sum(hits), "exact_at_1": first, "slices": parts}
         above = hits

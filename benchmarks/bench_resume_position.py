@@ -1,8 +1,9 @@
 """Time from a resume to the end of its first batch, for runs that stopped at batch 10 and 3,000.
 
 Order and views are functions of (seed, epoch, position), so nothing is replayed and both take the
-same time (CPU time, as machines are shared). The real training script's own set-up, save, resume and step are used, on tasks of equal
-size, so that the batches themselves cost the same; the two are measured in turn, medians compared.
+same time (CPU time, as machines are shared). The real training script's own set-up, save, resume
+and step are used, on tasks of equal size, so that the batches themselves cost the same; the two are
+measured in turn, medians compared.
     python benchmarks/bench_resume_position.py
 """
 

@@ -1,7 +1,7 @@
 """Does a right answer tell more of its input than a wrong one? Of one trained run.
 
     python benchmarks/bench_reversibility.py runs/arc_complete_20260101_120000 --threads 1
-    python benchmarks/bench_reversibility.py RUN --max_side 30 --views 2      # all 1076 test queries
+    python benchmarks/bench_reversibility.py RUN --max_side 30 --views 2   # all 1076 test queries
 
 Prints, for the reversibility that votes (`evaluation.reversibility`) and for what it is made of,
   a  across queries: AUC for "this answer is exact" (first view; all views together)
@@ -10,11 +10,11 @@ Prints, for the reversibility that votes (`evaluation.reversibility`) and for wh
   c  within a query: how often a right candidate scores above a wrong one, over the candidates of
      all views (a candidate's score: mean over its views), mean over queries that have both
 and the exact counts in one and two attempts for several vote weights. Scores: `reversibility`;
-`told`, its first part alone (probability of the input given the answer); `not copied`, one minus its
-second part, which needs no backward model; `cell probability`, the model's own certainty.
+`recovered`, its first part alone (probability of the input given the answer); `not copied`, one
+minus its second part, which needs no backward model; `cell probability`, the model's own certainty.
 
-Two sets of queries. *Demonstrations*: each predicted from the others, in epochs (hence views) that no
-run trains on; the vote weight is chosen here (most exact in two attempts, then in one, then the
+Two sets of queries. *Demonstrations*: each predicted from the others, in epochs (hence views) that
+no run trains on; the vote weight is chosen here (most exact in two attempts, then in one, then the
 smallest). *Test*: the held-out test queries of the training tasks; their outputs only measure.
 It trains nothing and writes nothing.
 """
@@ -144,7 +144,7 @@ def scores_of(
         "reversibility": reversibility(
             grids, size, backward, batch.query_input, batch.query_input_size
         ),
-        "told": weighted_cell_mean(pick_colour(backward, inp), inp).exp(),
+        "recovered": weighted_cell_mean(pick_colour(backward, inp), inp).exp(),
         "not copied": 1.0 - copied_share(colours, size, inp, batch.query_input_size),
     }
 
@@ -190,7 +190,7 @@ def _padded(grids: torch.Tensor, canvas: list[int]) -> torch.Tensor:
 def demonstration_queries(
     tasks: list[Task], index: dict[str, int], n_views: int, batch_size: int
 ) -> Iterator[Query]:
-    """Every demonstration of every task, told from the others, once per view."""
+    """Every demonstration of every task, predicted from the others, once per view."""
     stream = TrainingStream(tasks, 0, batch_size, task_table=index, overflow=False)
     for view in range(n_views):
         for batch, targets in stream.epoch(UNSEEN_EPOCH + view):
@@ -214,7 +214,7 @@ def report(title: str, answers: Answers, chosen: float) -> None:
     print(f"{title}: {len(first)} queries, {n_exact} exact in the first view")
     head = ("a, first view", "a, all views", "b", "more", "equal", "less", "c", "queries of c")
     print(f"  {'score':<17}" + "".join(f"{name:>14}" for name in head))
-    for name in ("reversibility", "told", "not copied", "cell probability"):
+    for name in ("reversibility", "recovered", "not copied", "cell probability"):
         a_first, a_all = (
             auc([a["own"][name] for a in some], [a["exact"] for a in some])
             for some in (first, answers)
@@ -240,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
         "--max_side",
         type=number(int, 1, 30),
         default=10,
-        help="tasks whose grids all fit this side, in cells (default: %(default)s: the small slice)",
+        help="tasks whose grids all fit this side, in cells (default: %(default)s: the small "
+        "slice)",
     )
     parser.add_argument("--views", type=number(int, 1, 64), default=8, help="(default: 8)")
     parser.add_argument(
@@ -269,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
             demonstration_queries(tasks, index, args.demonstration_views, args.batch_size),
         )
         chosen = max(WEIGHTS, key=lambda w: (*exact_counts(shown, w), -w))
-        report("Demonstrations, each told from the others", shown, chosen)
+        report("Demonstrations, each predicted from the others", shown, chosen)
     tests = test_queries(tasks, index, args.views, args.batch_size, model.seed)
     report("Test queries", answers_of(model.system, tests), chosen)
 

@@ -450,7 +450,8 @@ def exactly(targets: Any) -> Callable[[Any], Any]:
 
 
 def work_moves_the_clock(patch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that the work moves: a step takes a second, a batch of predictions as long. Its time is the one entry."""
+    """A clock that the work moves: a step takes a second, a batch of predictions as long.
+    Its time is the one entry."""
     import arc_system
 
     clock = [time.monotonic()]

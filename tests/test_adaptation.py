@@ -278,7 +278,8 @@ def test_predict_keeps_the_answers_of_refused_tasks_and_leaves_the_run_as_it_is(
     real = adaptation.adapt
 
     def worse(system: Any, *args: Any, **options: Any) -> Adapted:
-        """What real adaptation gives, its system made to say other things, and one task accepted."""
+        """What real adaptation gives, its system made to say other things,
+        and one task accepted."""
         found = real(system, *args, **options)
         copied = adaptation._copy(system, len(found.before))
         with torch.no_grad():

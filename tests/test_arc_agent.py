@@ -265,8 +265,8 @@ def test_the_same_grid_reads_the_same_in_probabilities_and_in_colours(system, ba
 
 @pytest.mark.parametrize("rule", ["flip", "turn", "recolour"])
 def test_the_fit_knows_the_inverse_of_a_rule_that_only_the_demonstrations_show(tmp_path, rule):
-    """An untrained backward model tells the input from the true output, and not from a copy of the
-    input, nor without demonstrations."""
+    """An untrained backward model recovers the input from the true output, and not from a copy of
+    the input, nor without demonstrations."""
     path = write_tasks(tmp_path / "one.json", {"a": make_task(rule, n_demonstrations=4)})
     tasks = dataset_arc.load_tasks(path).train
     fresh = build_system(SystemConfig(width=32, heads=2, n_tasks=1))

@@ -113,7 +113,8 @@ def test_the_prompt_reaches_the_answer_through_every_part(batch):
 
 
 def test_a_batch_without_proposals_answers_again_in_training_alone(batch):
-    """Breaks: a prediction that no demonstration accepted; a second answer that learns twice over."""
+    """Breaks: a prediction that no demonstration accepted; a second answer that learns twice
+    over."""
     system = lively_system()
     reading = system.read(batch)
     generator = torch.Generator().manual_seed(0)
@@ -161,7 +162,8 @@ def test_stored_memory_reaches_the_answer_of_other_tasks(batch):
 
 
 def other_demonstrations(batch):
-    """The batch with other outputs in the demonstrations of its first task; which queries are its."""
+    """The batch with other outputs in the demonstrations of its first task;
+    which queries are its."""
     shown = (batch.demo_task == 0)[:, None, None]
     other = torch.where(shown & (batch.demo_output >= 0), 9 - batch.demo_output, batch.demo_output)
     return dataclasses.replace(batch, demo_output=other), batch.query_task == 0
@@ -199,7 +201,8 @@ def test_without_demonstrations_or_with_others_they_reach_nothing(batch, demonst
 
 @pytest.mark.parametrize("demonstrations", ["off", "shuffled"])
 def test_without_demonstrations_no_proposal_can_be_taken(proposing, demonstrations):
-    """They are fitted to the demonstrations: a run without those must not see them through the policy."""
+    """They are fitted to the demonstrations: a run without those must not see them through the
+    policy."""
     batch, _ = proposing
     generator = torch.Generator().manual_seed(0)
     assert (batch.proposed_size > 0).all(-1).any()
@@ -349,7 +352,8 @@ def test_keeping_the_own_answer_changes_no_bit(proposing):
 
 
 def test_a_full_verdict_that_is_accepted_decides_answer_and_size(proposing):
-    """Breaks: gain or size gain not applied, of another verdict, or another query's proposal taken."""
+    """Breaks: gain or size gain not applied, of another verdict,
+    or another query's proposal taken."""
     batch, _ = proposing
     system = lively_system()
     with torch.no_grad():
@@ -426,7 +430,8 @@ def test_both_answers_of_a_prediction_are_read_backwards(proposing):
 
 
 def test_queries_answer_again_alone_as_they_would_together(proposing):
-    """Breaks: cells, prompt, proposal or size rules of another query; answers put back under another."""
+    """Breaks: cells, prompt, proposal or size rules of another query;
+    answers put back under another."""
     batch, _ = proposing
     system = lively_system(stop_confidence=1.0)
     with torch.no_grad():
@@ -465,7 +470,8 @@ def test_what_is_recalled_reaches_the_choice(proposing):
 
 
 def test_fingerprints_are_blind_to_colours_and_to_the_query(task_set):
-    """Breaks: colours in the fingerprint (memory would know a task in one view only), the query in it."""
+    """Breaks: colours in the fingerprint (memory would know a task in one view only),
+    the query in it."""
     task = task_set.train[0]
     shifted = View(0, (0, 4, 5, 6, 7, 8, 9, 3, 1, 2))
     a, b = (next(evaluation_batches([task], view)) for view in (View(), shifted))

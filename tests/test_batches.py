@@ -756,8 +756,8 @@ def test_proposals_are_asked_for_before_their_turn(collator):
 
 
 def test_the_canvas_of_an_evaluation_grows_with_its_proposals(collator):
-    """Breaks: large proposals cut or left out at prediction; a proposal under another query's number,
-    in another view."""
+    """Breaks: large proposals cut or left out at prediction; a proposal under another query's
+    number, in another view."""
     tasks = [make_task("t", same_size(2, (3, 4), (4, 3)), tests=((3, 3), (4, 4)))]
     large = np.arange(9 * 12, dtype=np.uint8).reshape(9, 12) % 10
     small = grid(2, 2, seed=5)

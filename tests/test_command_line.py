@@ -1,4 +1,5 @@
-"""How the scripts start and end: --help, wrong flags, exit codes with one line, Ctrl+C at any time."""
+"""How the scripts start and end: --help, wrong flags, exit codes with one line, Ctrl+C at any
+time."""
 
 from __future__ import annotations
 

@@ -86,12 +86,6 @@ def test_readme_flags_exist() -> None:
     assert named - known == set()
 
 
-def test_the_house_names_every_file() -> None:
-    house = (ROOT / "docs" / "HOUSE.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`([\w]+\.py)`", house[house.index("## Files") :]))
-    assert named == {path.name for path in ROOT.glob("*.py")}
-
-
 def test_notebook_is_format_4_without_outputs() -> None:
     book = notebook()
     assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
@@ -189,11 +183,14 @@ def names_in(file: Path) -> frozenset[str]:
             found |= {f"{node.name}.{x.name}" for x in node.body if isinstance(x, ast.FunctionDef)}
         if isinstance(node, ast.Assign):
             found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
     return frozenset(found)
 
 
 def missing_in(text: str) -> list[str]:
-    """What a document names that is not there: `file.py::name`, `docs/FILE.md`, `folder/file.py`."""
+    """What a document names that is not there: `file.py::name`,
+    `docs/FILE.md`, `folder/file.py`."""
     missing = []
     for file, name in re.findall(r"`([\w/]+\.(?:py|md|ipynb))(?:::([\w.]+))?`", text):
         path = ROOT / file
@@ -202,10 +199,11 @@ def missing_in(text: str) -> list[str]:
     return missing
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in DOCUMENTS if path.name not in (*LOGS, "PERSISTENCE.md")],
-    ids=lambda path: path.name,
-)  # fmt: skip
+PAGES = [path for path in DOCUMENTS if path.name not in (*LOGS, "PERSISTENCE.md")]
+PAGES += [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_what_the_documents_name_exists(path: Path) -> None:
     assert missing_in(path.read_text(encoding="utf-8")) == []
 
@@ -223,7 +221,10 @@ def test_tests_named_in_the_page_on_saving_exist() -> None:
 
 
 def test_something_that_is_not_there_is_noticed() -> None:
-    text = "`tests/test_documents.py::no_such_test`, `no_such.py`, `curriculum.py::CURVE`, `predict.py`"
+    text = (
+        "`tests/test_documents.py::no_such_test`, `no_such.py`, `curriculum.py::CURVE`, "
+        "`predict.py`"
+    )
     assert missing_in(text) == [
         "tests/test_documents.py::no_such_test", "no_such.py", "curriculum.py::CURVE",
     ]  # fmt: skip

@@ -346,7 +346,7 @@ def test_reversibility_is_what_is_told_beyond_what_is_shown():
         batch.query_input,
         batch.query_input_size,
     )
-    assert got.tolist() == pytest.approx([0.5, 0.75])  # a copy; told by half, nothing shown
+    assert got.tolist() == pytest.approx([0.5, 0.75])  # a copy; recovered by half, nothing shown
 
 
 # ---------------------------------------------------------------- refinements and both ballots
@@ -357,8 +357,8 @@ def change(before, after, told=(0.0, 0.0), accepted=True):
 
 
 def test_gains_by_hand():
-    """Breaks: before and after exchanged, cells compared across sizes, accepted ones alone averaged,
-    another weight of a part."""
+    """Breaks: before and after exchanged, cells compared across sizes, accepted ones alone
+    averaged, another weight of a part."""
     found = {("a", 0): Prediction(), ("b", 0): Prediction(), ("z", 0): Prediction()}
     found["a", 0].changes = [
         change(WRONG, RIGHT, (0.2, 0.6)),  # a cell and a colour: +0.25 each
@@ -383,7 +383,8 @@ def test_gains_by_hand():
 
 
 class Chooser:
-    """A system whose own answer is WRONG for every query, refined to `answer` where it takes one."""
+    """A system whose own answer is WRONG for every query,
+    refined to `answer` where it takes one."""
 
     def __init__(self, taken, answer, chances):
         self.agent = SimpleNamespace(training=False)
@@ -465,7 +466,8 @@ def test_both_ballots_are_in_the_task_s_own_view_and_apart():
 
 
 def test_a_change_says_how_well_each_answer_is_told_backwards(hidden):
-    """Breaks: reversibility of another query, of the other answer, or of queries that did not change."""
+    """Breaks: reversibility of another query, of the other answer,
+    or of queries that did not change."""
     system = lively_system()
     explained_tasks = fitted(hidden)
     offered = proposals_for(explained_tasks)
@@ -500,7 +502,8 @@ def test_a_change_says_how_well_each_answer_is_told_backwards(hidden):
 
 
 def test_an_answer_that_overrules_its_proposal_outweighs_it():
-    """Breaks: OVERRULED not applied, applied to every proposal, or the refined answer without its vote."""
+    """Breaks: OVERRULED not applied, applied to every proposal,
+    or the refined answer without its vote."""
     found = ballots(Chooser(1, OFF, [0.2, 0.6, 0.5]), offers(RIGHT, grid([7])), 1)
     weight = weights_of(found.refined)
     assert weight[OFF.tobytes()] == pytest.approx(0.6)
@@ -582,7 +585,8 @@ def test_the_system_is_told_how_well_it_does_on_the_demonstrations():
 
 
 def test_demonstrations_are_scored_from_the_others_alone(system, task_set):
-    """Breaks: the demonstration among its own context, the refined answer scored, one score for all."""
+    """Breaks: the demonstration among its own context, the refined answer scored,
+    one score for all."""
     tasks = without_outputs(task_set.train[:3])
     index = {task.task_id: i for i, task in enumerate(tasks)}
     found = demonstration_scores(system, tasks, task_index=index)
@@ -640,7 +644,8 @@ def test_a_question_is_one_demonstration_without_itself_in_sight(task_set):
 
 
 def test_where_hypotheses_answer_the_deadline_cuts_the_first_view_too(system, hidden):
-    """Breaks: a time budget overrun by a whole view; queries without any answer, left out of the count."""
+    """Breaks: a time budget overrun by a whole view; queries without any answer,
+    left out of the count."""
     past = time.monotonic() - 1.0
     assert (
         predict_tasks(system, hidden, evaluation_views(2), deadline=past, whole_first=False) == {}

@@ -74,8 +74,9 @@ def everything_said(system, batch, generator_seed=1):
     offered = [(size > 0).all(-1) for size in batch.proposed_size]
     mask = choice.candidates.mask
     return {
-        # Which neighbours answer again decides how many are computed at once, and so the last bits; in training batches
-        # alone may that hang on this query's output, and no training batch is predicted.
+        # Which neighbours answer again decides how many are computed at once, and so the last bits;
+        # in training batches alone may that hang on this query's output, and no training batch is
+        # predicted.
         "predicted": answered.after.grids(),
         "predicted size": answered.after.size,
         "drawn": choice.drawn,

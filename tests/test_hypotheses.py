@@ -1,4 +1,5 @@
-"""Hypotheses beside the network: the child process, votes by verdict, the scripts with and without."""
+"""Hypotheses beside the network: the child process, votes by verdict,
+the scripts with and without."""
 
 from __future__ import annotations
 

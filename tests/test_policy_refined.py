@@ -342,8 +342,8 @@ def offered(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_a_candidate_earns_what_answering_with_it_would() -> None:
-    """Breaks: rewards of candidates 0, of another candidate, or against another own answer; sizes of
-    candidates taken after the resize."""
+    """Breaks: rewards of candidates 0, of another candidate, or against another own answer; sizes
+    of candidates taken after the resize."""
     model = policy()
     own, proposed, size = offered()
     target = torch.where(proposed[:, 0] < 10, proposed[:, 0].long(), -1)

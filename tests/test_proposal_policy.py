@@ -146,7 +146,8 @@ def test_what_is_not_allowed_is_not_chosen():
 
 
 def test_modes_generators_and_masks():
-    """Breaks: masked candidates drawn, off that takes, random that prefers, draws from elsewhere."""
+    """Breaks: masked candidates drawn, off that takes, random that prefers,
+    draws from elsewhere."""
     asked = candidates(*[("full", None, "none")] * 200)
     on = policy().choose(asked, generator(1))
     assert on.drawn.shape == (200, N_GROUP)
@@ -196,7 +197,8 @@ def learn(model, n_updates, verdicts, paying, seed=0, chance_of_exact=None):
 
 @pytest.mark.parametrize("paying", ["none", "some"])
 def test_a_bandit_where_one_verdict_pays_is_learnt(paying):
-    """Breaks: the choice never learns, learns the opposite, or sums advantages without the rewards."""
+    """Breaks: the choice never learns, learns the opposite,
+    or sums advantages without the rewards."""
     model = policy()
     verdicts = ("full", "some", "none")
     before = model.choose(candidates(verdicts), deterministic=True)

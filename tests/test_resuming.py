@@ -102,7 +102,8 @@ def test_the_printed_command_is_enough_to_go_on_whatever_the_flags_were(train):
 
 
 def test_a_resume_is_bit_identical_with_hypotheses_and_any_number_of_processes(train, monkeypatch):
-    """Breaks: training that depends on which hypotheses are ready; the choice's optimizer not saved."""
+    """Breaks: training that depends on which hypotheses are ready; the choice's optimizer not
+    saved."""
     flags = ("--epochs", 1, "--hypotheses", "on")
     whole = train(*flags, runs="whole")
     assert whole.code == 0, whole.err
@@ -199,7 +200,7 @@ def test_a_run_folder_that_is_gone_comes_back_from_drive(train, reference, tmp_p
     assert_same_end(second, reference)
 
 
-# ---------------------------------------------------------------- what is refused, and what there is nothing of
+# ---------------------------------------------------------------- refused, or nothing to resume
 
 
 def test_a_changed_seed_is_refused_with_the_list_and_can_be_insisted_on(train):

@@ -16,8 +16,9 @@ import reward_shaping
 NUMBER = r"\d+\.\d{4}"
 
 BATCH_LINE = re.compile(
-    rf"^\[Batch (?P<batch> {{0,3}}\d+)\] Reward: (?P<reward>[+-]{NUMBER}) \| Loss: (?P<loss>{NUMBER})"
-    rf" \| Qwen_grad: (?P<grad>\d\.\d\de[+-]\d\d) \| Mask_ratio: (?P<mask>[01]\.\d{{4}})(?: \| .+)?$"
+    rf"^\[Batch (?P<batch> {{0,3}}\d+)\] Reward: (?P<reward>[+-]{NUMBER}) \| "
+    rf"Loss: (?P<loss>{NUMBER}) \| Qwen_grad: (?P<grad>\d\.\d\de[+-]\d\d) \| "
+    rf"Mask_ratio: (?P<mask>[01]\.\d{{4}})(?: \| .+)?$"
 )
 
 SUMMARY = re.compile(

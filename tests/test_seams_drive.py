@@ -1,4 +1,5 @@
-"""Drive, and which run: the seams between saving, restoring and finding a run, attacked from outside.
+"""Drive, and which run: the seams between saving, restoring and finding a run,
+attacked from outside.
 
 Most tests run the real script on tiny tasks; a folder stands in for the mounted Drive.
 """
@@ -150,7 +151,8 @@ def test_a_new_machine_needs_nothing_but_resume_and_the_drive_folder(
 
 
 def copies_before_a_kill(patch: pytest.MonkeyPatch) -> list[str]:
-    """A restore is interrupted at its fifth file; the names of those that came before, as they come."""
+    """A restore is interrupted at its fifth file; the names of those that came before, as they
+    come."""
     real, copied = from_drive._copy_in, []
 
     def copy_in(source: Path, *rest: Any) -> None:

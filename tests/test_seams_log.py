@@ -1,7 +1,7 @@
 """The real script on disks that are full, read-only or damaged, and how its runs end.
 
-A full disk is a tmpfs of its own, filled to the last byte, where this user can mount one; beside it, and
-everywhere else, a stand-in that refuses the same operations.
+A full disk is a tmpfs of its own, filled to the last byte, where this user can mount one; beside
+it, and everywhere else, a stand-in that refuses the same operations.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from run_log import RunLog, read_metrics
 from trained_model import known_errors
 
 SMALL = (
-    "--max_batches", 3, "--batch_size", 3, "--policy", "off", "--planning_steps", 1, "--val_pairs", 1,
-    "--eval_views", 1,
+    "--max_batches", 3, "--batch_size", 3, "--policy", "off", "--planning_steps", 1,
+    "--val_pairs", 1, "--eval_views", 1,
 )  # fmt: skip
 
 SHORT = (*SMALL, "--max_batches", 1)
@@ -106,7 +106,8 @@ class StandIn(Disk):
 
 @pytest.fixture
 def disk(request, tmp_path, monkeypatch):
-    """A disk for the script's runs: a tmpfs, or the stand-in where it is asked for, or has to do."""
+    """A disk for the script's runs: a tmpfs, or the stand-in where it is asked for,
+    or has to do."""
     made = Disk(tmp_path / "disk")
     if getattr(request, "param", "tmpfs") == "stand-in" or not made.mount():
         made.folder.rmdir()
@@ -460,7 +461,8 @@ DAMAGE = {
     "nesting": b"[" * 100_000 + b"\n",
     "keys missing": b'{"kind": "batch"}\n',
     "nulls": b'{"kind": "batch", "epoch": null, "batch": null}\n',
-    "wrong types": b'{"kind": "batch", "epoch": "0", "batch": [1]}\n{"kind": ["batch"], "epoch": 0}\n',
+    "wrong types": b'{"kind": "batch", "epoch": "0", "batch": [1]}\n'
+    b'{"kind": ["batch"], "epoch": 0}\n',
     "zeros": bytes(4096) + b"\n",
     "too long": b"1" * (run_log.LINE_BYTES + 10) + b"\n",
     "no kind": b'{"epoch": 0, "batch": 0}\n',
@@ -540,7 +542,8 @@ def test_rows_wait_until_the_old_ones_after_the_resumed_place_are_gone(
 
 @contextlib.contextmanager
 def validations(cells, exact=()):
-    """Cell accuracy (and exact grids) of the validation after each epoch; 0 of the untrained model."""
+    """Cell accuracy (and exact grids) of the validation after each epoch;
+    0 of the untrained model."""
     real = trainloop.evaluate
 
     def evaluate(run, *args, title="Validation", **options):
@@ -696,7 +699,8 @@ def test_other_errors_are_no_want_of_memory():
 def test_the_printed_command_is_quoted_complete_and_works_from_another_folder(
     tasks_file, tmp_path, monkeypatch
 ):
-    """Breaks: unquoted names, relative paths, --threads, --offline, --quiet or the backup left out."""
+    """Breaks: unquoted names, relative paths, --threads, --offline,
+    --quiet or the backup left out."""
     home = tmp_path / "my work"
     elsewhere = tmp_path / "elsewhere"
     home.mkdir()

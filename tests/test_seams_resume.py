@@ -1,4 +1,5 @@
-"""What a resume means: flags and settings, precision, divergence, finished runs, older checkpoints."""
+"""What a resume means: flags and settings, precision, divergence, finished runs,
+older checkpoints."""
 
 import contextlib
 import io
@@ -20,8 +21,8 @@ from model_persistence import MismatchError, ModelPersistence
 from persistence import restoring
 
 SHORT = (
-    "--max_batches", 4, "--val_pairs", 2, "--eval_views", 1, "--policy", "off", "--planning_steps", 1,
-    "--batch_size", 4,
+    "--max_batches", 4, "--val_pairs", 2, "--eval_views", 1, "--policy", "off",
+    "--planning_steps", 1, "--batch_size", 4,
 )  # fmt: skip
 PLAIN = ("--device", "cpu", "--threads", 1)
 

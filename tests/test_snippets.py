@@ -52,10 +52,10 @@ NOT_AS_WRITTEN = {
     "persistence.load_checkpoint(previous_id, agent, qwen, solver2, ...)": "the dots stand for the "
     "rest of the six",
     "ModelPersistence('/path/to/output/dir')": "stands for a run folder",
-    "class SizeWarmupCurriculum: ... / class DynamicMemoryThreshold: ...": "listings of classes that "
-    "are imported here; the second one reads a name that it never sets (ema_alpha)",
-    "loss = consistency; if accuracy > 0.95: ...; param.requires_grad = False": "what the pages say "
-    "was wrong before",
+    "class SizeWarmupCurriculum: ... / class DynamicMemoryThreshold: ...": "listings of classes "
+    "that are imported here; the second one reads a name that it never sets (ema_alpha)",
+    "loss = consistency; if accuracy > 0.95: ...; param.requires_grad = False": "what the pages "
+    "say was wrong before",
     "cp runs/arc_complete_*/best_model.pt FOLDER": "copies it; cp then says that it will not "
     "overwrite it by the same file behind arc_complete_latest, and its exit code is 1",
     "runs/arc_complete_latest on a file system without links": "not made there; name the run",
@@ -69,9 +69,11 @@ COMMANDS = [
     "python trainloop_complete_with_fixes.py --resume --epochs 20 --device cuda",
     "python trainloop_complete_with_fixes.py --epochs 20 --resume --device cuda",
     "python trainloop_complete_with_fixes.py --resume --epochs 20",
-    "python trainloop_complete_with_fixes.py --epochs 20 --agent_lr 1e-4 --qwen_lr 1e-4 --device cuda",
+    "python trainloop_complete_with_fixes.py --epochs 20 --agent_lr 1e-4 --qwen_lr 1e-4 "
+    "--device cuda",
     "python trainloop_complete_with_fixes.py --max_batches 100 --epochs 5 --device cuda",
-    "python trainloop_complete_with_fixes.py --epochs 20 --agent_lr 1e-5 --qwen_lr 1e-5 --device cpu",
+    "python trainloop_complete_with_fixes.py --epochs 20 --agent_lr 1e-5 --qwen_lr 1e-5 "
+    "--device cpu",
     "python /content/ARC-EFE/trainloop_complete_with_fixes.py --epochs 20 --agent_lr 1e-4 "
     "--qwen_lr 1e-4 --device cuda",
     "python /content/ARC-EFE/trainloop_complete_with_fixes.py --resume --epochs 20 --device cuda",
@@ -206,7 +208,8 @@ def test_checkpoints_go_to_drive_and_come_back_through_the_latest_link(home: Pat
     drive = home / "MyDrive"
     drive.mkdir()
     copied = bash(
-        f"cp -r runs/arc_complete_latest/checkpoints/ \\\n {drive}/checkpoint_backup_20260101_120000"
+        "cp -r runs/arc_complete_latest/checkpoints/ \\\n "
+        f"{drive}/checkpoint_backup_20260101_120000"
     )
     assert copied == (0, "", "")
     for file in (run / "checkpoints").glob("*.pt"):

@@ -1,4 +1,5 @@
-"""Permanent memory: tokens, retrieval of other tasks, storing, the ring, and what it never holds."""
+"""Permanent memory: tokens, retrieval of other tasks, storing, the ring,
+and what it never holds."""
 
 from __future__ import annotations
 
@@ -183,7 +184,7 @@ def test_the_bank_has_no_room_for_grids(memory):
     }
 
 
-# ---------------------------------------------------------------- which arms were right for tasks alike
+# ---------------------------------------------------------------- arms that were right, recalled
 
 
 def prints(*places):

@@ -1,6 +1,7 @@
 """What the training step hands from part to part, and what the trainer makes of its flags.
 
-Every test names the breakage it is there for (`Breaks:`); `tests/faults/wiring_mutants.py` puts each
+Every test names the breakage it is there for (`Breaks:`); `tests/faults/wiring_mutants.py` puts
+each
 one in and looks. Most of them watch the arguments of the real calls of one `train_step`, or change
 what a part says and look at what comes out elsewhere.
 """
@@ -127,8 +128,8 @@ def test_half_of_the_tasks_go_without_their_tokens_as_a_whole(ready):
 
 
 def test_the_choice_learns_from_what_every_candidate_would_have_earned(ready):
-    """Breaks: candidates compared with the second answer, another target or size; rewards or exactness
-    not those that are learnt from; the choice never learns."""
+    """Breaks: candidates compared with the second answer, another target or size; rewards or
+    exactness not those that are learnt from; the choice never learns."""
     step = ready(proposing=True)
     chooser = step.run.system.policy_rl.proposals
     before = [p.detach().clone() for p in chooser.parameters()]
@@ -159,8 +160,8 @@ def test_the_choice_learns_from_what_every_candidate_would_have_earned(ready):
 
 
 def test_where_no_proposal_is_taken_the_first_answer_stands_and_learns(ready):
-    """Breaks: a second answer where nothing was proposed; a first answer without gradient; the policy that
-    learns from queries whose prompt it did not change."""
+    """Breaks: a second answer where nothing was proposed; a first answer without gradient; the
+    policy that learns from queries whose prompt it did not change."""
     slopes = []
 
     def prepare(run, targets):
@@ -211,8 +212,8 @@ def test_the_policy_learns_from_the_queries_that_answered_again(ready):
 
 
 def test_a_first_answer_that_was_followed_by_a_second_learns_at_its_weight(ready):
-    """Breaks: only what was answered with a proposal in sight is trained (the network forgets to answer by itself);
-    another target, size or weight for it."""
+    """Breaks: only what was answered with a proposal in sight is trained (the network forgets to
+    answer by itself); another target, size or weight for it."""
     step = ready("--policy", "random", "--no_reward", proposing=True)
     figures = step.take()
     first = step.calls["answer"][0].result
@@ -332,7 +333,8 @@ class Fitted:
 
 @pytest.fixture
 def scored(ready, task_set, monkeypatch):
-    """`scored(fitter, *flags)`: (results of `evaluate`, what `predict_tasks` was given each time)."""
+    """`scored(fitter, *flags)`: (results of `evaluate`, what `predict_tasks` was given each
+    time)."""
 
     def make(fitter, *flags, stop=None, **options):
         step = ready(*flags)
@@ -354,7 +356,8 @@ def scored(ready, task_set, monkeypatch):
 
 
 def test_acceptance_asks_what_it_says(scored, task_set):
-    """Breaks: --acceptance not passed on; the network asked where its score is not needed, or not asked."""
+    """Breaks: --acceptance not passed on; the network asked where its score is not needed, or not
+    asked."""
     fitter = Fitted(task_set.train)
     doubtful = evaluation.contested(fitter.found)
     assert 0 < len(doubtful) < 6
@@ -618,7 +621,8 @@ BAR = re.compile(r"Epoch 0: +\d+%\|[^|]*\| (\d+)/(\d+) \[")
 def test_a_terminal_shows_the_bar_and_a_resumed_one_goes_on_where_it_was(train, monkeypatch):
     """Breaks: the bar never shown on a terminal, shown elsewhere, or begun at 0 on a resume."""
     flags = (
-        "--max_batches", 3, "--val_pairs", 1, "--eval_views", 1, "--policy", "off", "--planning_steps", 1,
+        "--max_batches", 3, "--val_pairs", 1, "--eval_views", 1, "--policy", "off",
+        "--planning_steps", 1,
     )  # fmt: skip
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)
@@ -685,7 +689,8 @@ def test_the_headline_is_scored_with_the_last_weights_and_their_average(train, m
 
 
 def test_the_headline_is_of_all_test_pairs_and_validation_of_the_subset(train):
-    """Breaks: the headline on the validation subset; validation of whole tasks, not of the pairs."""
+    """Breaks: the headline on the validation subset; validation of whole tasks, not of the
+    pairs."""
     data = write_tasks(train.folder / "two.json", make_tasks(("flip", "same", "swap"), n_tests=2))
     flags = ("--eval_views", 3, "--vote_batches", 1)
     outcome = train("--epochs", 1, "--val_pairs", 3, *flags, data=data)

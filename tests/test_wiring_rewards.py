@@ -1,7 +1,7 @@
 """What the training step makes of two answers: rewards, resizing, accuracy and the loss.
 
-Every test names the breakage it is there for (`Breaks:`); `tests/faults/wiring_mutants.py` puts each
-one in and looks.
+Every test names the breakage it is there for (`Breaks:`); `tests/faults/wiring_mutants.py` puts
+each one in and looks.
 """
 
 from __future__ import annotations

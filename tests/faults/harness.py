@@ -1,4 +1,5 @@
-"""What the fault scripts share: a toy trainer that uses everything, and file systems that misbehave.
+"""What the fault scripts share: a toy trainer that uses everything,
+and file systems that misbehave.
 
 Each script in this folder injects one kind of fault, prints its figures as one JSON line and exits
 non-zero if a figure is missed: `python tests/faults/kill_points.py --share 1/1`.

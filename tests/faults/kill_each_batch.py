@@ -1,8 +1,9 @@
 """SIGKILL the real training script in every batch of two epochs, resume it, and compare the end.
 
 The child kills itself inside the chosen batch, after the optimizer has moved and before the loop
-sees it; also inside the untrained, the validating and the final evaluation. The resumed run must end in
-the state, and with the losses, of a run left alone: views, task-token dropout, policy noise and all.
+sees it; also inside the untrained, the validating and the final evaluation. The resumed run must
+end in the state, and with the losses, of a run left alone: views, task-token dropout, policy noise
+and all.
     python tests/faults/kill_each_batch.py --amp off
     python tests/faults/kill_each_batch.py --amp bf16
 """

@@ -1,8 +1,8 @@
 """SIGKILL before, in the middle of and after every file operation of a save.
 
 Seven situations, among them the very first save, one that rotates, one that keeps a single file, a
-new best model, and the first save after a resume. After each kill a new process resumes by itself; no acknowledged
-checkpoint may be missing, and the next save must work and leave no temporary file.
+new best model, and the first save after a resume. After each kill a new process resumes by itself;
+no acknowledged checkpoint may be missing, and the next save must work and leave no temporary file.
     python tests/faults/kill_points.py
 """
 

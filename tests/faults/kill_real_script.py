@@ -29,8 +29,8 @@ from persistence.state_tree import state_fingerprint
 
 NOT_STATE = ("clock", "flags", "in_use")  # parts of `extra` on which no training depends
 OPTIONS = (
-    "--epochs 2 --max_batches 4 --device cpu --threads 1 --seed 3 --save_every 2 --batch_size 4 --width 16 "
-    "--qwen_model tiny --val_pairs 2 --eval_views 1 --max_checkpoints 2 --quiet"
+    "--epochs 2 --max_batches 4 --device cpu --threads 1 --seed 3 --save_every 2 --batch_size 4 "
+    "--width 16 --qwen_model tiny --val_pairs 2 --eval_views 1 --max_checkpoints 2 --quiet"
 )
 
 

@@ -74,14 +74,16 @@ MUTANTS = [
     Mutant(
         "index after the file",
         SAVING,
-        "            size, sha256 = self._write_where_there_is_room(job.target, job.payload, job.seal)\n"
+        "            size, sha256 = self._write_where_there_is_room("
+        "job.target, job.payload, job.seal)\n"
         "        except (OSError, RuntimeError) as e:\n"
         "            if isinstance(e, RuntimeError) and not is_space_error(e):\n"
         "                raise\n"
         "            try:",
         "            early = {**job.seal, 'size': 1, 'sha256': ''}\n"
         "            self._index.write(checkpoint_id, early)\n"
-        "            size, sha256 = self._write_where_there_is_room(job.target, job.payload, job.seal)\n"
+        "            size, sha256 = self._write_where_there_is_room("
+        "job.target, job.payload, job.seal)\n"
         "        except (OSError, RuntimeError) as e:\n"
         "            if isinstance(e, RuntimeError) and not is_space_error(e):\n"
         "                raise\n"
@@ -134,7 +136,8 @@ MUTANTS = [
         "rotation after the save",
         SAVING,
         '        """The protocol: file, index entry',
-        '        self._rotate(self._max_checkpoints - 1)\n        """The protocol: file, index entry',
+        "        self._rotate(self._max_checkpoints - 1)\n"
+        '        """The protocol: file, index entry',
         "kill_points.py --only only",
     ),
     Mutant(
@@ -154,7 +157,8 @@ MUTANTS = [
     Mutant(
         "second try on a full disk",
         SAVING,
-        "            if not is_space_error(e):\n                raise\n            self._make_room()\n"
+        "            if not is_space_error(e):\n                raise\n"
+        "            self._make_room()\n"
         "            return write",
         "            raise\n            return write",
         "test_a_full_disk",

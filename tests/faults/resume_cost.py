@@ -1,4 +1,5 @@
-"""How long from opening a run to the end of the first batch, resumed at batch 10 and at batch 3,000.
+"""How long from opening a run to the end of the first batch,
+resumed at batch 10 and at batch 3,000.
 
 Skipping must cost nothing: the position is three integers, nothing is replayed.
     python tests/faults/resume_cost.py

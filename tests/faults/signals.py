@@ -127,7 +127,8 @@ def last_logged(folder: Path) -> tuple[int, int]:
 
 def run() -> dict[str, Any]:
     """Every signal in every place; returns the figures."""
-    # Under nohup SIGHUP is ignored, in a shell's background SIGINT, and a run rightly goes on: here for ever.
+    # Under nohup SIGHUP is ignored, in a shell's background SIGINT, and a run rightly goes on: here
+    # for ever.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warm_up()

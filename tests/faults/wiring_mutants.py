@@ -856,14 +856,16 @@ HYPOTHESES = [
         "40 training's proposals made with the own pair",
         FITTING,
         "return rule_list.leave_one_out(pairs, arms=arms, limits=TRAINING_LIMITS)",
-        "return rule_list.fit_task(pairs, [a for a, _ in pairs], arms=arms, limits=TRAINING_LIMITS)",
+        "return rule_list.fit_task(pairs, [a for a, _ in pairs], arms=arms, "
+        "limits=TRAINING_LIMITS)",
         "hypotheses: explained_from_the_others",
     ),
     Mutant(
         "40 proposals with the own pair change an own answer's logits",
         FITTING,
         "return rule_list.leave_one_out(pairs, arms=arms, limits=TRAINING_LIMITS)",
-        "return rule_list.fit_task(pairs, [a for a, _ in pairs], arms=arms, limits=TRAINING_LIMITS)",
+        "return rule_list.fit_task(pairs, [a for a, _ in pairs], arms=arms, "
+        "limits=TRAINING_LIMITS)",
         "honesty: own_output_changes_no_bit",
     ),
     Mutant(
@@ -988,7 +990,8 @@ HYPOTHESES = [
     Mutant(
         "42 no token for the proposal",
         SYSTEM,
-        "                prompt = prompt.extended(token.to(prompt.tokens.dtype), proposal.given[:, None])\n",
+        "                prompt = prompt.extended(token.to(prompt.tokens.dtype), "
+        "proposal.given[:, None])\n",
         "",
         "arc_system: token_of_a_proposal",
     ),
@@ -1399,7 +1402,8 @@ def outcome_of(test: str, file: str = "", text: str = "") -> tuple[int | None, s
 
 
 def misfits() -> list[str]:
-    """Which texts of the table their file has not exactly once, and which test files are missing."""
+    """Which texts of the table their file has not exactly once, and which test files are
+    missing."""
     found = []
     for m in MUTANTS:
         n = (REPO / m.file).read_text(encoding="utf-8").count(m.old)
