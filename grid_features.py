@@ -130,7 +130,7 @@ T = TypeVar("T")
 
 def in_order(named: Mapping[str, T], names: tuple[str, ...]) -> list[T]:
     """The values in the order of `names`; KeyError unless each name has one, and no other has."""
-    if named.keys() != set(names):
+    if len(named) != len(names):
         raise KeyError(f"without a value, or without a place: {sorted(named.keys() ^ set(names))}")
     return [named[name] for name in names]
 

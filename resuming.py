@@ -21,12 +21,11 @@ from model_persistence import (
     CheckpointError,
     ModelPersistence,
     PersistenceError,
-    configured_drive_backup,
-    read_json,
     resume_report,
     verify_checkpoint_file,
 )
-from persistence.drive import refuse_runs_folder
+from persistence.drive import configured_drive_backup, refuse_runs_folder
+from persistence.files import read_json
 from persistence.find_run import find_latest_run, run_of
 from persistence.from_drive import Located, locate_run
 from resume_rules import (

@@ -1,8 +1,8 @@
 """Which sides an output may have: rules read off the demonstrations, and a query's canvas.
 
-A *candidate* is a side that a rule gives, from the input alone (sources and rules of
-`grid_features`) or from the demonstrations too; its *support* is the share of the context on which
-that rule is right. No query's own output is looked at, nor any colour. NumPy alone.
+A *candidate* is a side that a rule gives, from the input alone (sources of `grid_transforms`, rules
+of `grid_features`) or from the demonstrations too; its *support* is the share of the context on
+which that rule is right. No query's own output is looked at, nor any colour. NumPy alone.
 `from size_rules import demonstration_rules`.
 """
 

@@ -37,10 +37,10 @@ from command_line import (
     pick_device,
     pick_precision,
 )
+from persistence.run_guard import DRIVE_HURRY_S
 
 STARTED = time.monotonic()  # as a script: of the process; a --time_budget counts from here
 DRIVE_WAIT_S = 60.0  # at a normal end, seconds the last copy to Drive may still take
-DRIVE_WAIT_STOPPED_S = 5.0  # ... and after a signal or an error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def build_parser() -> Parser:
         help="copy checkpoints there (default: off)")
     add("--drive_wait", type=real, metavar="S",
         help="seconds that the end of a run waits for copies to Drive at most (default: "
-             f"{DRIVE_WAIT_S:g}; {DRIVE_WAIT_STOPPED_S:g} after a signal or an error)")
+             f"{DRIVE_WAIT_S:g}; {DRIVE_HURRY_S:g} after a signal or an error)")
     add("--report_to", choices=("none", "tensorboard"), default="none",
         help="extra metrics sink (default: %(default)s)")
 
@@ -629,7 +629,7 @@ def run_in_folder(run: Run, plan: Plan, folder: Path, located: Located) -> int:
         )
         persistence.tidy()
         persistence.passed_over = located.skipped
-        drive_s = DRIVE_WAIT_STOPPED_S if args.drive_wait is None else args.drive_wait
+        drive_s = DRIVE_HURRY_S if args.drive_wait is None else args.drive_wait
         code, failed, diverged, unsaved = EXIT_DONE, True, False, None
         try:
             run.stop = stop
