@@ -1,12 +1,10 @@
 """Prediction without targets, voting over views, and scoring.
 
 `predict_tasks` takes tasks whose test outputs have been removed, and refuses others; `outcomes`,
-`score` and `gains` are the
-only places where predictions and outputs meet. Each query has two ballots: the network's alone,
-and one in which the
-refined answers and the proposals vote too. `evaluate` is all of it for a run, hypotheses included.
-It trains nothing and
-writes no files. `from evaluation import evaluate, predict_tasks, refined, score, without_outputs`.
+`score` and `gains` are the only places where predictions and outputs meet. Each query has two
+ballots: the network's alone, and one in which the refined answers and the proposals vote too.
+`evaluate` is all of it for a run, hypotheses included. It trains nothing and writes no files.
+`from evaluation import evaluate, predict_tasks, refined, score, without_outputs`.
 """
 
 from __future__ import annotations
