@@ -894,7 +894,9 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         own_size = targets.size[again]
         share = FIRST_ANSWER_WEIGHT * len(again) / len(target)
         first_efe = system.efe_loss(
-            logits=resize_logits(first.logits, first.size, own_size, tuple(goal.shape[1:])),
+            logits=resize_logits(
+                first.logits, first.size, own_size, (goal.shape[1], goal.shape[2])
+            ),
             target=goal,
             confidence=first.confidence,
             size_right=(first.size == own_size).all(-1),
