@@ -192,7 +192,7 @@ class Run:
         return self.progress.epoch, self.progress.batch, self.progress.total
 
     def saved_objects(self) -> SixObjects:
-        """The six that every save and load of ModelPersistence takes."""
+        """The six that ModelPersistence takes, by name."""
         return SixObjects(**self.system.modules(), optimizer=self.optimizer)
 
     def state(self) -> dict[str, Any]:
