@@ -192,9 +192,8 @@ def resume(run: Run, persistence: ModelPersistence) -> None:
                 EXIT_MISSING,
             )
 
-    modules = run.saved_objects()
     metadata = persistence.load_latest(
-        *modules, device=run.device, checkpoint=args.checkpoint, check=check
+        *run.saved_objects(), device=run.device, checkpoint=args.checkpoint, check=check
     )
     for group, own in zip(run.optimizer.param_groups, hyper, strict=True):
         group.update(own)

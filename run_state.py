@@ -39,6 +39,7 @@ from model_persistence import (
     restore_rng_state,
 )
 from optimizers import MuonAdamW, WeightAverage
+from persistence.checkpoint_file import SixObjects
 from resume_rules import APPLIED, BY_EFFECT, FREE, SAME, VERDICT, plain, with_meaning
 from reward_shaping import REWARD_WEIGHTS
 from run_log import RunLog
@@ -190,9 +191,9 @@ class Run:
         """Which state a checkpoint made now holds."""
         return self.progress.epoch, self.progress.batch, self.progress.total
 
-    def saved_objects(self) -> list[Any]:
-        """The six that ModelPersistence takes, in its order."""
-        return [*self.system.modules().values(), self.optimizer]
+    def saved_objects(self) -> SixObjects:
+        """The six that ModelPersistence takes, by name."""
+        return SixObjects(**self.system.modules(), optimizer=self.optimizer)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the five modules and the optimizer, by name."""
@@ -424,10 +425,9 @@ def save(
     """
     progress = run.progress
     extra = checkpoint_extra(run)
-    modules = run.saved_objects()
     where: dict[str, Any] = {"epoch": progress.last_epoch, "batch": progress.last_batch}
     where["metrics"] = metrics or {}
-    saved = persistence.save_checkpoint(*modules, **where, extra=extra, wait=wait)
+    saved = persistence.save_checkpoint(*run.saved_objects(), **where, extra=extra, wait=wait)
     if saved is not None:
         run.promised[saved] = run.place()
     run.last_save = (run.place(), where["metrics"])
@@ -445,8 +445,8 @@ def save_best(
     extra: dict[str, Any],
 ) -> None:
     """best_model.pt of the state just saved or loaded; the record rises once it is there."""
-    modules = run.saved_objects()
-    persistence.save_best_model(*modules, **where, metric_name=metric, extra=extra)
+    six = run.saved_objects()
+    persistence.save_best_model(*six, **where, metric_name=metric, extra=extra)
     persistence.flush()
     if best_on_disk(persistence, metric) == where["metrics"][metric]:
         run.progress.best = where["metrics"][metric]

@@ -443,8 +443,8 @@ def answers_in_turn(run, targets, qualities):
     canvas = targets.output
     turn = iter(qualities)
 
-    def answer(reading, tokens=None):
-        output = real(reading, tokens)
+    def answer(reading, refinement=None, **options):
+        output = real(reading, refinement, **options)
         rows, cols = output.logits.shape[2:4]
         wanted = torch.zeros(len(canvas), rows, cols, dtype=torch.long)
         h, w = min(rows, canvas.shape[1]), min(cols, canvas.shape[2])

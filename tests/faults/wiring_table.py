@@ -1270,8 +1270,8 @@ HYPOTHESES = [
     Mutant(
         "48 first answers learn from other targets",
         T,
-        "own_size = targets.size[again]",
-        "own_size = targets.size[again].flip(0)",
+        "own_size, canvas = targets.size[again],",
+        "own_size, canvas = targets.size[again].flip(0),",
         "wiring: followed_by_a_second",
     ),
     Mutant(
