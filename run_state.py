@@ -39,6 +39,7 @@ from model_persistence import (
     restore_rng_state,
 )
 from optimizers import MuonAdamW, WeightAverage
+from persistence.checkpoint_file import SixObjects
 from resume_rules import APPLIED, BY_EFFECT, FREE, SAME, VERDICT, plain, with_meaning
 from reward_shaping import REWARD_WEIGHTS
 from run_log import RunLog
@@ -190,9 +191,9 @@ class Run:
         """Which state a checkpoint made now holds."""
         return self.progress.epoch, self.progress.batch, self.progress.total
 
-    def saved_objects(self) -> list[Any]:
-        """The six that ModelPersistence takes, in its order."""
-        return [*self.system.modules().values(), self.optimizer]
+    def saved_objects(self) -> SixObjects:
+        """The six that ModelPersistence takes, by name."""
+        return SixObjects(**self.system.modules(), optimizer=self.optimizer)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the five modules and the optimizer, by name."""

@@ -891,10 +891,10 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         # The first answer learns, too, where a second one followed: less, for those queries are
         # mostly explained already.
         first, goal = rows_of(before, again), target[again]
-        own_size = targets.size[again]
+        own_size, canvas = targets.size[again], (goal.shape[1], goal.shape[2])
         share = FIRST_ANSWER_WEIGHT * len(again) / len(target)
         first_efe = system.efe_loss(
-            logits=resize_logits(first.logits, first.size, own_size, tuple(goal.shape[1:])),
+            logits=resize_logits(first.logits, first.size, own_size, canvas),
             target=goal,
             confidence=first.confidence,
             size_right=(first.size == own_size).all(-1),

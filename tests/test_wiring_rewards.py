@@ -80,7 +80,7 @@ def test_a_better_reading_backwards_pays_by_d_rev(ready, order):
     figures = step.take()
     given = step.one("compute_reward").given
     shown_more = given["copied_after"] - given["copied_before"]
-    wanted = 0.5 * (order - shown_more)  # what is told beyond what the answer simply shows
+    wanted = 0.5 * (order - shown_more)  # what is recovered beyond what the answer simply shows
     hard, soft = (step.one(name).result[1]["d_rev"] for name in ("compute_reward", "soft_reward"))
     torch.testing.assert_close(hard, wanted, atol=1e-6, rtol=0)
     torch.testing.assert_close(soft.detach(), hard, atol=1e-4, rtol=0)
