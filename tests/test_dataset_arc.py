@@ -115,7 +115,9 @@ def test_kaggle_pair(tmp_path):
     assert da.load_tasks(file).train[0].tests[0].output is None
     assert any("1 task without test outputs" in text for text in da.load_tasks(file).warnings)
     write(tmp_path / "arc-agi_training_solutions.json", {"a": [[[6, 5]]]})
-    assert da.load_tasks(file).train[0].tests[0].output.tolist() == [[6, 5]]
+    output = da.load_tasks(file).train[0].tests[0].output
+    assert output is not None
+    assert output.tolist() == [[6, 5]]
     write(tmp_path / "arc-agi_evaluation_challenges.json", {"b": asked})
     write(tmp_path / "arc-agi_test_challenges.json", {"c": asked})
     both = da.load_tasks(tmp_path)

@@ -134,7 +134,7 @@ def test_a_deadline_never_costs_the_first_view(system, hidden):
 
 
 def test_small_tasks_get_all_their_views_before_large_ones_their_second(system, hidden):
-    order = []
+    order: list[str] = []
     views = evaluation_views(3)
 
     class Spy:
@@ -145,7 +145,8 @@ def test_small_tasks_get_all_their_views_before_large_ones_their_second(system, 
             order.extend(task_id for task_id, _, _ in batch.pair_ids)
             return system.predict(batch, generator, **options)
 
-    predict_tasks(Spy(), hidden, views, deadline=time.monotonic() + 600)
+    spy: Any = Spy()
+    predict_tasks(spy, hidden, views, deadline=time.monotonic() + 600)
     n = len(keys_of(hidden))
     assert len(order) == 3 * n
     assert set(order[:n]) == {t.task_id for t in hidden}
@@ -164,7 +165,7 @@ def test_small_tasks_get_all_their_views_before_large_ones_their_second(system, 
 
 def test_max_batches_ends_the_voting_and_never_the_first_view(system, hidden):
     def votes(max_batches):
-        done = []
+        done: list[int] = []
         found = predict_tasks(
             system,
             hidden,
@@ -353,7 +354,7 @@ def test_reversibility_is_what_is_told_beyond_what_is_shown():
 
 
 def change(before, after, told=(0.0, 0.0), accepted=True):
-    return Change(before, after, *told, accepted)
+    return Change(before, after, told[0], told[1], accepted)
 
 
 def test_gains_by_hand():
@@ -597,6 +598,7 @@ def test_demonstrations_are_scored_from_the_others_alone(system, task_set):
             bare = Task(t.task_id, others, (Pair(pair.input, None),))
             said = predict_tasks(system, [bare], [View()], task_index=index)[t.task_id, 0]
             grid_said = said.attempts(1)[0]
+            assert pair.output is not None
             same = grid_said.shape == pair.output.shape
             shares.append(float((grid_said == pair.output).mean()) if same else 0.0)
         assert found[t.task_id] == pytest.approx(np.mean(shares))

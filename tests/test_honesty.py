@@ -276,6 +276,7 @@ def test_noise_for_all_test_outputs_gives_the_same_training_run(train, tmp_path,
     def spy(system, tasks, *args, **options):
         assert all(pair.output is None for task in tasks for pair in task.tests)
         found = real_predict(system, tasks, *args, **options)
+        said: dict[Any, Any]
         said = {k: [g.tolist() for g in p.attempts()] for k, p in found.items()}
         both = evaluation.refined(found)
         said |= {(*k, "both"): [g.tolist() for g in p.attempts()] for k, p in both.items()}

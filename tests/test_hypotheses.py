@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from hypotheses import (
     PROPOSAL_FACTS,
     Fitter,
     by_size,
+    pairs_of,
     proposals_of,
 )
 from proposal_policy import PRIOR
@@ -97,7 +99,7 @@ def test_the_child_gives_what_a_call_gives_smallest_task_first(task_set):
         assert fitter.failed is None
         assert list(fitter.done) == [task.task_id for task in by_size(hidden)]
         for task in hidden:
-            here = [(p.input, p.output) for p in task.demonstrations]
+            here = pairs_of(task)
             for i, wanted in enumerate(rule_list.fit_task(here, [p.input for p in task.tests])):
                 got = found[(task.task_id, i)]
                 assert [h.words for h in got.hypotheses] == [h.words for h in wanted.hypotheses]
@@ -255,6 +257,7 @@ def test_equal_answers_make_one_proposal_with_the_best_verdict():
             (),
         )
     )
+    assert found is not None
     assert [g.ravel()[0] for g in found.grids] == [1, 2]
     facts = dict(zip(PROPOSAL_FACTS, found.facts.T.tolist(), strict=True))
     assert facts["full"] == [1, 0]
@@ -281,7 +284,7 @@ def test_what_training_asks_for_comes_before_the_tests(task_set):
     try:
         fitter.ask(hidden[3:5])
         fitter.ask(hidden[:1] + hidden[3:4])
-        work = [fitter._next() for _ in range(4)]
+        work: list[Any] = [fitter._next() for _ in range(4)]
         assert [kind for kind, _ in work] == ["demonstrations"] * 3 + ["tests"]
         assert [w[0] for _, w in work[:3]] == [t.task_id for t in (*hidden[3:5], hidden[0])]
         assert work[3][1][0] == by_size(hidden)[0].task_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import torch
 from conftest import MODULES, make_tasks
@@ -87,7 +88,8 @@ def test_the_names_that_save_writes_are_the_names_that_restore_reads(fresh_run):
             self.read.add(name)
             return super().__getitem__(name)
 
-    save(run, Persistence())
+    persistence: Any = Persistence()
+    save(run, persistence)
     extra = Reading(written)
     restore(run, {"extra": extra})
     # The rest is for `resume` (config) and for other programs (what the model is).

@@ -32,7 +32,6 @@ from conftest import (
 )
 
 import command_line
-import dataset_arc
 import evaluation
 import rule_list
 import run_lines
@@ -162,7 +161,7 @@ def test_the_choice_learns_from_what_every_candidate_would_have_earned(ready):
 def test_where_no_proposal_is_taken_the_first_answer_stands_and_learns(ready):
     """Breaks: a second answer where nothing was proposed; a first answer without gradient; the
     policy that learns from queries whose prompt it did not change."""
-    slopes = []
+    slopes: list[Any] = []
 
     def prepare(run, targets):
         real = run.system.answer
@@ -783,7 +782,7 @@ FLAGS: list[tuple[tuple[Any, ...], Callable[[Any], Any], Any]] = [
     (("--max_context", 1), lambda run: run.stream.batch(0, 0)[0].context.shape[1], 1),
     (("--batch_size", 3), lambda run: run.stream.batch(0, 0)[0].n_queries, 3),
     (("--views", "off"), lambda run: set(run.stream.batch(0, 0)[0].views), {View()}),
-    (("--augment", "off"), lambda run: set(run.stream.batch(0, 0)[0].views), {dataset_arc.View()}),
+    (("--augment", "off"), lambda run: set(run.stream.batch(0, 0)[0].views), {View()}),
     (("--ema", 0.5), lambda run: run.average.decay, 0.5),
     (("--weight_decay", 0.3), lambda run: groups(run)["agent"]["weight_decay"], 0.3),
     (("--weight_decay", 0.3), lambda run: groups(run)["task_tokens"]["weight_decay"], 0.0),
