@@ -671,7 +671,7 @@ class BackwardModel(nn.Module):
     def fit(self, batch: Batch) -> Tensor:
         """The rule from output to input (Q, R, N_BACKWARD_POINTERS) float32 of each query's
         demonstrations; 0 for a query without any."""
-        output, canvas = batch.demo_output, tuple(batch.demo_input.shape[1:])
+        output, canvas = batch.demo_output, (batch.demo_input.shape[1], batch.demo_input.shape[2])
         size = batch.demo_output_size
         cut = torch.tensor(output.shape[1:], device=size.device)
         _, shown, features = self.see(

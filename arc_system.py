@@ -68,7 +68,7 @@ class SystemConfig:
 
 @dataclass
 class Reading:
-    """What a batch says before any answer: the prompt, what the agent sees, pooled pairs.
+    """What is computed of a batch before any answer: prompt, encoded cells, pooled pairs.
 
     batch: as the ablation switches leave it.
     """

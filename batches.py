@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, TypeVar
@@ -938,7 +938,9 @@ def evaluation_targets(tasks: Iterable[Task], batch: Batch) -> Targets:
 # ---------------------------------------------------------------- prefetching
 
 
-def prefetch(make: Callable[[T], R], positions: Iterable[T], depth: int = 2) -> Iterator[R]:
+def prefetch(
+    make: Callable[[T], R], positions: Iterable[T], depth: int = 2
+) -> Generator[R, None, None]:
     """make(position) for each position in order, up to `depth` of them ahead in one thread.
 
     An error in `make` is raised when its turn comes; closing the iterator waits for the one call

@@ -37,8 +37,8 @@ Grid = NDArray[np.uint8]
 Key = tuple[str, int]  # task id, number of the test input
 
 # On the network's own ballot a view's vote counts 1 + SURE_WEIGHT * probability. How well the input
-# can be told from an answer has no weight: on demonstrations predicted from each other, over two
-# seeds, 568 of 2024 were exact without it; 563, 562, 559 at weights 0.25, 0.5, 1
+# can be recovered from an answer has no weight: on demonstrations predicted from each other, over
+# two seeds, 568 of 2024 were exact without it; 563, 562, 559 at weights 0.25, 0.5, 1
 # (benchmarks/bench_reversibility.py, docs/LOG.md).
 SURE_WEIGHT = 0.5  # guess
 EARLIER_WEIGHT = 1e-3  # the answers of earlier planning steps only break ties and fill attempt 2
@@ -67,8 +67,8 @@ class Candidate:
 
 @dataclass
 class Change:
-    """One view's refinement: the answers before and after, and how well the input can be told from
-    each (in [0, 1])."""
+    """One view's refinement: the answers before and after, and how well the input can be
+    recovered from each (in [0, 1])."""
 
     before: Grid
     after: Grid

@@ -30,6 +30,7 @@ from command_line import (
     pick_precision,
     write,
 )
+from persistence.files import atomic_write_bytes, atomic_write_json
 from trained_model import known_errors, load_model
 
 if TYPE_CHECKING:
@@ -272,7 +273,6 @@ def run_prediction(args: argparse.Namespace) -> int:
         without_outputs,
     )
     from hypotheses import Fitter
-    from persistence.files import atomic_write_bytes, atomic_write_json
 
     started = time.monotonic()
     device = pick_device(args.device)

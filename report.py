@@ -30,8 +30,10 @@ from command_line import (
     no_bar,
     number,
     pick_device,
+    pick_precision,
     write,
 )
+from persistence.files import atomic_write_bytes, read_json
 from run_log import read_metrics
 from trained_model import find_run, known_errors, load_model
 
@@ -131,8 +133,6 @@ class Record:
 
 def read_record(folder: Path) -> Record:
     """Read a run's JSON files. Raises UserError where there is nothing to report on."""
-    from persistence.files import read_json
-
     path = folder / "metrics.jsonl"
     if not path.is_file():
         why = "it is not a file" if path.exists() else "there is no such file"
@@ -286,7 +286,6 @@ def answer_queries(
     from tqdm import tqdm
 
     from batches import View, evaluation_batches
-    from command_line import pick_precision
     from evaluation import without_outputs
 
     tasks = {task.task_id: task for task, _ in queries}
@@ -503,7 +502,6 @@ def run_report(args: argparse.Namespace) -> int:
     import torch
 
     from dataset_arc import load_tasks
-    from persistence.files import atomic_write_bytes
 
     device = pick_device(args.device)
     if args.threads:

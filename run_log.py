@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import EXIT_MISSING, UserError
+from persistence.files import atomic_write_bytes, atomic_write_json
 
 KEPT_BYTES = 16 << 20  # of lines and of rows each, while the disk refuses them; oldest go first
 LINE_BYTES = 1 << 20  # a longer line of metrics.jsonl is damage
@@ -287,8 +288,6 @@ class RunLog:
         """Replace a file of the run folder in one step. False if it has to wait for a `flush`."""
         if self.folder is None:
             return True
-        from persistence.files import atomic_write_json
-
         error = ""
         try:
             atomic_write_json(self.folder / name, content)
@@ -320,8 +319,6 @@ class RunLog:
             self._try_rewind()
 
     def _try_rewind(self) -> None:
-        from persistence.files import atomic_write_bytes
-
         assert self.folder is not None
         assert self._rewind is not None
         path = self.folder / "metrics.jsonl"

@@ -113,7 +113,9 @@ def collect(model: Any, tasks: Any, explained: dict[str, list[Any]]) -> list[dic
     return rows
 
 
-def packed(rows: list[dict[str, Any]], change: str, train: list[dict[str, Any]], seed: int) -> Any:
+def packed(
+    rows: list[dict[str, Any]], change: str, train: list[dict[str, Any]], seed: int
+) -> tuple[Any, Any, Any]:
     """Rows as one batch of candidates, with one input taken away or exchanged."""
     import torch
     from torch.nn.utils.rnn import pad_sequence

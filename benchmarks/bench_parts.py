@@ -80,7 +80,7 @@ def main() -> None:
     explained = fitter.collect()
     fitter.close()
     own = contested_scores(model.system, chosen, explained, **common)
-    offered = {"proposals": proposals_for(explained), "own_scores": own}
+    offered: dict[str, Any] = {"proposals": proposals_for(explained), "own_scores": own}
     both = predict_tasks(model.system, hidden, views, **common, **offered)
     free = predict_tasks(model.system, hidden, views, **common, **offered, accept=False)
     start_both = predict_tasks(untrained, hidden, views, **common, **offered)

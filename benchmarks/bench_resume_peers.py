@@ -171,7 +171,9 @@ def hf_trainer() -> tuple[Run, str]:
             model=model, args=arguments, train_dataset=Data(augment), callbacks=[Killer()]
         )
         if killer:
-            trainer._save_checkpoint = killer.around(trainer._save_checkpoint)
+            trainer._save_checkpoint = killer.around(  # type: ignore[method-assign]
+                trainer._save_checkpoint
+            )
         resume = any(folder.glob("checkpoint-*"))
         trainer.train(resume_from_checkpoint=resume)
         return model

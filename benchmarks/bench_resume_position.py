@@ -68,7 +68,7 @@ def main() -> None:
 
         def first_batch(run: Any) -> None:
             n_batches = run.stream.n_batches(run.progress.epoch)
-            made = script.batches_of_epoch(run, n_batches)
+            made: Any = script.batches_of_epoch(run, n_batches)
             script.train_step(run, *next(made), last=True)
             made.close()
 

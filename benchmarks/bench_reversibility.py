@@ -220,7 +220,7 @@ def report(title: str, answers: Answers, chosen: float) -> None:
             for some in (first, answers)
         )
         b, (c, n_c) = within(answers, name), among_candidates(answers, name)
-        figures = (a_first, a_all, b.p, b.more, b.equal, b.less, c)
+        figures: tuple[float, ...] = (a_first, a_all, b.p, b.more, b.equal, b.less, c)
         if name == "cell probability":  # of the model's own answer only
             figures = (a_first, a_all, *[float("nan")] * 4, c)
         print(f"  {name:<17}" + "".join(f"{figure:14.3f}" for figure in figures) + f"{n_c:14d}")

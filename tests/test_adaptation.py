@@ -23,15 +23,15 @@ from evaluation import predict_tasks, without_outputs
 
 
 @pytest.fixture
-def unseen(task_set):
+def unseen(task_set: Any) -> Any:
     return without_outputs(task_set.train)
 
 
-def small():
+def small() -> Any:
     return lively_system(planning_steps=2)
 
 
-def weights(system):
+def weights(system: Any) -> Any:
     return {
         f"{module}.{name}": p.detach().clone()
         for module, part in system.modules().items()
@@ -39,7 +39,7 @@ def weights(system):
     }
 
 
-def test_new_tasks_start_as_unseen_ones_answer(unseen):
+def test_new_tasks_start_as_unseen_ones_answer(unseen: Any) -> None:
     system, unseen = small(), unseen[:3]
     before = predict_tasks(system, unseen, [View()])
     first = system.solver2.add_tasks(len(unseen))
@@ -49,7 +49,9 @@ def test_new_tasks_start_as_unseen_ones_answer(unseen):
         assert np.array_equal(found.attempts(1)[0], after[key].attempts(1)[0])
 
 
-def test_only_the_tokens_of_new_tasks_change_if_only_they_may(unseen, monkeypatch):
+def test_only_the_tokens_of_new_tasks_change_if_only_they_may(
+    unseen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     system = small()
     known = {unseen[0].task_id: 2}
     before = weights(system)
@@ -73,12 +75,12 @@ def test_only_the_tokens_of_new_tasks_change_if_only_they_may(unseen, monkeypatc
     assert any(not torch.equal(before[key], after[key]) for key in policy)
 
 
-def spied(monkeypatch, name, owner=adaptation):
+def spied(monkeypatch: pytest.MonkeyPatch, name: Any, owner: Any = adaptation) -> Any:
     """Arguments of every call of a function, from now on."""
     calls: list[Any] = []
     real = getattr(owner, name)
 
-    def spy(*args, **options):
+    def spy(*args: Any, **options: Any) -> Any:
         result = real(*args, **options)
         calls.append((*args, result))
         return result
@@ -87,7 +89,9 @@ def spied(monkeypatch, name, owner=adaptation):
     return calls
 
 
-def test_no_demonstration_is_judged_by_weights_that_have_trained_on_it(unseen, monkeypatch):
+def test_no_demonstration_is_judged_by_weights_that_have_trained_on_it(
+    unseen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another output of it: the same grids are said of it before and after, of others not."""
     tasks = unseen[:2]
     d = tasks[0].demonstrations
@@ -113,14 +117,16 @@ def test_no_demonstration_is_judged_by_weights_that_have_trained_on_it(unseen, m
                 kept = [p for i, p in enumerate(whole.demonstrations) if i % FOLDS != fold]
                 assert list(task.demonstrations) == kept
 
-    def same(a, b):
+    def same(a: Any, b: Any) -> Any:
         return a.keys() == b.keys() and all(a[k].weight == b[k].weight for k in a)
 
     agree = [same(a, b) for a, b in zip(*said, strict=True)]
     assert agree == [True, False, False, True, False, False]
 
 
-def test_the_same_batches_give_the_same_weights_whatever_the_tests_are(unseen, monkeypatch):
+def test_the_same_batches_give_the_same_weights_whatever_the_tests_are(
+    unseen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unseen = unseen[:3]
     other = [
         dataclasses.replace(task, tests=(Pair(np.full((9, 9), 7, np.uint8), None),))
@@ -135,21 +141,21 @@ def test_the_same_batches_give_the_same_weights_whatever_the_tests_are(unseen, m
 
 
 @pytest.fixture(scope="module")
-def alike(tmp_path_factory):
+def alike(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A task whose rule four demonstrations show."""
     tasks = make_tasks(("top",), n_demonstrations=4, sides=(4, 5))
     path = write_tasks(tmp_path_factory.mktemp("alike") / "training.json", tasks)
     return without_outputs(load_tasks(path).train)
 
 
-def test_what_helps_on_held_out_demonstrations_is_accepted(alike):
+def test_what_helps_on_held_out_demonstrations_is_accepted(alike: Any) -> None:
     system = small()
     adapted = adapt(system, alike, {}, n_batches=8, lr=3e-3)
     assert adapted.accepted
     for task_id in adapted.accepted:
         assert adapted.after[task_id] > adapted.before[task_id]
 
-    def exact_and_cells(system, index):
+    def exact_and_cells(system: Any, index: Any) -> Any:
         rows = adaptation._outcomes_of_folds(
             system, alike, index, range(FOLDS), device="cpu", dtype=None, seed=0
         )
@@ -170,7 +176,7 @@ def test_what_helps_on_held_out_demonstrations_is_accepted(alike):
     assert said[0] != said[1]
 
 
-def test_what_makes_a_task_worse_is_refused(alike):
+def test_what_makes_a_task_worse_is_refused(alike: Any) -> None:
     system = small()
     adapted = adapt(system, alike, {}, n_batches=2, lr=30.0)
     assert all(adapted.after[task_id] < adapted.before[task_id] for task_id in adapted.before)
@@ -190,12 +196,12 @@ def test_what_makes_a_task_worse_is_refused(alike):
         ((2, 0.5), (1, 0.9), False),
     ],
 )
-def test_more_exact_or_as_many_and_more_cells(before, after, accepted):
+def test_more_exact_or_as_many_and_more_cells(before: Any, after: Any, accepted: Any) -> None:
     adapted = Adapted(None, {}, {"a": Measure(*before)}, {"a": Measure(*after)})  # type: ignore[arg-type]
     assert adapted.accepted == ({"a"} if accepted else set())
 
 
-def test_a_task_of_two_demonstrations_is_judged_without_training_on_either(unseen):
+def test_a_task_of_two_demonstrations_is_judged_without_training_on_either(unseen: Any) -> None:
     """Nothing is left to train on, so nothing changes, so it is refused."""
     tasks = [dataclasses.replace(unseen[0], demonstrations=unseen[0].demonstrations[:2])]
     adapted = adapt(small(), tasks, {}, n_batches=2, parts="tokens")
@@ -204,7 +210,7 @@ def test_a_task_of_two_demonstrations_is_judged_without_training_on_either(unsee
     assert not adapted.accepted
 
 
-def test_what_stood_still_may_move_again(unseen, monkeypatch):
+def test_what_stood_still_may_move_again(unseen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     system = small()
     learners = spied(monkeypatch, "_train")
     adapt(system, unseen[:1], {}, n_batches=1, parts="tokens")
@@ -214,7 +220,7 @@ def test_what_stood_still_may_move_again(unseen, monkeypatch):
         assert still == []
 
 
-def test_known_tasks_are_left_alone_and_an_end_is_needed(unseen):
+def test_known_tasks_are_left_alone_and_an_end_is_needed(unseen: Any) -> None:
     system = small()
     known = {task.task_id: 0 for task in unseen}
     adapted = adapt(system, unseen, known, n_batches=3)
@@ -225,16 +231,16 @@ def test_known_tasks_are_left_alone_and_an_end_is_needed(unseen):
         adapt(system, unseen, {}, n_batches=1, parts="none")
 
 
-def test_seconds_end_it_and_progress_is_told(unseen, monkeypatch):
+def test_seconds_end_it_and_progress_is_told(unseen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that a batch of training moves by a second, one of measuring by half of one."""
     clock = [0.0]
     monkeypatch.setattr(adaptation.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(adaptation, "MEASURED_AT_ONCE", 2)
 
-    def slower(owner, name, seconds):
+    def slower(owner: Any, name: Any, seconds: Any) -> None:
         real = getattr(owner, name)
 
-        def call(*args, **options):
+        def call(*args: Any, **options: Any) -> Any:
             clock[0] += seconds
             return real(*args, **options)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,12 +36,12 @@ from size_rules import N_SIZE_CANDIDATES
 
 
 @pytest.fixture
-def batch(whole_batch):
+def batch(whole_batch: Any) -> Any:
     return whole_batch
 
 
 @pytest.fixture
-def output(system, batch):
+def output(system: Any, batch: Any) -> Any:
     with torch.no_grad():
         return system.answer(system.read(batch))
 
@@ -47,7 +49,7 @@ def output(system, batch):
 # ---------------------------------------------------------------- what comes out
 
 
-def test_logits_are_five_steps_of_log_probabilities(output, batch):
+def test_logits_are_five_steps_of_log_probabilities(output: Any, batch: Any) -> None:
     n, _, rows, cols = batch.query_sources.shape
     assert output.logits.shape == (N_STEPS, n, rows, cols, 10)
     assert output.logits.dtype == torch.float32
@@ -61,7 +63,7 @@ def test_logits_are_five_steps_of_log_probabilities(output, batch):
     )
 
 
-def test_grids_are_minus_one_outside_the_predicted_size(output):
+def test_grids_are_minus_one_outside_the_predicted_size(output: Any) -> None:
     grids = output.grids()
     inside = size_mask(output.size, *grids.shape[1:])
     assert (grids[inside] >= 0).all()
@@ -69,13 +71,13 @@ def test_grids_are_minus_one_outside_the_predicted_size(output):
     assert output.grids(0).shape == grids.shape
 
 
-def test_each_planning_step_changes_state_answer_and_confidence(output):
+def test_each_planning_step_changes_state_answer_and_confidence(output: Any) -> None:
     for step in range(1, N_STEPS):
         assert not torch.equal(output.logits[step], output.logits[step - 1])
         assert not torch.equal(output.confidence[step], output.confidence[step - 1])
 
 
-def test_the_answer_so_far_is_fed_back(batch):
+def test_the_answer_so_far_is_fed_back(batch: Any) -> None:
     """Without the feedback of step 1 the later steps come out differently, step 1 does not."""
     system = lively_system()
     with torch.no_grad():
@@ -86,13 +88,13 @@ def test_the_answer_so_far_is_fed_back(batch):
     assert not torch.equal(full[1], blind[1])
 
 
-def test_planning_steps_follow_the_configuration(batch):
+def test_planning_steps_follow_the_configuration(batch: Any) -> None:
     system = lively_system(planning_steps=2)
     with torch.no_grad():
         assert system.answer(system.read(batch)).logits.shape[0] == 2
 
 
-def test_planning_ends_where_the_confidence_says_so(system, batch):
+def test_planning_ends_where_the_confidence_says_so(system: Any, batch: Any) -> None:
     """Each query answers as it did at the step at which it was sure; the others plan on."""
     with torch.no_grad():
         reading = system.read(batch)
@@ -117,11 +119,13 @@ def test_planning_ends_where_the_confidence_says_so(system, batch):
     assert len(set(first.tolist())) == 1  # at 0 nobody goes beyond the first step
 
 
-def test_steps_that_are_not_needed_are_not_computed(system, batch, monkeypatch):
+def test_steps_that_are_not_needed_are_not_computed(
+    system: Any, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     real = system.agent.blocks[0].forward
 
-    def count(x, *rest):
+    def count(x: Any, *rest: Any) -> Any:
         seen.append(len(x))
         return real(x, *rest)
 
@@ -139,7 +143,7 @@ def test_steps_that_are_not_needed_are_not_computed(system, batch, monkeypatch):
         assert seen[:2] == [batch.n_queries, batch.n_queries - 1]
 
 
-def test_an_early_stop_is_for_prediction_only(batch, monkeypatch):
+def test_an_early_stop_is_for_prediction_only(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     system = lively_system(stop_confidence=0.0)
     with torch.no_grad():
         output = system.predict(batch, torch.Generator()).before
@@ -152,7 +156,7 @@ def test_an_early_stop_is_for_prediction_only(batch, monkeypatch):
     assert output.n_steps.tolist() == [N_STEPS] * batch.n_queries
 
 
-def test_results_do_not_depend_on_the_other_queries_of_a_batch(system, task_set):
+def test_results_do_not_depend_on_the_other_queries_of_a_batch(system: Any, task_set: Any) -> None:
     """Padding is neutral: a task alone and beside larger ones gets the same answer."""
     together = next(evaluation_batches(task_set.train, batch_size=6))
     with torch.no_grad():
@@ -171,7 +175,9 @@ def test_results_do_not_depend_on_the_other_queries_of_a_batch(system, task_set)
             )
 
 
-def test_the_order_of_demonstrations_hardly_matters_to_the_agent(system, task_set):
+def test_the_order_of_demonstrations_hardly_matters_to_the_agent(
+    system: Any, task_set: Any
+) -> None:
     batch = next(evaluation_batches(task_set.train, batch_size=2))
     turned = dataclasses.replace(batch, context=batch.context.flip(1))
     with torch.no_grad():
@@ -180,7 +186,7 @@ def test_the_order_of_demonstrations_hardly_matters_to_the_agent(system, task_se
     torch.testing.assert_close(a.evidence, b.evidence, atol=1e-4, rtol=1e-4)
 
 
-def test_a_bare_grid_gives_five_steps_of_logits(system):
+def test_a_bare_grid_gives_five_steps_of_logits(system: Any) -> None:
     with torch.no_grad():
         for shape in ((1, 1), (3, 4), (30, 30)):
             logits = system.agent(torch.zeros(shape, dtype=torch.long))
@@ -190,7 +196,7 @@ def test_a_bare_grid_gives_five_steps_of_logits(system):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 31), (2, 2, 2)])
-def test_a_bare_grid_of_impossible_shape_is_refused(system, shape):
+def test_a_bare_grid_of_impossible_shape_is_refused(system: Any, shape: Any) -> None:
     with pytest.raises(ValueError, match=r"sides 1\.\.30"):
         system.agent(torch.zeros(shape, dtype=torch.long))
 
@@ -198,7 +204,7 @@ def test_a_bare_grid_of_impossible_shape_is_refused(system, shape):
 # ---------------------------------------------------------------- gradients
 
 
-def test_every_weight_is_reached_by_gradient(proposing):
+def test_every_weight_is_reached_by_gradient(proposing: Any) -> None:
     batch, _ = proposing
     system = lively_system().train()
     reading = system.read(batch)
@@ -214,7 +220,7 @@ def test_every_weight_is_reached_by_gradient(proposing):
     assert dead == []
 
 
-def test_the_backward_model_learns_from_the_answer_alone(system, batch):
+def test_the_backward_model_learns_from_the_answer_alone(system: Any, batch: Any) -> None:
     """Its logits follow the predicted grid, have gradient to it, and never see the input."""
     with torch.no_grad():
         reading = system.read(batch)
@@ -230,13 +236,15 @@ def test_the_backward_model_learns_from_the_answer_alone(system, batch):
     assert torch.equal(back.detach(), again)
 
 
-def gradients_of_the_backward_model(system, loss):
+def gradients_of_the_backward_model(system: Any, loss: Any) -> Any:
     parameters = list(system.agent.backward_model.parameters())
     found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
     return sum(float(g.abs().sum()) for g in found if g is not None)
 
 
-def test_the_true_output_teaches_the_backward_model_and_the_predicted_one_the_agent(batch):
+def test_the_true_output_teaches_the_backward_model_and_the_predicted_one_the_agent(
+    batch: Any,
+) -> None:
     """A wrong answer reaches the agent through it, and none of its weights."""
     system = lively_system().train()
     reading = system.read(batch)
@@ -252,7 +260,9 @@ def test_the_true_output_teaches_the_backward_model_and_the_predicted_one_the_ag
     assert agent == (None,)
 
 
-def test_the_same_grid_reads_the_same_in_probabilities_and_in_colours(system, batch):
+def test_the_same_grid_reads_the_same_in_probabilities_and_in_colours(
+    system: Any, batch: Any
+) -> None:
     with torch.no_grad():
         reading = system.read(batch)
         answer = system.answer(reading)
@@ -264,7 +274,9 @@ def test_the_same_grid_reads_the_same_in_probabilities_and_in_colours(system, ba
 
 
 @pytest.mark.parametrize("rule", ["flip", "turn", "recolour"])
-def test_the_fit_knows_the_inverse_of_a_rule_that_only_the_demonstrations_show(tmp_path, rule):
+def test_the_fit_knows_the_inverse_of_a_rule_that_only_the_demonstrations_show(
+    tmp_path: Path, rule: Any
+) -> None:
     """An untrained backward model recovers the input from the true output, and not from a copy of
     the input, nor without demonstrations."""
     path = write_tasks(tmp_path / "one.json", {"a": make_task(rule, n_demonstrations=4)})
@@ -287,7 +299,9 @@ def test_the_fit_knows_the_inverse_of_a_rule_that_only_the_demonstrations_show(t
     assert p["truth"] > p["no demonstrations"] + 0.1
 
 
-def test_the_backward_model_does_not_depend_on_the_other_queries_of_a_batch(system, task_set):
+def test_the_backward_model_does_not_depend_on_the_other_queries_of_a_batch(
+    system: Any, task_set: Any
+) -> None:
     together = next(evaluation_batches(task_set.train, batch_size=6))
     truth = evaluation_targets(task_set.train, together)
     with torch.no_grad():
@@ -304,7 +318,7 @@ def test_the_backward_model_does_not_depend_on_the_other_queries_of_a_batch(syst
 # ---------------------------------------------------------------- demonstrations
 
 
-def test_right_names_the_pointers_that_hit_the_demonstrated_colour(system, batch):
+def test_right_names_the_pointers_that_hit_the_demonstrated_colour(system: Any, batch: Any) -> None:
     with torch.no_grad():
         demos = system.agent.read_demonstrations(batch)
     pairs, rows, cols = batch.demo_output.shape
@@ -321,7 +335,9 @@ def test_right_names_the_pointers_that_hit_the_demonstrated_colour(system, batch
                 assert torch.equal(right[pair, row, col], expected)
 
 
-def test_context_cells_are_the_query_s_own_and_their_number_follows_shapes(system, batch):
+def test_context_cells_are_the_query_s_own_and_their_number_follows_shapes(
+    system: Any, batch: Any
+) -> None:
     with torch.no_grad():
         demos = system.agent.read_demonstrations(batch)
     cells = demos.mask.shape[1]
@@ -335,7 +351,7 @@ def test_context_cells_are_the_query_s_own_and_their_number_follows_shapes(syste
             assert set(kept) <= own
 
 
-def test_a_query_without_demonstrations_gets_a_finite_answer(system, batch):
+def test_a_query_without_demonstrations_gets_a_finite_answer(system: Any, batch: Any) -> None:
     alone = dataclasses.replace(batch, context=torch.full_like(batch.context, -1))
     with torch.no_grad():
         answer = system.answer(system.read(alone))
@@ -343,7 +359,7 @@ def test_a_query_without_demonstrations_gets_a_finite_answer(system, batch):
     assert torch.isfinite(answer.size_logits).all()
 
 
-def test_evidence_is_read_off_the_demonstrations(task_set):
+def test_evidence_is_read_off_the_demonstrations(task_set: Any) -> None:
     """An untrained agent already copies where all demonstrations copy."""
     import arc_system
 
@@ -361,7 +377,7 @@ def test_evidence_is_read_off_the_demonstrations(task_set):
 # ---------------------------------------------------------------- the fitted rule
 
 
-def rule_of_sign(cells, seed):
+def rule_of_sign(cells: Any, seed: Any) -> Any:
     """Features (1, cells, 7) with a last 1; pointer 3 is right where the first feature is positive,
     pointer 8 elsewhere."""
     features = torch.randn(1, cells, 7, generator=torch.Generator().manual_seed(seed))
@@ -372,7 +388,7 @@ def rule_of_sign(cells, seed):
     return features, right
 
 
-def test_the_rule_of_the_demonstrations_holds_at_new_cells():
+def test_the_rule_of_the_demonstrations_holds_at_new_cells() -> None:
     fit = RuleFit(AgentConfig(width=8, rule_width=6))
     seen, right = rule_of_sign(120, seed=0)
     query, wanted = rule_of_sign(200, seed=1)
@@ -380,7 +396,7 @@ def test_the_rule_of_the_demonstrations_holds_at_new_cells():
     assert (score.argmax(-1) == wanted.argmax(-1)).float().mean() > 0.9
 
 
-def test_without_gradient_steps_the_rule_is_ridge_regression():
+def test_without_gradient_steps_the_rule_is_ridge_regression() -> None:
     """Against the normal equations, written out in numpy."""
     fit = RuleFit(AgentConfig(width=8, rule_width=6, rule_steps=0)).requires_grad_(False)
     seen, right = rule_of_sign(30, seed=0)
@@ -398,12 +414,12 @@ def test_without_gradient_steps_the_rule_is_ridge_regression():
     np.testing.assert_allclose(score[0].numpy(), expected, atol=1e-4)
 
 
-def test_gradient_steps_make_the_demonstrated_colours_more_likely():
+def test_gradient_steps_make_the_demonstrated_colours_more_likely() -> None:
     seen, right = rule_of_sign(40, seed=2)
     right[..., 5] = right[..., 3]  # two pointers explain the same cells
     mask = torch.ones(1, 40, dtype=torch.bool)
 
-    def surprise(steps):
+    def surprise(steps: Any) -> Any:
         fit = RuleFit(AgentConfig(width=8, rule_width=6, rule_steps=steps)).requires_grad_(False)
         p = fit(seen, seen, right, mask).softmax(-1)
         return -(p * right).sum(-1).log().mean()
@@ -411,7 +427,7 @@ def test_gradient_steps_make_the_demonstrated_colours_more_likely():
     assert surprise(3) < surprise(1) < surprise(0)
 
 
-def test_the_rule_learns_its_features_and_sees_demonstrations_only():
+def test_the_rule_learns_its_features_and_sees_demonstrations_only() -> None:
     torch.manual_seed(0)
     fit = RuleFit(AgentConfig(width=8, rule_width=6))
     x, raw = torch.randn(2, 1, 30, 8)
@@ -431,7 +447,7 @@ def test_the_rule_learns_its_features_and_sees_demonstrations_only():
     assert not fit(seen[:, :5], seen, right, torch.zeros_like(mask)).any()
 
 
-def test_axial_attention_sees_its_row_and_column_alone():
+def test_axial_attention_sees_its_row_and_column_alone() -> None:
     torch.manual_seed(0)
     attention = AxialAttention(16, 2)
     table = rotary_table(3, 4, rotary_dim(8), torch.device("cpu"))
@@ -454,7 +470,7 @@ def test_axial_attention_sees_its_row_and_column_alone():
 # ---------------------------------------------------------------- size
 
 
-def test_the_size_head_follows_rules_that_the_demonstrations_support():
+def test_the_size_head_follows_rules_that_the_demonstrations_support() -> None:
     head = SizeHead(8, 3)
     candidates = torch.tensor([[[3, 6, 0], [4, 8, 0]]])
     support = torch.tensor([[[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]]])
@@ -464,7 +480,7 @@ def test_the_size_head_follows_rules_that_the_demonstrations_support():
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(1, 2), atol=1e-4, rtol=0)
 
 
-def test_the_size_head_can_say_any_number():
+def test_the_size_head_can_say_any_number() -> None:
     head = SizeHead(8, 3)
     with torch.no_grad():
         head.free.bias[16] = 50.0
@@ -473,7 +489,7 @@ def test_the_size_head_can_say_any_number():
     assert (log_p.argmax(-1) + 1).tolist() == [[17, 29]]
 
 
-def test_choose_size_stays_on_the_canvas():
+def test_choose_size_stays_on_the_canvas() -> None:
     logits = torch.zeros(2, 2, 30)
     logits[:, :, 19] = 5.0
     logits[:, :, 4] = 1.0
@@ -484,7 +500,7 @@ def test_choose_size_stays_on_the_canvas():
 # ---------------------------------------------------------------- positions and colours
 
 
-def test_rotation_keeps_norms_and_depends_on_distance_alone():
+def test_rotation_keeps_norms_and_depends_on_distance_alone() -> None:
     dim = rotary_dim(16)
     cos, sin = rotary_table(5, 6, dim, torch.device("cpu"))
     x = torch.randn(1, 1, 1, 16).expand(1, 1, 30, 16)
@@ -495,8 +511,8 @@ def test_rotation_keeps_norms_and_depends_on_distance_alone():
     assert (y[0, 0] * y[2, 3]).sum() != (y[0, 0] * y[3, 2]).sum()
 
 
-def test_weights_are_a_function_of_the_seed():
-    def weights(seed):
+def test_weights_are_a_function_of_the_seed() -> None:
+    def weights(seed: Any) -> Any:
         torch.manual_seed(seed)
         return ArcAgent(AgentConfig(width=32, heads=2, n_size_candidates=N_SIZE_CANDIDATES))
 
@@ -506,11 +522,13 @@ def test_weights_are_a_function_of_the_seed():
     assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters(), strict=True))
 
 
-def test_pointers_are_sources_and_colours():
+def test_pointers_are_sources_and_colours() -> None:
     assert N_POINTERS == N_SOURCES + COLOURS
 
 
-def test_a_proposal_larger_than_the_bound_of_the_own_answer_can_be_answered_with(system, task_set):
+def test_a_proposal_larger_than_the_bound_of_the_own_answer_can_be_answered_with(
+    system: Any, task_set: Any
+) -> None:
     """Breaks: the size of an accepted proposal cut to what the demonstrations call for."""
     task = [t for t in task_set.train if t.task_id.endswith("same")]
     facts = np.zeros((1, N_PROPOSAL_FACTS), np.float32)

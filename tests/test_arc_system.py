@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +24,12 @@ from proposal_policy import ARM_FACTS, RELATION
 
 
 @pytest.fixture
-def batch(whole_batch):
+def batch(whole_batch: Any) -> Any:
     return whole_batch
 
 
 @torch.no_grad()
-def final_logits(system, batch, seed=0):
+def final_logits(system: Any, batch: Any, seed: Any = 0) -> Any:
     """Of the answer after a refinement, as training sees it: tokens changed, a proposal taken."""
     reading = system.read(batch)
     before = system.answer(reading)
@@ -37,7 +38,7 @@ def final_logits(system, batch, seed=0):
     return system.answer(reading, refinement).logits
 
 
-def test_the_modules_have_the_names_and_the_order_of_a_checkpoint(system):
+def test_the_modules_have_the_names_and_the_order_of_a_checkpoint(system: Any) -> None:
     """They are saved and loaded by position."""
     names = list(system.modules())
     assert names == ["agent", "qwen", "solver2", "efe_loss", "policy_rl"]
@@ -47,7 +48,7 @@ def test_the_modules_have_the_names_and_the_order_of_a_checkpoint(system):
     assert all(module.training is False for module in system.modules().values())
 
 
-def test_weights_are_a_function_of_the_seed_and_leave_global_randomness_alone():
+def test_weights_are_a_function_of_the_seed_and_leave_global_randomness_alone() -> None:
     before = torch.random.get_rng_state()
     config = SystemConfig(width=32, heads=2, n_tasks=3, seed=5)
     a = build_system(config)
@@ -63,12 +64,12 @@ def test_weights_are_a_function_of_the_seed_and_leave_global_randomness_alone():
     }  # fmt: skip
 
 
-def test_a_model_that_is_none_is_a_model_error():
+def test_a_model_that_is_none_is_a_model_error() -> None:
     with pytest.raises(ModelError, match="neither 'auto', 'tiny'"):
         build_system(SystemConfig(width=32, heads=2, qwen_model="no such model"))
 
 
-def test_policy_off_leaves_the_answer_and_the_tokens_alone(batch):
+def test_policy_off_leaves_the_answer_and_the_tokens_alone(batch: Any) -> None:
     system = lively_system(policy="off")
     with torch.no_grad():
         reading = system.read(batch)
@@ -83,7 +84,7 @@ def test_policy_off_leaves_the_answer_and_the_tokens_alone(batch):
     assert answered.after is answered.before
 
 
-def test_policy_on_changes_the_answer_and_random_does_so_by_the_generator(batch):
+def test_policy_on_changes_the_answer_and_random_does_so_by_the_generator(batch: Any) -> None:
     system = lively_system()
     with torch.no_grad():
         before = system.answer(system.read(batch))
@@ -94,7 +95,7 @@ def test_policy_on_changes_the_answer_and_random_does_so_by_the_generator(batch)
     assert not torch.equal(a, b)
 
 
-def test_the_prompt_reaches_the_answer_through_every_part(batch):
+def test_the_prompt_reaches_the_answer_through_every_part(batch: Any) -> None:
     """Qwen, control features, task tokens, views: each one changes the logits."""
     system = lively_system()
     base = final_logits(system, batch)
@@ -112,7 +113,7 @@ def test_the_prompt_reaches_the_answer_through_every_part(batch):
         assert not torch.equal(final_logits(changed, batch), base), name
 
 
-def test_a_batch_without_proposals_answers_again_in_training_alone(batch):
+def test_a_batch_without_proposals_answers_again_in_training_alone(batch: Any) -> None:
     """Breaks: a prediction that no demonstration accepted; a second answer that learns twice
     over."""
     system = lively_system()
@@ -130,7 +131,7 @@ def test_a_batch_without_proposals_answers_again_in_training_alone(batch):
     assert stands.before.logits.requires_grad
 
 
-def test_without_backward_readings_the_reward_leaves_their_part_out(proposing):
+def test_without_backward_readings_the_reward_leaves_their_part_out(proposing: Any) -> None:
     """Breaks: test-time training paid by d_rev, or its soft reward in the loss."""
     batch, targets = proposing
     system = lively_system(policy="random")
@@ -149,7 +150,7 @@ def test_without_backward_readings_the_reward_leaves_their_part_out(proposing):
         assert torch.equal(getattr(bare, name), getattr(whole, name)), name
 
 
-def test_stored_memory_reaches_the_answer_of_other_tasks(batch):
+def test_stored_memory_reaches_the_answer_of_other_tasks(batch: Any) -> None:
     system = lively_system()
     base = final_logits(system, batch)
     with torch.no_grad():
@@ -161,7 +162,7 @@ def test_stored_memory_reaches_the_answer_of_other_tasks(batch):
     assert not torch.equal(final_logits(system, batch), base)
 
 
-def other_demonstrations(batch):
+def other_demonstrations(batch: Any) -> Any:
     """The batch with other outputs in the demonstrations of its first task;
     which queries are its."""
     shown = (batch.demo_task == 0)[:, None, None]
@@ -170,7 +171,9 @@ def other_demonstrations(batch):
 
 
 @pytest.mark.parametrize("prompt", ["null", "shuffled"])
-def test_null_and_shuffled_prompts_take_away_the_tokens_and_nothing_else(batch, prompt):
+def test_null_and_shuffled_prompts_take_away_the_tokens_and_nothing_else(
+    batch: Any, prompt: Any
+) -> None:
     """The prompt says nothing of the query's demonstrations; the agent still sees them."""
     system = lively_system(prompt=prompt)
     changed, own = other_demonstrations(batch)
@@ -188,7 +191,9 @@ def test_null_and_shuffled_prompts_take_away_the_tokens_and_nothing_else(batch, 
 
 
 @pytest.mark.parametrize("demonstrations", ["off", "shuffled"])
-def test_without_demonstrations_or_with_others_they_reach_nothing(batch, demonstrations):
+def test_without_demonstrations_or_with_others_they_reach_nothing(
+    batch: Any, demonstrations: Any
+) -> None:
     """What a query's own demonstrations show changes nothing any more."""
     system = lively_system(demonstrations=demonstrations)
     changed, own = other_demonstrations(batch)
@@ -200,7 +205,9 @@ def test_without_demonstrations_or_with_others_they_reach_nothing(batch, demonst
 
 
 @pytest.mark.parametrize("demonstrations", ["off", "shuffled"])
-def test_without_demonstrations_no_proposal_can_be_taken(proposing, demonstrations):
+def test_without_demonstrations_no_proposal_can_be_taken(
+    proposing: Any, demonstrations: Any
+) -> None:
     """They are fitted to the demonstrations: a run without those must not see them through the
     policy."""
     batch, _ = proposing
@@ -211,7 +218,7 @@ def test_without_demonstrations_no_proposal_can_be_taken(proposing, demonstratio
     assert (answered.refinement.choice.taken == 0).all()
 
 
-def test_no_qwen_drops_the_language_model_and_no_task_tokens_the_table(batch):
+def test_no_qwen_drops_the_language_model_and_no_task_tokens_the_table(batch: Any) -> None:
     system = lively_system(prompt="no_qwen")
     base = final_logits(system, batch)
     with torch.no_grad():
@@ -224,7 +231,7 @@ def test_no_qwen_drops_the_language_model_and_no_task_tokens_the_table(batch):
     assert torch.equal(final_logits(system, batch), base)
 
 
-def test_dropping_the_task_tokens_is_per_query(system, batch):
+def test_dropping_the_task_tokens_is_per_query(system: Any, batch: Any) -> None:
     keep = torch.zeros_like(batch.task_index, dtype=torch.bool)
     unseen = dataclasses.replace(batch, task_index=torch.full_like(batch.task_index, -1))
     with torch.no_grad():
@@ -234,14 +241,14 @@ def test_dropping_the_task_tokens_is_per_query(system, batch):
     assert not torch.equal(kept.prompt.tokens, never.prompt.tokens)
 
 
-def test_the_policy_s_state_is_eight_finite_figures(system, batch):
+def test_the_policy_s_state_is_eight_finite_figures(system: Any, batch: Any) -> None:
     stats = answer_stats(system.answer(system.read(batch)))
     assert stats.shape == (batch.n_queries, N_STATS)
     assert ((stats >= 0) & (stats <= 1.0001)).all()
     assert not stats.requires_grad
 
 
-def test_the_figures_of_an_answer_are_of_the_cells_inside_it():
+def test_the_figures_of_an_answer_are_of_the_cells_inside_it() -> None:
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 2, 4, 4, 10, generator=g)
     size = torch.tensor([[2, 3], [0, 0]])
@@ -272,20 +279,20 @@ def test_the_figures_of_an_answer_are_of_the_cells_inside_it():
     torch.testing.assert_close(moved, stats)
 
 
-def entropy_of_sizes(size_logits):
+def entropy_of_sizes(size_logits: Any) -> Any:
     """Mean over rows and cols (2, 30), as a share of the largest possible."""
     entropy = torch.distributions.Categorical(logits=size_logits[:, :20]).entropy().mean()
     return entropy / torch.tensor(30.0).log()
 
 
-def test_reading_twice_gives_the_same_bits(system, batch):
+def test_reading_twice_gives_the_same_bits(system: Any, batch: Any) -> None:
     with torch.no_grad():
         a, b = system.read(batch), system.read(batch)
     assert torch.equal(a.prompt.tokens, b.prompt.tokens)
     assert torch.equal(system.answer(a).logits.detach(), system.answer(b).logits.detach())
 
 
-def test_no_module_of_the_prediction_path_takes_targets():
+def test_no_module_of_the_prediction_path_takes_targets() -> None:
     names = {f.name for f in dataclasses.fields(arc_system.Batch)}
     assert not {name for name in names if "target" in name or "query_output" in name}
 
@@ -294,13 +301,13 @@ def test_no_module_of_the_prediction_path_takes_targets():
 
 
 @torch.no_grad()
-def answers(system, batch, taken):
+def answers(system: Any, batch: Any, taken: Any) -> Any:
     """Before, and after the proposals of these numbers (0 = none) with the prompt as it was."""
     reading = system.read(batch)
     return system.answer(reading), system.answer(reading, taking(system, reading, taken))
 
 
-def test_a_proposal_reaches_cells_size_and_prompt(proposing):
+def test_a_proposal_reaches_cells_size_and_prompt(proposing: Any) -> None:
     """Breaks: no share of cells, of sizes, or no token in the prompt."""
     batch, targets = proposing
     system = lively_system()
@@ -320,7 +327,7 @@ def test_a_proposal_reaches_cells_size_and_prompt(proposing):
     assert agent.pointer.to_proposed.weight.grad.abs().sum() > 0
 
 
-def test_the_token_of_a_proposal_alone_changes_the_answer(proposing):
+def test_the_token_of_a_proposal_alone_changes_the_answer(proposing: Any) -> None:
     """Breaks: the prompt says nothing of what is proposed, or says it to the other queries."""
     batch, _ = proposing
     system = lively_system()
@@ -334,7 +341,7 @@ def test_the_token_of_a_proposal_alone_changes_the_answer(proposing):
     assert changed.tolist() == [bool(t) for t in taken]
 
 
-def test_keeping_the_own_answer_changes_no_bit(proposing):
+def test_keeping_the_own_answer_changes_no_bit(proposing: Any) -> None:
     """Breaks: a proposal that was not taken has a share, a size or a token; a query's taken by its
     neighbours."""
     batch, _ = proposing
@@ -351,7 +358,7 @@ def test_keeping_the_own_answer_changes_no_bit(proposing):
     assert not torch.equal(before.logits[:, [1, 5]], after.logits[:, [1, 5]])
 
 
-def test_a_full_verdict_that_is_accepted_decides_answer_and_size(proposing):
+def test_a_full_verdict_that_is_accepted_decides_answer_and_size(proposing: Any) -> None:
     """Breaks: gain or size gain not applied, of another verdict,
     or another query's proposal taken."""
     batch, _ = proposing
@@ -374,7 +381,7 @@ def test_a_full_verdict_that_is_accepted_decides_answer_and_size(proposing):
     assert torch.equal(answered.after.size[kept], answered.before.size[kept])
 
 
-def test_the_demonstrations_accept_and_refuse(proposing):
+def test_the_demonstrations_accept_and_refuse(proposing: Any) -> None:
     """Breaks: acceptance always true, never, or blind to the network's own score."""
     batch, _ = proposing
     facts = batch.proposed_facts.clone()
@@ -386,7 +393,7 @@ def test_the_demonstrations_accept_and_refuse(proposing):
     with torch.no_grad():
         system.policy_rl.proposals.wide.weight[0, 1] = 20.0
 
-    def taken(**options):
+    def taken(**options: Any) -> Any:
         answered = system.predict(batch, torch.Generator(), **options)
         return (answered.refinement.choice.taken > 0).tolist()
 
@@ -397,7 +404,7 @@ def test_the_demonstrations_accept_and_refuse(proposing):
     assert taken(own_score=own, accept=False) == [True] * 6
 
 
-def test_a_refused_refinement_leaves_the_prediction_as_it_was(batch):
+def test_a_refused_refinement_leaves_the_prediction_as_it_was(batch: Any) -> None:
     """Breaks: changed tokens in an answer that no demonstration accepted."""
     system = lively_system()
     answered = system.predict(batch, torch.Generator())
@@ -409,7 +416,7 @@ def test_a_refused_refinement_leaves_the_prediction_as_it_was(batch):
     assert not torch.equal(final_logits(system, batch), answered.before.logits)
 
 
-def test_both_answers_of_a_prediction_are_read_backwards(proposing):
+def test_both_answers_of_a_prediction_are_read_backwards(proposing: Any) -> None:
     """Breaks: the backward reading of the answer before in place of the one after."""
     batch, _ = proposing
     system = lively_system()
@@ -429,7 +436,7 @@ def test_both_answers_of_a_prediction_are_read_backwards(proposing):
     assert not torch.allclose(answered.backward_after, answered.backward_before, atol=1e-3)
 
 
-def test_queries_answer_again_alone_as_they_would_together(proposing):
+def test_queries_answer_again_alone_as_they_would_together(proposing: Any) -> None:
     """Breaks: cells, prompt, proposal or size rules of another query;
     answers put back under another."""
     batch, _ = proposing
@@ -449,14 +456,14 @@ def test_queries_answer_again_alone_as_they_would_together(proposing):
         assert torch.equal(after[~taken], before[~taken])
 
 
-def test_what_is_recalled_reaches_the_choice(proposing):
+def test_what_is_recalled_reaches_the_choice(proposing: Any) -> None:
     """Breaks: recall of another fingerprint, or not handed to the candidates."""
     batch, _ = proposing
     system = lively_system()
     index = torch.tensor([90])
     prints = arc_system.fingerprint(batch)
 
-    def recalled():
+    def recalled() -> Any:
         reading = system.read(batch)
         with torch.no_grad():
             before = system.answer(reading)
@@ -469,7 +476,7 @@ def test_what_is_recalled_reaches_the_choice(proposing):
     assert (recalled()[there, 1] == 0.625).all()
 
 
-def test_fingerprints_are_blind_to_colours_and_to_the_query(task_set):
+def test_fingerprints_are_blind_to_colours_and_to_the_query(task_set: Any) -> None:
     """Breaks: colours in the fingerprint (memory would know a task in one view only),
     the query in it."""
     task = task_set.train[0]
@@ -483,7 +490,7 @@ def test_fingerprints_are_blind_to_colours_and_to_the_query(task_set):
     assert not torch.equal(arc_system.fingerprint(a), arc_system.fingerprint(another))
 
 
-def test_memory_is_told_per_task_and_arm_the_share_that_was_right(proposing):
+def test_memory_is_told_per_task_and_arm_the_share_that_was_right(proposing: Any) -> None:
     """Breaks: right over all queries in place of those where the arm proposed; tasks mixed up."""
     batch, _ = proposing
     facts = torch.zeros_like(batch.proposed_facts)

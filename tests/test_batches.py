@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,41 +22,41 @@ from hypotheses import N_PROPOSAL_FACTS, Proposals
 
 
 @pytest.fixture(scope="session")
-def arc2():
+def arc2() -> Any:
     return dataset_arc.load_tasks("arcagi2")
 
 
 @pytest.fixture(scope="session")
-def collator():
+def collator() -> Any:
     return batches.Collator(256 << 20)
 
 
-def ids(tasks):
+def ids(tasks: Any) -> Any:
     return [task.task_id for task in tasks]
 
 
-def grid(rows, cols, seed=0):
+def grid(rows: Any, cols: Any, seed: Any = 0) -> Any:
     return np.random.default_rng(seed).integers(0, 10, (rows, cols)).astype(np.uint8)
 
 
-def make_task(task_id, shapes, tests=((3, 3),), seed=0):
+def make_task(task_id: Any, shapes: Any, tests: Any = ((3, 3),), seed: Any = 0) -> Any:
     """A task with random grids; shapes: one (input shape, output shape) a demonstration."""
     pairs = [
-        dataset_arc.Pair(grid(*a, seed=seed + 2 * i), grid(*b, seed=seed + 2 * i + 1))
+        dataset_arc.Pair(grid(a[0], a[1], seed + 2 * i), grid(b[0], b[1], seed + 2 * i + 1))
         for i, (a, b) in enumerate(shapes)
     ]
     queries = [
-        dataset_arc.Pair(grid(*a, seed=seed + 91 + i), grid(*a, seed=seed + 71))
+        dataset_arc.Pair(grid(a[0], a[1], seed + 91 + i), grid(a[0], a[1], seed + 71))
         for i, a in enumerate(tests)
     ]
     return dataset_arc.Task(task_id, tuple(pairs), tuple(queries))
 
 
-def same_size(n, *shapes):
+def same_size(n: Any, *shapes: Any) -> Any:
     return [(shape, shape) for shape in (shapes * n)[:n]]
 
 
-def small_tasks():
+def small_tasks() -> Any:
     """Tasks of several kinds: same size, growing, shrinking, growing beyond the blind canvas."""
     return [
         make_task("grow", [((2, 2), (4, 4)), ((3, 3), (6, 6)), ((2, 3), (4, 6))], seed=10),
@@ -67,7 +68,7 @@ def small_tasks():
     ]
 
 
-def assert_same(a, b, but=()):
+def assert_same(a: Any, b: Any, but: Any = ()) -> None:
     """Two Batch or Targets objects are bit-identical."""
     for f in fields(a):
         x, y = getattr(a, f.name), getattr(b, f.name)
@@ -92,7 +93,7 @@ views = st.builds(
 
 
 @given(grids, views)
-def test_views_are_invertible(g, view):
+def test_views_are_invertible(g: Any, view: Any) -> None:
     shown = view.apply(g)
     assert shown.shape == (g.shape[::-1] if view.swaps_axes else g.shape)
     assert np.array_equal(view.invert(shown), g)
@@ -100,7 +101,7 @@ def test_views_are_invertible(g, view):
     assert np.array_equal(shown == 0, batches.View(view.dihedral).apply(g) == 0)
 
 
-def test_eight_dihedrals_are_distinct_and_identity_changes_nothing():
+def test_eight_dihedrals_are_distinct_and_identity_changes_nothing() -> None:
     g = np.arange(6, dtype=np.uint8).reshape(2, 3)
     seen = {(v.shape, v.tobytes()) for v in (batches.View(d).apply(g) for d in range(8))}
     assert len(seen) == 8
@@ -112,12 +113,12 @@ def test_eight_dihedrals_are_distinct_and_identity_changes_nothing():
 @pytest.mark.parametrize(
     ("dihedral", "colours"), [(8, range(10)), (0, (1, 0, *range(2, 10))), (0, (0,) * 10), (0, ())]
 )
-def test_view_refuses_nonsense(dihedral, colours):
+def test_view_refuses_nonsense(dihedral: Any, colours: Any) -> None:
     with pytest.raises(ValueError, match="expected"):
         batches.View(dihedral, tuple(colours))
 
 
-def test_evaluation_views():
+def test_evaluation_views() -> None:
     found = batches.evaluation_views(20, seed=3)
     assert found[0] == batches.View()
     assert len(set(found)) == 20
@@ -129,7 +130,7 @@ def test_evaluation_views():
         batches.evaluation_views(0)
 
 
-def test_random_views_depend_on_the_key_alone():
+def test_random_views_depend_on_the_key_alone() -> None:
     np.random.seed(1)  # noqa: NPY002 - shows that global state has no part
     a = [batches.random_view(1, 2, k) for k in range(50)]
     assert a == [batches.random_view(1, 2, k) for k in range(50)]
@@ -142,23 +143,30 @@ def test_random_views_depend_on_the_key_alone():
 
 
 @pytest.fixture(scope="module")
-def stream(collator):
+def stream(collator: Any) -> Any:
     return batches.TrainingStream(small_tasks(), 7, 8, collator=collator)
 
 
-def test_stream_is_a_pure_function(stream):
+def global_state() -> bytes:
+    """NumPy's own, which nothing may draw from."""
+    state = np.random.get_state()  # noqa: NPY002
+    assert isinstance(state, tuple)
+    return state[1].tobytes()
+
+
+def test_stream_is_a_pure_function(stream: Any) -> None:
     again = batches.TrainingStream(small_tasks(), 7, 8, collator=batches.Collator(0))
-    state = np.random.get_state()[1].tobytes()  # noqa: NPY002
+    state = global_state()
     torch_state = torch.get_rng_state()
     for position in reversed(range(stream.n_batches(3))):
         for a, b in zip(stream.batch(3, position), again.batch(3, position), strict=True):
             assert_same(a, b)
-    assert np.random.get_state()[1].tobytes() == state  # noqa: NPY002
+    assert global_state() == state
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
-def test_epochs_and_seeds_differ(stream):
-    def content(s, epoch):
+def test_epochs_and_seeds_differ(stream: Any) -> None:
+    def content(s: Any, epoch: Any) -> Any:
         return [(b.pair_ids, b.views) for b, _ in s.epoch(epoch)]
 
     other = batches.TrainingStream(small_tasks(), 8, 8, collator=stream.collator)
@@ -173,10 +181,12 @@ def test_epochs_and_seeds_differ(stream):
     st.integers(0, 99),
     st.integers(0, 3),
 )
-def test_every_demonstration_is_asked_once_an_epoch(counts, batch_size, seed, epoch):
+def test_every_demonstration_is_asked_once_an_epoch(
+    counts: Any, batch_size: Any, seed: Any, epoch: Any
+) -> None:
     tasks = [make_task(f"t{i}", same_size(n, (2, 3)), seed=i) for i, n in enumerate(counts)]
     s = batches.TrainingStream(tasks, seed, batch_size)
-    asked = []
+    asked: list[Any] = []
     for position in range(s.n_batches(epoch)):
         got = s.pair_ids(epoch, position)
         assert len(got) <= batch_size or len({task_id for task_id, _, _ in got}) == 1
@@ -186,12 +196,12 @@ def test_every_demonstration_is_asked_once_an_epoch(counts, batch_size, seed, ep
     assert s.n_pairs == len(wanted)
 
 
-def test_context_is_the_other_demonstrations(stream):
+def test_context_is_the_other_demonstrations(stream: Any) -> None:
     pairs = {t.task_id: t.demonstrations for t in stream.tasks}
     n_contexts = set()
     for epoch in range(3):
         for batch, targets in stream.epoch(epoch):
-            rows = {}
+            rows: dict[int, list[int]] = {}
             for c, t in enumerate(batch.demo_task.tolist()):
                 rows.setdefault(t, []).append(c)
             for q, (task_id, kind, number) in enumerate(batch.pair_ids):
@@ -222,7 +232,7 @@ def test_context_is_the_other_demonstrations(stream):
     assert len(n_contexts) > 6
 
 
-def test_skips_and_options(collator):
+def test_skips_and_options(collator: Any) -> None:
     tasks = [
         make_task("one", same_size(1, (3, 3))),
         make_task("big", [((3, 3), (3, 3)), ((3, 3), (11, 3))]),
@@ -247,7 +257,7 @@ def test_skips_and_options(collator):
         batches.TrainingStream(tasks, -1, 4)
 
 
-def test_task_weights():
+def test_task_weights() -> None:
     tasks = [make_task(f"t{i}", same_size(2, (2, 2)), seed=i) for i in range(3)]
     s = batches.TrainingStream(tasks, 0, 2, task_weights={"t0": 0.0, "t1": 2.5})
     counts = np.zeros(3)
@@ -266,8 +276,8 @@ def test_task_weights():
         batches.TrainingStream(tasks, 0, 2, task_weights=lambda task: -1)
 
 
-def test_overflow_queries_fit_in_their_own_batches(stream):
-    fits = {}
+def test_overflow_queries_fit_in_their_own_batches(stream: Any) -> None:
+    fits: dict[Any, Any] = {}
     for batch, targets in stream.epoch(0):
         whole = len(batch.pair_ids) > batch.n_tasks
         if not whole:
@@ -287,7 +297,7 @@ def test_overflow_queries_fit_in_their_own_batches(stream):
 # ---------------------------------------------------------------- honesty
 
 
-def fake_analysis(g):
+def fake_analysis(g: Any) -> Any:
     return gf.GridAnalysis(
         planes=np.full((N_SOURCES, 30, 30), OUTSIDE, np.uint8),
         sizes=np.zeros((N_SOURCES, 2), np.uint8),
@@ -297,7 +307,9 @@ def fake_analysis(g):
     )
 
 
-def test_no_test_pair_in_the_stream_of_all_tasks(arc2, monkeypatch):
+def test_no_test_pair_in_the_stream_of_all_tasks(
+    arc2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Which pairs are in a batch does not hang on the features, so the quick fake will do.
     monkeypatch.setattr(gf, "analyse", fake_analysis)
     monkeypatch.setattr(gf, "control_features", lambda *_: np.zeros(gf.N_CONTROL, np.float32))
@@ -326,7 +338,7 @@ def test_no_test_pair_in_the_stream_of_all_tasks(arc2, monkeypatch):
     assert not {key[:2] for key in asked} & (test_inputs - demo_inputs)
 
 
-def test_test_outputs_have_no_part_in_training(arc2, collator):
+def test_test_outputs_have_no_part_in_training(arc2: Any, collator: Any) -> None:
     tasks = [t for t in arc2.train if max(p.input.size for p in t.demonstrations) < 60][:30]
     noisy = [
         replace(
@@ -360,7 +372,7 @@ QUERY_FIELDS = (
 DEMO_FIELDS = tuple(f.name for f in fields(batches.Batch) if f.name.startswith("demo_"))
 
 
-def rows_of(stream, epoch, key):
+def rows_of(stream: Any, epoch: Any, key: Any) -> Any:
     """All that a model may use of one query, for each batch that asks it."""
     out = []
     for position in range(stream.n_batches(epoch)):
@@ -384,7 +396,9 @@ def rows_of(stream, epoch, key):
     st.integers(1, 30),
     st.integers(0, 2),
 )
-def test_own_output_reaches_nothing_of_its_query(collator, which, number, rows, cols, epoch):
+def test_own_output_reaches_nothing_of_its_query(
+    collator: Any, which: Any, number: Any, rows: Any, cols: Any, epoch: Any
+) -> None:
     tasks = small_tasks()
     task = tasks[which]
     number %= len(task.demonstrations)
@@ -403,7 +417,7 @@ def test_own_output_reaches_nothing_of_its_query(collator, which, number, rows, 
             assert torch.equal(a[0][name], b[0][name]), name
 
 
-def test_a_query_in_its_own_context_is_refused(collator):
+def test_a_query_in_its_own_context_is_refused(collator: Any) -> None:
     task = small_tasks()[0]
     request = batches.Request(task, batches.View(), 0, (0, 1), (("train", 0),), ((0, 1),))
     with pytest.raises(ValueError, match="its own context"):
@@ -413,7 +427,7 @@ def test_a_query_in_its_own_context_is_refused(collator):
 # ---------------------------------------------------------------- collation
 
 
-def test_planes_are_those_of_the_viewed_grids(stream):
+def test_planes_are_those_of_the_viewed_grids(stream: Any) -> None:
     for batch, _ in stream.epoch(1):
         for q, view in enumerate(batch.views):
             h, w = batch.query_input_size[q].tolist()
@@ -431,7 +445,7 @@ def test_planes_are_those_of_the_viewed_grids(stream):
             assert view == batch.views[q]
 
 
-def test_control_features_are_those_of_the_viewed_pair(collator):
+def test_control_features_are_those_of_the_viewed_pair(collator: Any) -> None:
     task = make_task("t", [((4, 5), (4, 5)), ((5, 5), (2, 3)), ((3, 4), (8, 8))], seed=3)
     view = batches.View(3, (0, 4, 3, 2, 1, 9, 8, 7, 6, 5))
     request = batches.Request(task, view, -1, (0, 1, 2), (("test", 0),), ((0, 1, 2),))
@@ -455,7 +469,7 @@ def test_control_features_are_those_of_the_viewed_pair(collator):
     assert np.allclose(support, n_right / 3)
 
 
-def test_a_bare_grid_is_a_query_that_sees_no_demonstration():
+def test_a_bare_grid_is_a_query_that_sees_no_demonstration() -> None:
     """Breaks: a size rule beside the input's own; a demonstration in sight; another canvas."""
     g = grid(3, 2)
     batch = batches.bare_batch(g.tolist(), 4, "cpu")
@@ -473,7 +487,7 @@ def test_a_bare_grid_is_a_query_that_sees_no_demonstration():
             batches.bare_batch(wrong, 4, "cpu")
 
 
-def test_constants_and_dtypes(stream):
+def test_constants_and_dtypes(stream: Any) -> None:
     batch, targets = stream.batch(0, 0)
     assert (
         size_rules.N_SIZE_CANDIDATES
@@ -494,13 +508,13 @@ def test_constants_and_dtypes(stream):
     assert all(len(b.demo_task) == len(b.pair_ids) for b in whole)
 
 
-def rule(batch, name, values="size_candidates"):
+def rule(batch: Any, name: Any, values: Any = "size_candidates") -> Any:
     k = size_rules.SIZE_CANDIDATE_NAMES.index(f"demonstrations_{name}")
     return getattr(batch, values)[0, :, k].tolist()
 
 
-def test_support_of_demonstration_rules_is_leave_one_out(collator):
-    def asked(shapes, query):
+def test_support_of_demonstration_rules_is_leave_one_out(collator: Any) -> None:
+    def asked(shapes: Any, query: Any) -> Any:
         task = make_task("t", shapes, tests=(query,))
         numbers = tuple(range(len(shapes)))
         return collator.collate(
@@ -524,7 +538,7 @@ def test_support_of_demonstration_rules_is_leave_one_out(collator):
     assert batch.size_support.max() <= 1
 
 
-def test_cache_is_bounded_and_changes_nothing():
+def test_cache_is_bounded_and_changes_nothing() -> None:
     tiny = batches.Collator(40_000)
     roomy = batches.Collator()
     a = batches.TrainingStream(small_tasks(), 1, 8, collator=tiny)
@@ -539,12 +553,12 @@ def test_cache_is_bounded_and_changes_nothing():
 # ---------------------------------------------------------------- evaluation
 
 
-def test_evaluation_asks_every_test_input_once_a_view(collator):
+def test_evaluation_asks_every_test_input_once_a_view(collator: Any) -> None:
     tasks = [
         make_task(f"t{i}", same_size(3, (4, 5)), tests=((3, 3),) * i, seed=i) for i in (1, 2, 5)
     ]
     some = batches.evaluation_views(3)
-    asked = []
+    asked: list[Any] = []
     for batch in batches.evaluation_batches(
         tasks, some, 4, task_table={"t2": 9}, collator=collator
     ):
@@ -558,7 +572,7 @@ def test_evaluation_asks_every_test_input_once_a_view(collator):
         assert sorted(key for v, key in asked if v == view) == wanted
 
 
-def test_evaluation_does_not_read_test_outputs(arc2, collator):
+def test_evaluation_does_not_read_test_outputs(arc2: Any, collator: Any) -> None:
     tasks = arc2.train[:12]
     noisy = [
         replace(t, tests=tuple(dataset_arc.Pair(p.input, grid(1, 1)) for p in t.tests))
@@ -581,7 +595,7 @@ def test_evaluation_does_not_read_test_outputs(arc2, collator):
             batches.evaluation_targets(hidden, first)
 
 
-def test_evaluation_context_is_limited_and_single_demonstrations_work(collator):
+def test_evaluation_context_is_limited_and_single_demonstrations_work(collator: Any) -> None:
     tasks = [make_task("nine", same_size(9, (3, 3))), make_task("one", same_size(1, (3, 3)))]
     (batch,) = batches.evaluation_batches(tasks, collator=collator)
     seen = dict(zip([key[0] for key in batch.pair_ids], (batch.context >= 0).sum(1), strict=True))
@@ -589,7 +603,7 @@ def test_evaluation_context_is_limited_and_single_demonstrations_work(collator):
     assert len(batch.demo_task) == 7
 
 
-def test_identity_view_of_one_view(collator):
+def test_identity_view_of_one_view(collator: Any) -> None:
     tasks = [make_task("a", same_size(2, (3, 4)))]
     default = list(batches.evaluation_batches(tasks, collator=collator))
     assert_same(
@@ -601,12 +615,12 @@ def test_identity_view_of_one_view(collator):
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 50])
-def test_prefetch_keeps_order(depth):
+def test_prefetch_keeps_order(depth: Any) -> None:
     assert list(batches.prefetch(lambda k: k * k, range(20), depth)) == [k * k for k in range(20)]
 
 
-def test_prefetch_raises_in_turn():
-    def make(k):
+def test_prefetch_raises_in_turn() -> None:
+    def make(k: Any) -> Any:
         if k == 3:
             raise RuntimeError("third")
         return k
@@ -617,7 +631,7 @@ def test_prefetch_raises_in_turn():
         next(found)
 
 
-def test_prefetch_stops_with_its_reader():
+def test_prefetch_stops_with_its_reader() -> None:
     made = []
     found = batches.prefetch(lambda k: made.append(k), range(1000), 2)
     next(found)
@@ -626,7 +640,7 @@ def test_prefetch_stops_with_its_reader():
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def test_prefetched_batches_are_the_same(stream):
+def test_prefetched_batches_are_the_same(stream: Any) -> None:
     plain = list(stream.epoch(0))
     ahead = batches.prefetch(lambda p: stream.batch(0, p), range(stream.n_batches(0)))
     for (a, x), (b, y) in zip(plain, ahead, strict=True):
@@ -640,25 +654,26 @@ def test_prefetched_batches_are_the_same(stream):
 class Offers:
     """Proposes, per demonstration, its own output and grids that say which demonstration it is."""
 
-    def __init__(self, extra=(), none=()):
-        self.asked, self.extra, self.none = [], extra, none
+    def __init__(self, extra: Any = (), none: Any = ()) -> None:
+        self.asked: list[Any] = []
+        self.extra, self.none = extra, none
 
-    def ask(self, tasks):
+    def ask(self, tasks: Any) -> None:
         self.asked.append([t.task_id for t in tasks])
 
-    def leave_one_out(self, task):
+    def leave_one_out(self, task: Any) -> Any:
         return [
             None if i in self.none else self.offer(p.output, *self.extra)
             for i, p in enumerate(task.demonstrations)
         ]
 
-    def offer(self, *grids):
+    def offer(self, *grids: Any) -> Any:
         facts = np.zeros((len(grids), N_PROPOSAL_FACTS), np.float32)
         facts[:, 0] = [g.sum() + 1 for g in grids]
         return Proposals(tuple(grids), facts)
 
 
-def shown(batch, q, a):
+def shown(batch: Any, q: Any, a: Any) -> Any:
     """A proposal of a batch in the task's own colours and orientation."""
     rows, cols = batch.proposed_size[q, a].tolist()
     canvas = batch.proposed[q, a].numpy()
@@ -667,7 +682,7 @@ def shown(batch, q, a):
     return batch.views[q].invert(canvas[:rows, :cols])
 
 
-def test_proposals_are_shown_in_the_batch_s_view(collator):
+def test_proposals_are_shown_in_the_batch_s_view(collator: Any) -> None:
     """Breaks: the view (dihedral or colours) not applied; another query's proposals or facts."""
     tasks = small_tasks()
     stream = batches.TrainingStream(tasks, 0, 6, collator=collator, proposals=Offers())
@@ -690,7 +705,7 @@ def test_proposals_are_shown_in_the_batch_s_view(collator):
     assert n > 40
 
 
-def test_some_queries_of_a_batch_are_selected_with_all_that_is_theirs(collator):
+def test_some_queries_of_a_batch_are_selected_with_all_that_is_theirs(collator: Any) -> None:
     """Breaks: a field of the queries left whole, or in another order; demonstrations cut."""
     stream = batches.TrainingStream(small_tasks(), 0, 8, collator=collator, proposals=Offers())
     batch = next(b for b, _ in stream.epoch(0) if b.n_queries > 4)
@@ -705,7 +720,7 @@ def test_some_queries_of_a_batch_are_selected_with_all_that_is_theirs(collator):
     assert_same(some, batch, but=(*theirs, "pair_ids", "views"))
 
 
-def test_what_a_training_canvas_cannot_hold_is_left_out(collator):
+def test_what_a_training_canvas_cannot_hold_is_left_out(collator: Any) -> None:
     """Breaks: a proposal cut to the canvas, or one that stretches it (the canvas would tell)."""
     tasks = small_tasks()
     large = np.ones((30, 30), np.uint8)
@@ -728,7 +743,7 @@ def test_what_a_training_canvas_cannot_hold_is_left_out(collator):
     assert n_left_out > 5
 
 
-def test_queries_without_proposals_have_none(collator):
+def test_queries_without_proposals_have_none(collator: Any) -> None:
     """Breaks: None of one query taken for the next one's."""
     tasks = small_tasks()
     stream = batches.TrainingStream(tasks, 0, 6, collator=collator, proposals=Offers(none=(1,)))
@@ -744,7 +759,7 @@ def test_queries_without_proposals_have_none(collator):
             assert n == (i != 1)
 
 
-def test_proposals_are_asked_for_before_their_turn(collator):
+def test_proposals_are_asked_for_before_their_turn(collator: Any) -> None:
     """Breaks: training waits for each batch's proposals in turn."""
     tasks = small_tasks()
     offers = Offers()
@@ -755,7 +770,7 @@ def test_proposals_are_asked_for_before_their_turn(collator):
     assert len(set(ids)) > 1
 
 
-def test_the_canvas_of_an_evaluation_grows_with_its_proposals(collator):
+def test_the_canvas_of_an_evaluation_grows_with_its_proposals(collator: Any) -> None:
     """Breaks: large proposals cut or left out at prediction; a proposal under another query's
     number, in another view."""
     tasks = [make_task("t", same_size(2, (3, 4), (4, 3)), tests=((3, 3), (4, 4)))]

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ import command_line
 import trainloop_complete_with_fixes as trainloop
 
 
-def test_help_comes_within_half_a_second_and_without_torch(tmp_path):
+def test_help_comes_within_half_a_second_and_without_torch(tmp_path: Path) -> None:
     taken = []
     for _ in range(3):
         begun = time.perf_counter()
@@ -46,7 +48,7 @@ def test_help_comes_within_half_a_second_and_without_torch(tmp_path):
         assert re.search(rf"^\s+{flag}\b", done.stdout, re.MULTILINE), flag
 
 
-def test_fixed_py_is_the_script_under_another_name(tmp_path):
+def test_fixed_py_is_the_script_under_another_name(tmp_path: Path) -> None:
     """Breaks: a second name that imports torch first, or loses flags or the exit code."""
     helps, codes = [], []
     for name in (SCRIPT.name, "fixed.py"):
@@ -63,7 +65,9 @@ def test_fixed_py_is_the_script_under_another_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", [SCRIPT.name, "fixed.py"])
-def test_ctrl_c_while_the_script_imports_ends_it_with_130_and_no_traceback(tmp_path, name):
+def test_ctrl_c_while_the_script_imports_ends_it_with_130_and_no_traceback(
+    tmp_path: Path, name: Any
+) -> None:
     """Breaks: an import that takes seconds and leaves with a traceback, or with another code."""
     (tmp_path / "torch.py").write_text("import time\nprint('slow', flush=True)\ntime.sleep(60)\n")
     env = {**environment(tmp_path), "PYTHONPATH": str(tmp_path)}
@@ -82,12 +86,12 @@ def test_ctrl_c_while_the_script_imports_ends_it_with_130_and_no_traceback(tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-def test_ctrl_c_is_an_exception_again_once_the_work_has_begun():
+def test_ctrl_c_is_an_exception_again_once_the_work_has_begun() -> None:
     """Breaks: a run that Ctrl+C ends at once, unsaved; a handler of the user's that is replaced."""
     before = signal.getsignal(signal.SIGINT)
     seen = []
 
-    def action():
+    def action() -> Any:
         seen.append(signal.getsignal(signal.SIGINT))
         return 0
 
@@ -107,7 +111,7 @@ def test_ctrl_c_is_an_exception_again_once_the_work_has_begun():
 # ---------------------------------------------------------------- flags
 
 
-def test_augment_is_the_name_and_views_of_older_commands_the_same(train):
+def test_augment_is_the_name_and_views_of_older_commands_the_same(train: Any) -> None:
     for flag in ("--augment", "--views"):
         assert trainloop.read_flags([flag, "off"]).views == "off"
         assert trainloop.explicit_arguments([flag, "off"]) == {"views"}
@@ -117,14 +121,14 @@ def test_augment_is_the_name_and_views_of_older_commands_the_same(train):
     assert "--views" not in text
 
 
-def test_fast_settings_are_the_script_s_own_flags():
+def test_fast_settings_are_the_script_s_own_flags() -> None:
     parser = trainloop.build_parser()
     known = {option for action in parser._actions for option in action.option_strings}
     assert {flag for flag in FAST if flag.startswith("--")} <= known
 
 
 @pytest.mark.parametrize("text", ["3:2", "a", "1:2:3", "-1", ":", ""])
-def test_hypothesis_tasks_are_one_or_two_numbers_in_order(train, text):
+def test_hypothesis_tasks_are_one_or_two_numbers_in_order(train: Any, text: Any) -> None:
     assert trainloop.task_counts("4") == (4, 4)
     assert trainloop.task_counts("0:7") == (0, 7)
     with pytest.raises(argparse.ArgumentTypeError, match="is not N or N:M"):
@@ -147,7 +151,7 @@ def test_hypothesis_tasks_are_one_or_two_numbers_in_order(train, text):
         (["--amp", "fp8"], "invalid choice"),
     ],
 )
-def test_wrong_arguments_exit_2_with_a_hint(train, flags, expected):
+def test_wrong_arguments_exit_2_with_a_hint(train: Any, flags: Any, expected: Any) -> None:
     outcome = train(*flags)
     assert outcome.code == 2
     assert expected in outcome.err
@@ -155,7 +159,7 @@ def test_wrong_arguments_exit_2_with_a_hint(train, flags, expected):
     assert not (train.folder / "runs").exists()
 
 
-def test_a_width_that_heads_cannot_share_is_an_argument_error(train):
+def test_a_width_that_heads_cannot_share_is_an_argument_error(train: Any) -> None:
     outcome = train("--width", 97)
     assert outcome.code == 2
     assert "--width 97: use a multiple of 24" in outcome.err
@@ -166,7 +170,9 @@ def test_a_width_that_heads_cannot_share_is_an_argument_error(train):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_a_gpu_that_is_not_there_is_an_argument_error_with_its_reason(train, device):
+def test_a_gpu_that_is_not_there_is_an_argument_error_with_its_reason(
+    train: Any, device: Any
+) -> None:
     outcome = train("--data", train.data, "--device", device, fast=False)
     line = one_line_error(outcome, 2)
     assert f"--device {device}" in line
@@ -175,7 +181,7 @@ def test_a_gpu_that_is_not_there_is_an_argument_error_with_its_reason(train, dev
     assert not (train.folder / "runs").exists()
 
 
-def test_nothing_to_train_on_is_an_error_that_counts_what_was_left_out(train):
+def test_nothing_to_train_on_is_an_error_that_counts_what_was_left_out(train: Any) -> None:
     outcome = train("--max_side", 1)
     assert outcome.code == 3
     assert "no task to train on" in outcome.err
@@ -191,7 +197,9 @@ def test_nothing_to_train_on_is_an_error_that_counts_what_was_left_out(train):
         ('{"t": {"train": [{"input": [[11]], "output": [[1]]}], "test": []}}', "11"),
     ],
 )
-def test_bad_data_exits_3_with_one_line_naming_the_file(train, content, expected):
+def test_bad_data_exits_3_with_one_line_naming_the_file(
+    train: Any, content: Any, expected: Any
+) -> None:
     path = train.folder / "bad.json"
     path.write_text(content, encoding="utf-8")
     line = one_line_error(train(data=path), 3)
@@ -200,12 +208,12 @@ def test_bad_data_exits_3_with_one_line_naming_the_file(train, content, expected
     assert not (train.folder / "runs").exists()
 
 
-def test_missing_data_exits_3(train):
+def test_missing_data_exits_3(train: Any) -> None:
     line = one_line_error(train(data=train.folder / "nowhere.json"), 3)
     assert "nowhere.json" in line
 
 
-def test_a_hub_id_offline_exits_3_quickly_with_three_ways_out(train):
+def test_a_hub_id_offline_exits_3_quickly_with_three_ways_out(train: Any) -> None:
     begun = time.perf_counter()
     outcome = train("--qwen_model", "Qwen/Qwen2.5-0.5B", "--offline")
     assert time.perf_counter() - begun < 10
@@ -215,8 +223,8 @@ def test_a_hub_id_offline_exits_3_quickly_with_three_ways_out(train):
     assert not list((train.folder / "runs").glob("*"))  # nothing of a run that cannot start
 
 
-def test_out_of_memory_exits_4_with_what_to_do(train, monkeypatch):
-    def full(*_, **__):
+def test_out_of_memory_exits_4_with_what_to_do(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
 
     monkeypatch.setattr(trainloop, "train_step", full)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ ROOT = Path(da.__file__).parent
 
 
 @pytest.fixture(scope="session")
-def arc2():
+def arc2() -> Any:
     return da.load_tasks("arcagi2")
 
 
@@ -33,23 +34,23 @@ GOOD = {
 }
 
 
-def edited(change):
+def edited(change: Any) -> Any:
     raw = json.loads(json.dumps(GOOD))
     change(raw)
     return raw
 
 
-def write(path, value):
+def write(path: Any, value: Any) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(value if isinstance(value, str) else json.dumps(value))
     return path
 
 
-def ids(tasks):
+def ids(tasks: Any) -> Any:
     return [task.task_id for task in tasks]
 
 
-def test_arcagi2_counts(arc2):
+def test_arcagi2_counts(arc2: Any) -> None:
     assert (len(arc2.train), len(arc2.evaluation)) == (1000, 120)
     assert sum(len(task.demonstrations) for task in arc2.train) == 3232
     assert sum(len(task.tests) for task in arc2.train) == 1076
@@ -58,13 +59,13 @@ def test_arcagi2_counts(arc2):
     assert arc2.sha256 == da.load_tasks().sha256
 
 
-def test_arcagi1_warns_of_overlap_with_counts():
+def test_arcagi1_warns_of_overlap_with_counts() -> None:
     tasks = da.load_tasks("arcagi1")
     assert (len(tasks.train), len(tasks.evaluation)) == (400, 400)
     assert any("3 evaluation pairs of 1782 also among" in text for text in tasks.warnings)
 
 
-def test_slices_have_the_published_counts(arc2):
+def test_slices_have_the_published_counts(arc2: Any) -> None:
     slices = da.slices_of(arc2)
     assert {name: len(slices[name]) for name in slices} == {
         "arc1_train": 408,
@@ -77,13 +78,13 @@ def test_slices_have_the_published_counts(arc2):
     assert len({task_id for task_id, _ in slices["small"]}) == 301
 
 
-def test_slices_do_not_need_outputs(arc2):
+def test_slices_do_not_need_outputs(arc2: Any) -> None:
     some = [task.without_test_outputs() for task in arc2.train[:5]]
     found = da.slices_of(some)
     assert not found["arc1_train"] | found["arc1_eval"] | found["arc2_new"]
 
 
-def test_combined_file_is_sorted_and_read_only(tmp_path):
+def test_combined_file_is_sorted_and_read_only(tmp_path: Path) -> None:
     file = write(tmp_path / "training.json", {"b": GOOD, "a": GOOD})
     tasks = da.load_tasks(file)
     assert ids(tasks.train) == ["a", "b"]
@@ -95,27 +96,29 @@ def test_combined_file_is_sorted_and_read_only(tmp_path):
         pair.input[0, 0] = 3
 
 
-def test_one_task_file_takes_its_name_as_id(tmp_path):
+def test_one_task_file_takes_its_name_as_id(tmp_path: Path) -> None:
     assert ids(da.load_tasks(write(tmp_path / "007bbfb7.json", GOOD)).train) == ["007bbfb7"]
 
 
-def test_both_splits_in_one_file(tmp_path):
+def test_both_splits_in_one_file(tmp_path: Path) -> None:
     tasks = da.load_tasks(write(tmp_path / "all.json", {"train": {"a": GOOD}, "eval": {"b": GOOD}}))
     assert (ids(tasks.train), ids(tasks.evaluation)) == (["a"], ["b"])
 
 
-def without_output(raw):
+def without_output(raw: Any) -> None:
     for pair in raw["test"]:
         del pair["output"]
 
 
-def test_kaggle_pair(tmp_path):
+def test_kaggle_pair(tmp_path: Path) -> None:
     asked = edited(without_output)
     file = write(tmp_path / "arc-agi_training_challenges.json", {"a": asked})
     assert da.load_tasks(file).train[0].tests[0].output is None
     assert any("1 task without test outputs" in text for text in da.load_tasks(file).warnings)
     write(tmp_path / "arc-agi_training_solutions.json", {"a": [[[6, 5]]]})
-    assert da.load_tasks(file).train[0].tests[0].output.tolist() == [[6, 5]]
+    output = da.load_tasks(file).train[0].tests[0].output
+    assert output is not None
+    assert output.tolist() == [[6, 5]]
     write(tmp_path / "arc-agi_evaluation_challenges.json", {"b": asked})
     write(tmp_path / "arc-agi_test_challenges.json", {"c": asked})
     both = da.load_tasks(tmp_path)
@@ -135,14 +138,14 @@ def test_kaggle_pair(tmp_path):
         ([], "not an object of outputs"),
     ],
 )
-def test_kaggle_solutions_that_do_not_fit(tmp_path, solutions, message):
+def test_kaggle_solutions_that_do_not_fit(tmp_path: Path, solutions: Any, message: Any) -> None:
     file = write(tmp_path / "arc-agi_training_challenges.json", {"a": edited(without_output)})
     write(tmp_path / "arc-agi_training_solutions.json", solutions)
     with pytest.raises(da.DataError, match=message):
         da.load_tasks(file)
 
 
-def test_folders(tmp_path):
+def test_folders(tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     write(flat / "b.json", GOOD)
     write(flat / "a.json", GOOD)
@@ -161,7 +164,7 @@ def test_folders(tmp_path):
     assert (ids(tasks.train), ids(tasks.evaluation)) == (["a"], ["b"])
 
 
-def test_data_folder_and_variable(tmp_path, monkeypatch):
+def test_data_folder_and_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(da.DATA_DIR_VARIABLE, raising=False)
     assert len(da.load_tasks("auto").train) == 1000
@@ -178,10 +181,10 @@ def test_data_folder_and_variable(tmp_path, monkeypatch):
         da.load_tasks("auto")
 
 
-def set_at(*path):
+def set_at(*path: Any) -> Any:
     *way, last, value = path
 
-    def change(raw):
+    def change(raw: Any) -> None:
         for key in way:
             raw = raw[key]
         raw[last] = value
@@ -230,7 +233,9 @@ def set_at(*path):
         ('{"a": 1, "a": 2}', "duplicate id or key 'a'"),
     ],
 )
-def test_bad_files_give_one_line_that_names_the_place(tmp_path, raw, message):
+def test_bad_files_give_one_line_that_names_the_place(
+    tmp_path: Path, raw: Any, message: Any
+) -> None:
     file = write(tmp_path / "bad.json", raw)
     with pytest.raises(da.DataError, match=message) as caught:
         da.load_tasks(file)
@@ -238,14 +243,14 @@ def test_bad_files_give_one_line_that_names_the_place(tmp_path, raw, message):
     assert str(file) in str(caught.value)
 
 
-def test_bytes_that_are_no_text(tmp_path):
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     file = tmp_path / "bad.json"
     file.write_bytes(b"\xff\xfe\x00{")
     with pytest.raises(da.DataError, match="not JSON"):
         da.load_tasks(file)
 
 
-def test_missing_and_empty_places(tmp_path):
+def test_missing_and_empty_places(tmp_path: Path) -> None:
     with pytest.raises(da.DataError, match="no such data; give arcagi2, arcagi1, a JSON file"):
         da.load_tasks(tmp_path / "nothing.json")
     with pytest.raises(da.DataError, match="no task files"):
@@ -255,14 +260,14 @@ def test_missing_and_empty_places(tmp_path):
         da.load_tasks(tmp_path)
 
 
-def test_duplicate_ids_across_files(tmp_path):
+def test_duplicate_ids_across_files(tmp_path: Path) -> None:
     write(tmp_path / "training" / "a.json", GOOD)
     write(tmp_path / "evaluation" / "a.json", GOOD)
     with pytest.raises(da.DataError, match="duplicate task id 'a'"):
         da.load_tasks(tmp_path)
 
 
-def test_counted_warnings(tmp_path):
+def test_counted_warnings(tmp_path: Path) -> None:
     single = edited(lambda raw: raw["train"].pop())
     leaked = edited(set_at("test", 0, GOOD["train"][0]))
     tasks = da.load_tasks(write(tmp_path / "t.json", {"a": single, "b": leaked}))
@@ -275,8 +280,8 @@ def test_counted_warnings(tmp_path):
     assert ids(stream.tasks) == ["b"]
 
 
-def test_hash_follows_all_but_test_outputs(tmp_path):
-    def digest(raw):
+def test_hash_follows_all_but_test_outputs(tmp_path: Path) -> None:
+    def digest(raw: Any) -> Any:
         return da.load_tasks(write(tmp_path / "t.json", raw)).sha256
 
     first = digest({"a": GOOD})
@@ -287,7 +292,7 @@ def test_hash_follows_all_but_test_outputs(tmp_path):
     assert digest({"a": edited(set_at("train", 0, "output", 0, 0, 9))}) != first
 
 
-def test_parsing_needs_no_torch(tmp_path):
+def test_parsing_needs_no_torch(tmp_path: Path) -> None:
     file = write(tmp_path / "t.json", GOOD)
     code = (
         "import sys, dataset_arc as d; d.load_tasks(sys.argv[1]); assert 'torch' not in sys.modules"

@@ -149,6 +149,7 @@ def test_the_benchmark_skips_what_is_finished(tmp_path: Path, capsys: Any) -> No
     bench = load_bench()
     run = tmp_path / bench.run_name("10min", "full", 0, "") / "arc_complete_1"
     run.mkdir(parents=True)
+    results: dict[str, Any]
     results = {"n": 4, "exact_at_1": 1, "exact_at_2": 2, "size_accuracy": 1.0}
     results |= {"cell_accuracy": 0.5, "slices": {}, "minutes": 9.9, "device": "CPU"}
     (run / "results.json").write_text(json.dumps(results))

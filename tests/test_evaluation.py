@@ -41,23 +41,23 @@ from proposal_policy import PRIOR
 from rule_list import Explained, Hypothesis, Verdict
 
 
-def grid(*rows):
+def grid(*rows: Any) -> Any:
     return np.array(rows, np.uint8)
 
 
-def keys_of(tasks):
+def keys_of(tasks: Any) -> Any:
     return {(t.task_id, i) for t in tasks for i in range(len(t.tests))}
 
 
 @pytest.fixture(scope="module")
-def hidden(task_set):
+def hidden(task_set: Any) -> Any:
     return without_outputs(task_set.train)
 
 
 # ---------------------------------------------------------------- voting
 
 
-def test_the_two_heaviest_grids_are_the_attempts():
+def test_the_two_heaviest_grids_are_the_attempts() -> None:
     p = Prediction()
     p.add(grid([1]), 1.0)
     p.add(grid([2]), 1.4)
@@ -68,14 +68,14 @@ def test_the_two_heaviest_grids_are_the_attempts():
     assert sorted(c.votes for c in p.candidates.values()) == [1, 1, 2]
 
 
-def test_votes_that_weigh_the_same_keep_the_order_they_came_in():
+def test_votes_that_weigh_the_same_keep_the_order_they_came_in() -> None:
     p = Prediction()
     for value in (5, 3, 4):
         p.add(grid([value]), 1.0)
     assert [int(g[0, 0]) for g in p.attempts(3)] == [5, 3, 4]
 
 
-def test_grids_with_the_same_cells_in_another_shape_are_different():
+def test_grids_with_the_same_cells_in_another_shape_are_different() -> None:
     p = Prediction()
     p.add(grid([1, 2]), 1.0)
     p.add(grid([1], [2]), 1.0)
@@ -83,7 +83,7 @@ def test_grids_with_the_same_cells_in_another_shape_are_different():
     assert len(p.attempts()) == 2
 
 
-def test_one_grid_is_one_attempt():
+def test_one_grid_is_one_attempt() -> None:
     p = Prediction()
     p.add(grid([1]), 1.0)
     assert len(p.attempts()) == 1
@@ -92,14 +92,16 @@ def test_one_grid_is_one_attempt():
 # ---------------------------------------------------------------- predicting
 
 
-def test_tasks_with_a_test_output_in_sight_are_refused(system, task_set, hidden):
+def test_tasks_with_a_test_output_in_sight_are_refused(
+    system: Any, task_set: Any, hidden: Any
+) -> None:
     with pytest.raises(ValueError, match="must not see test outputs"):
         predict_tasks(system, task_set.train, [View()])
     with pytest.raises(ValueError, match="must not see test outputs"):
         predict_tasks(system, [*hidden[1:], task_set.train[0]], [View()])
 
 
-def test_without_outputs_leaves_inputs_and_demonstrations(task_set, hidden):
+def test_without_outputs_leaves_inputs_and_demonstrations(task_set: Any, hidden: Any) -> None:
     for before, after in zip(task_set.train, hidden, strict=True):
         assert all(pair.output is None for pair in after.tests)
         assert [p.input for p in after.tests] == [p.input for p in before.tests]
@@ -107,7 +109,7 @@ def test_without_outputs_leaves_inputs_and_demonstrations(task_set, hidden):
         assert all(pair.output is not None for pair in before.tests)
 
 
-def test_every_query_gets_one_vote_per_view(system, hidden):
+def test_every_query_gets_one_vote_per_view(system: Any, hidden: Any) -> None:
     done: list[int] = []
     found = predict_tasks(system, hidden, evaluation_views(3), batch_size=4, progress=done.append)
     assert set(found) == keys_of(hidden)
@@ -121,31 +123,34 @@ def test_every_query_gets_one_vote_per_view(system, hidden):
             assert candidate.grid.max() <= 9
 
 
-def test_only_the_wanted_queries_are_returned(system, hidden):
+def test_only_the_wanted_queries_are_returned(system: Any, hidden: Any) -> None:
     wanted = {sorted(keys_of(hidden))[2]}
     assert set(predict_tasks(system, hidden, [View()], only=wanted)) == wanted
 
 
-def test_a_deadline_never_costs_the_first_view(system, hidden):
+def test_a_deadline_never_costs_the_first_view(system: Any, hidden: Any) -> None:
     past = time.monotonic() - 1.0
     found = predict_tasks(system, hidden, evaluation_views(4), deadline=past)
     assert set(found) == keys_of(hidden)
     assert all(sum(c.votes for c in p.candidates.values()) == 1 for p in found.values())
 
 
-def test_small_tasks_get_all_their_views_before_large_ones_their_second(system, hidden):
-    order = []
+def test_small_tasks_get_all_their_views_before_large_ones_their_second(
+    system: Any, hidden: Any
+) -> None:
+    order: list[str] = []
     views = evaluation_views(3)
 
     class Spy:
-        def __getattr__(self, name):
+        def __getattr__(self, name: Any) -> Any:
             return getattr(system, name)
 
-        def predict(self, batch, generator, **options):
+        def predict(self, batch: Any, generator: Any, **options: Any) -> Any:
             order.extend(task_id for task_id, _, _ in batch.pair_ids)
             return system.predict(batch, generator, **options)
 
-    predict_tasks(Spy(), hidden, views, deadline=time.monotonic() + 600)
+    spy: Any = Spy()
+    predict_tasks(spy, hidden, views, deadline=time.monotonic() + 600)
     n = len(keys_of(hidden))
     assert len(order) == 3 * n
     assert set(order[:n]) == {t.task_id for t in hidden}
@@ -162,9 +167,9 @@ def test_small_tasks_get_all_their_views_before_large_ones_their_second(system, 
     assert later == sorted(later)
 
 
-def test_max_batches_ends_the_voting_and_never_the_first_view(system, hidden):
-    def votes(max_batches):
-        done = []
+def test_max_batches_ends_the_voting_and_never_the_first_view(system: Any, hidden: Any) -> None:
+    def votes(max_batches: Any) -> Any:
+        done: list[int] = []
         found = predict_tasks(
             system,
             hidden,
@@ -182,14 +187,14 @@ def test_max_batches_ends_the_voting_and_never_the_first_view(system, hidden):
     assert votes(1000) > first_view + 2
 
 
-def test_batch_size_changes_no_prediction(system, hidden):
+def test_batch_size_changes_no_prediction(system: Any, hidden: Any) -> None:
     a = predict_tasks(system, hidden, [View()], batch_size=1)
     b = predict_tasks(system, hidden, [View()], batch_size=32)
     for key in a:
         assert np.array_equal(a[key].attempts(1)[0], b[key].attempts(1)[0])
 
 
-def test_the_system_keeps_its_mode(system, hidden):
+def test_the_system_keeps_its_mode(system: Any, hidden: Any) -> None:
     system.train(True)
     try:
         predict_tasks(system, hidden[:1], [View()])
@@ -205,14 +210,14 @@ class Oracle:
     whole view brings the same answer back in every view.
     """
 
-    def __init__(self, rule):
+    def __init__(self, rule: Any) -> None:
         self.agent = SimpleNamespace(training=False)
         self.rule = rule
 
-    def train(self, mode=True):
+    def train(self, mode: Any = True) -> Any:
         return self
 
-    def predict(self, batch, generator, **options):
+    def predict(self, batch: Any, generator: Any, **options: Any) -> Any:
         n = batch.n_queries
         grids, sizes = [], []
         for row in range(n):
@@ -238,7 +243,7 @@ class Oracle:
 
 
 @pytest.mark.parametrize("rule", [np.rot90, np.flipud, lambda g: g[:1, :2], lambda g: g])
-def test_views_are_inverted_so_that_they_vote_for_one_grid(hidden, rule):
+def test_views_are_inverted_so_that_they_vote_for_one_grid(hidden: Any, rule: Any) -> None:
     oracle: Any = Oracle(rule)
     views = [
         View(d, colours)
@@ -253,7 +258,7 @@ def test_views_are_inverted_so_that_they_vote_for_one_grid(hidden, rule):
             assert np.array_equal(candidate.grid, rule(pair.input))
 
 
-def test_a_perfect_predictor_scores_everything(task_set, hidden):
+def test_a_perfect_predictor_scores_everything(task_set: Any, hidden: Any) -> None:
     turned = [t for t in hidden if t.task_id.endswith("turn")]
     oracle: Any = Oracle(np.rot90)
     found = predict_tasks(oracle, turned, evaluation_views(8))
@@ -265,7 +270,7 @@ def test_a_perfect_predictor_scores_everything(task_set, hidden):
 # ---------------------------------------------------------------- scoring
 
 
-def predictions(**grids):
+def predictions(**grids: Any) -> Any:
     found: dict[Any, Prediction] = {}
     for name, attempts in grids.items():
         task, number = name.rsplit("_", 1)
@@ -278,12 +283,12 @@ def predictions(**grids):
 RIGHT, WRONG, OFF = grid([1, 2], [3, 4]), grid([1, 2], [3, 5]), grid([1, 2, 3])
 
 
-def task(name, *outputs):
+def task(name: Any, *outputs: Any) -> Any:
     demo = Pair(grid([0]), grid([0]))
     return Task(name, (demo, demo), tuple(Pair(grid([0]), output) for output in outputs))
 
 
-def test_score_by_hand():
+def test_score_by_hand() -> None:
     tasks = [task("a", RIGHT, RIGHT), task("b", RIGHT), task("c", RIGHT), task("d", RIGHT)]
     found = predictions(
         a_0=[RIGHT], a_1=[WRONG, RIGHT], b_0=[OFF, WRONG, RIGHT], c_0=[WRONG, OFF], d_0=[RIGHT]
@@ -303,14 +308,14 @@ def test_score_by_hand():
     }
 
 
-def test_unknown_outputs_and_missing_predictions_are_not_counted():
+def test_unknown_outputs_and_missing_predictions_are_not_counted() -> None:
     tasks = [task("a", RIGHT, None), task("b", RIGHT)]
     assert score(predictions(a_0=[RIGHT], a_1=[RIGHT]), tasks)["n"] == 1
     empty = score({}, tasks)
     assert (empty["n"], empty["size_accuracy"], empty["cell_accuracy"]) == (0, 0.0, 0.0)
 
 
-def test_slices_of_the_real_set_have_the_published_counts():
+def test_slices_of_the_real_set_have_the_published_counts() -> None:
     tasks = dataset_arc.load_tasks("arcagi2")
     slices = dataset_arc.slices_of(tasks)
     assert {name: len(keys) for name, keys in slices.items()} == {
@@ -333,7 +338,7 @@ def test_slices_of_the_real_set_have_the_published_counts():
     }  # fmt: skip
 
 
-def test_reversibility_is_what_is_told_beyond_what_is_shown():
+def test_reversibility_is_what_is_told_beyond_what_is_shown() -> None:
     inp = torch.tensor([[[1, 2], [3, -1]], [[1, 2], [3, -1]]])
     batch: Any = SimpleNamespace(query_input=inp, query_input_size=torch.tensor([[2, 2]] * 2))
     grids = torch.tensor([[[1, 2], [3, 0]], [[0, 0], [0, 0]]])
@@ -352,11 +357,11 @@ def test_reversibility_is_what_is_told_beyond_what_is_shown():
 # ---------------------------------------------------------------- refinements and both ballots
 
 
-def change(before, after, told=(0.0, 0.0), accepted=True):
-    return Change(before, after, *told, accepted)
+def change(before: Any, after: Any, told: Any = (0.0, 0.0), accepted: Any = True) -> Any:
+    return Change(before, after, told[0], told[1], accepted)
 
 
-def test_gains_by_hand():
+def test_gains_by_hand() -> None:
     """Breaks: before and after exchanged, cells compared across sizes, accepted ones alone
     averaged, another weight of a part."""
     found = {("a", 0): Prediction(), ("b", 0): Prediction(), ("z", 0): Prediction()}
@@ -386,19 +391,19 @@ class Chooser:
     """A system whose own answer is WRONG for every query,
     refined to `answer` where it takes one."""
 
-    def __init__(self, taken, answer, chances):
+    def __init__(self, taken: Any, answer: Any, chances: Any) -> None:
         self.agent = SimpleNamespace(training=False)
         self.taken, self.answer, self.chances = taken, answer, chances
         self.seen: list[Any] = []
 
-    def train(self, mode=True):
+    def train(self, mode: Any = True) -> Any:
         return self
 
-    def predict(self, batch, generator, **options):
+    def predict(self, batch: Any, generator: Any, **options: Any) -> Any:
         self.seen.append((batch, options))
         n = batch.n_queries
 
-        def output(grid):
+        def output(grid: Any) -> Any:
             canvas = torch.full((n, 8, 8), -1, dtype=torch.long)
             sizes = []
             for row, view in enumerate(batch.views):
@@ -424,23 +429,23 @@ class Chooser:
         )  # fmt: skip
 
 
-def offers(*grids):
+def offers(*grids: Any) -> Any:
     facts = np.zeros((len(grids), N_PROPOSAL_FACTS), np.float32)
     return {("a", 0): Proposals(tuple(grids), facts)}
 
 
-def ballots(chooser, proposals, n_views=8):
+def ballots(chooser: Any, proposals: Any, n_views: Any = 8) -> Any:
     hidden = without_outputs([task("a", RIGHT)])
     system: Any = chooser
     return predict_tasks(system, hidden, evaluation_views(n_views), proposals=proposals)["a", 0]
 
 
-def weights_of(prediction):
+def weights_of(prediction: Any) -> Any:
     return {g: c.weight for g, c in
             ((c.grid.tobytes(), c) for c in prediction.candidates.values())}  # fmt: skip
 
 
-def test_both_ballots_are_in_the_task_s_own_view_and_apart():
+def test_both_ballots_are_in_the_task_s_own_view_and_apart() -> None:
     """Breaks: proposals or refined answers not inverted; the network's ballot told of proposals."""
     found = ballots(Chooser(1, RIGHT, [0.2, 0.7, 0.1]), offers(RIGHT, OFF))
     assert {c.grid.tobytes() for c in found.candidates.values()} == {WRONG.tobytes()}
@@ -465,7 +470,7 @@ def test_both_ballots_are_in_the_task_s_own_view_and_apart():
     assert refined(bare)["a", 0] is bare["a", 0]
 
 
-def test_a_change_says_how_well_each_answer_is_told_backwards(hidden):
+def test_a_change_says_how_well_each_answer_is_told_backwards(hidden: Any) -> None:
     """Breaks: reversibility of another query, of the other answer,
     or of queries that did not change."""
     system = lively_system()
@@ -501,7 +506,7 @@ def test_a_change_says_how_well_each_answer_is_told_backwards(hidden):
     assert 2 < n_changed < len(found)
 
 
-def test_an_answer_that_overrules_its_proposal_outweighs_it():
+def test_an_answer_that_overrules_its_proposal_outweighs_it() -> None:
     """Breaks: OVERRULED not applied, applied to every proposal,
     or the refined answer without its vote."""
     found = ballots(Chooser(1, OFF, [0.2, 0.6, 0.5]), offers(RIGHT, grid([7])), 1)
@@ -516,14 +521,16 @@ def test_an_answer_that_overrules_its_proposal_outweighs_it():
     assert not kept.changes[0].accepted
 
 
-def test_a_grid_that_several_say_counts_once_with_the_best_chance():
+def test_a_grid_that_several_say_counts_once_with_the_best_chance() -> None:
     """Breaks: agreement counted twice, or the last said in place of the best."""
     found = ballots(Chooser(0, RIGHT, [0.3, 0.6]), offers(WRONG), 2)
     weight = weights_of(found.refined)
     assert weight[WRONG.tobytes()] == pytest.approx(2 * 0.6, rel=0.01)
 
 
-def test_two_attempts_are_two_grids_wherever_there_are_two(system, hidden, task_set):
+def test_two_attempts_are_two_grids_wherever_there_are_two(
+    system: Any, hidden: Any, task_set: Any
+) -> None:
     """Breaks: an attempt given away to the same grid."""
     explained_tasks = fitted(hidden)
     found = predict_tasks(
@@ -540,7 +547,7 @@ def test_two_attempts_are_two_grids_wherever_there_are_two(system, hidden, task_
     assert score(both, task_set.train)["exact_at_2"] >= 4
 
 
-def fitted(tasks):
+def fitted(tasks: Any) -> Any:
     return {
         (t.task_id, i): e
         for t in tasks
@@ -552,7 +559,7 @@ def fitted(tasks):
     }
 
 
-def test_hypotheses_that_came_late_vote_without_the_policy():
+def test_hypotheses_that_came_late_vote_without_the_policy() -> None:
     """Breaks: late hypotheses lost, or those that voted counted again."""
     found = {("a", 0): ballots(Chooser(0, RIGHT, [0.4, 0.6]), offers(OFF), 2)}
     asked, late = (
@@ -569,7 +576,7 @@ def test_hypotheses_that_came_late_vote_without_the_policy():
     assert len(unasked["a", 0].attempts()) == 2
 
 
-def test_the_system_is_told_how_well_it_does_on_the_demonstrations():
+def test_the_system_is_told_how_well_it_does_on_the_demonstrations() -> None:
     """Breaks: own scores not handed on, of another task, 0 where nothing was measured."""
     chooser: Any = Chooser(0, RIGHT, [0.4])
     tasks = without_outputs([task("a", RIGHT), task("b", RIGHT)])
@@ -584,7 +591,7 @@ def test_the_system_is_told_how_well_it_does_on_the_demonstrations():
     assert chooser.seen[-1][1]["own_score"].isnan().all()
 
 
-def test_demonstrations_are_scored_from_the_others_alone(system, task_set):
+def test_demonstrations_are_scored_from_the_others_alone(system: Any, task_set: Any) -> None:
     """Breaks: the demonstration among its own context, the refined answer scored,
     one score for all."""
     tasks = without_outputs(task_set.train[:3])
@@ -597,6 +604,7 @@ def test_demonstrations_are_scored_from_the_others_alone(system, task_set):
             bare = Task(t.task_id, others, (Pair(pair.input, None),))
             said = predict_tasks(system, [bare], [View()], task_index=index)[t.task_id, 0]
             grid_said = said.attempts(1)[0]
+            assert pair.output is not None
             same = grid_said.shape == pair.output.shape
             shares.append(float((grid_said == pair.output).mean()) if same else 0.0)
         assert found[t.task_id] == pytest.approx(np.mean(shares))
@@ -604,10 +612,10 @@ def test_demonstrations_are_scored_from_the_others_alone(system, task_set):
     assert demonstration_scores(system, [lone]) == {}
 
 
-def test_contested_are_tasks_of_which_the_demonstrations_are_in_two_minds():
+def test_contested_are_tasks_of_which_the_demonstrations_are_in_two_minds() -> None:
     """Breaks: the network asked for every task, or where a full verdict decides."""
 
-    def said(*verdicts):
+    def said(*verdicts: Any) -> Any:
         hypotheses = [
             Hypothesis("pairs", RIGHT, Verdict(n, 3, n / 3), True, 1, "identity", "own")
             for n in verdicts
@@ -621,7 +629,9 @@ def test_contested_are_tasks_of_which_the_demonstrations_are_in_two_minds():
     assert contested(explained) == {"some", "late"}
 
 
-def test_contested_tasks_alone_are_asked_for_their_own_scores(system, task_set, monkeypatch):
+def test_contested_tasks_alone_are_asked_for_their_own_scores(
+    system: Any, task_set: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks: the network asked for every task, or for one that is not among the tasks."""
     tasks = without_outputs(task_set.train[:3])
     asked = {task.task_id for task in tasks[1:]} | {"another"}
@@ -631,7 +641,7 @@ def test_contested_tasks_alone_are_asked_for_their_own_scores(system, task_set, 
     assert set(found) == {task.task_id for task in tasks[1:]}
 
 
-def test_a_question_is_one_demonstration_without_itself_in_sight(task_set):
+def test_a_question_is_one_demonstration_without_itself_in_sight(task_set: Any) -> None:
     """Breaks: another demonstration asked, or shown; a question under another task's name."""
     task = task_set.train[0]
     for number, pair in enumerate(task.demonstrations):
@@ -643,7 +653,9 @@ def test_a_question_is_one_demonstration_without_itself_in_sight(task_set):
     assert left_out(task, 0, "other").task_id == "other"
 
 
-def test_where_hypotheses_answer_the_deadline_cuts_the_first_view_too(system, hidden):
+def test_where_hypotheses_answer_the_deadline_cuts_the_first_view_too(
+    system: Any, hidden: Any
+) -> None:
     """Breaks: a time budget overrun by a whole view; queries without any answer,
     left out of the count."""
     past = time.monotonic() - 1.0
@@ -665,7 +677,7 @@ def test_where_hypotheses_answer_the_deadline_cuts_the_first_view_too(system, hi
     assert len(some) == 2
 
 
-def test_the_validation_subset_is_fixed_by_the_seed(train):
+def test_the_validation_subset_is_fixed_by_the_seed(train: Any) -> None:
     tasks = dataset_arc.load_tasks(train.data)
     keys = validation_keys(tasks.train, 3, 0)
     assert keys == validation_keys(tasks.train, 3, 0)

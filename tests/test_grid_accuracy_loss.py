@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,7 +171,7 @@ def test_grid_sizes() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(pairs=st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=3), seed=st.integers(0, 999))
-def test_resizing_any_sizes_equals_interpolate_per_sample(pairs, seed) -> None:
+def test_resizing_any_sizes_equals_interpolate_per_sample(pairs: Any, seed: Any) -> None:
     generator = torch.Generator().manual_seed(seed)
     from_size = torch.tensor([p[0] for p in pairs])
     to_size = torch.tensor([p[1] for p in pairs])

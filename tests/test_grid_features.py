@@ -166,8 +166,8 @@ def test_values_are_ordered_by_name_and_none_is_missing() -> None:
 # ---------------------------------------------------------------- every cell feature
 
 # A ring, two colours that make one object, two parts on the border; row 3 and col 3 separate.
-CELLS = ("333000", "303010", "333020", "000000", "110001")
-CELL_FEATURES = [
+CELLS: tuple[str, ...] = ("333000", "303010", "333020", "000000", "110001")
+CELL_FEATURES: list[tuple[str, tuple[str, ...]]] = [
     ("colour_rank", ("111000", "101020", "111030", "000000", "220002")),
     ("component_size", ("777777", "717717", "777717", "777777", "227771")),
     ("component_size_log", ("333444", "303404", "333404", "444444", "114440")),
@@ -199,7 +199,7 @@ CELL_FEATURES = [
     ("half_cols", ("000222", "000222", "000222", "000222", "000222")),
     ("colour_components", ("111222", "121232", "111212", "222222", "332223")),
 ]
-MORE_CELL_FEATURES = [
+MORE_CELL_FEATURES: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("component_size_rank", ("1022033304444055555",), ("6055033302222011111",)),
     ("component_size_rank", ("10", "01"), ("70", "07")),
     ("enclosure", ("3333", "3003", "3333"), ("0000", "0330", "0000")),
@@ -224,7 +224,7 @@ def test_every_cell_feature_has_its_value() -> None:
 
 @pytest.mark.parametrize(
     ("name", "rows", "expected"),
-    [(name, CELLS, expected) for name, expected in CELL_FEATURES] + MORE_CELL_FEATURES,
+    [*((name, CELLS, expected) for name, expected in CELL_FEATURES), *MORE_CELL_FEATURES],
 )
 def test_cell_features(name: str, rows: tuple[str, ...], expected: tuple[str, ...]) -> None:
     np.testing.assert_array_equal(feature(gf.analyse(grid_of(*rows)), name), grid_of(*expected))

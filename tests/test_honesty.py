@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ SIDE = 12  # of the real tasks used here
 
 
 @pytest.fixture(scope="module")
-def real_tasks():
+def real_tasks() -> Any:
     """Forty real training tasks that fit SIDE x SIDE, with all their demonstrations."""
     tasks = dataset_arc.load_tasks("arcagi2").train
     small = [task for task in tasks if longest_side(task) <= SIDE]
@@ -44,7 +45,7 @@ def real_tasks():
 
 
 @pytest.fixture(scope="module")
-def lively():
+def lively() -> Any:
     """No weight at zero, so that no path is closed; memory holds entries."""
     system = lively_system(n_tasks=40)
     generator = torch.Generator().manual_seed(3)
@@ -63,7 +64,7 @@ def lively():
 
 
 @torch.no_grad()
-def everything_said(system, batch, generator_seed=1):
+def everything_said(system: Any, batch: Any, generator_seed: Any = 1) -> Any:
     """All that the system says about each query of a batch."""
     reading = system.read(batch)
     before = system.answer(reading)
@@ -100,7 +101,7 @@ def everything_said(system, batch, generator_seed=1):
     }
 
 
-def occurrences(stream, query, epoch=0):
+def occurrences(stream: Any, query: Any, epoch: Any = 0) -> Any:
     """(position, row) of every batch that asks this query."""
     return [
         (position, row)
@@ -110,7 +111,7 @@ def occurrences(stream, query, epoch=0):
     ]
 
 
-def with_output(tasks, number, demonstration, output):
+def with_output(tasks: Any, number: Any, demonstration: Any, output: Any) -> Any:
     """The tasks with one demonstration's output replaced."""
     task = tasks[number]
     pairs = list(task.demonstrations)
@@ -124,11 +125,13 @@ def with_output(tasks, number, demonstration, output):
 
 
 @pytest.mark.parametrize("kind", ["cells", "size"])
-def test_an_own_output_changes_no_bit_of_its_answer_in_training_batches(real_tasks, lively, kind):
+def test_an_own_output_changes_no_bit_of_its_answer_in_training_batches(
+    real_tasks: Any, lively: Any, kind: Any
+) -> None:
     """Leave-one-out: the other queries of the batch see the changed pair, this one must not."""
     collator, proposer = Collator(), Proposer()
 
-    def stream(tasks):
+    def stream(tasks: Any) -> Any:
         return TrainingStream(tasks, 0, 8, collator=collator, proposals=proposer)
 
     rng = np.random.default_rng(0 if kind == "cells" else 1)
@@ -160,7 +163,9 @@ def test_an_own_output_changes_no_bit_of_its_answer_in_training_batches(real_tas
     assert n_taken > 1
 
 
-def test_training_with_another_own_output_starts_from_the_same_prediction(train, tasks_file):
+def test_training_with_another_own_output_starts_from_the_same_prediction(
+    train: Any, tasks_file: Any
+) -> None:
     """Through the script's own step: same logits for the query, another loss."""
     raw = json.loads(tasks_file.read_text())
     seen = {}
@@ -178,7 +183,7 @@ def test_training_with_another_own_output_starts_from_the_same_prediction(train,
     assert set(seen["plain"][1]) != set(seen["changed"][1]) == {2, 9}
 
 
-def test_test_outputs_change_no_bit_in_evaluation_batches(real_tasks, lively):
+def test_test_outputs_change_no_bit_in_evaluation_batches(real_tasks: Any, lively: Any) -> None:
     noisy = [noise_outputs(task, seed=4) for task in real_tasks[:10]]
     for view in evaluation_views(3):
         both = zip(
@@ -191,7 +196,7 @@ def test_test_outputs_change_no_bit_in_evaluation_batches(real_tasks, lively):
             assert differing(everything_said(lively, a), everything_said(lively, b)) == []
 
 
-def noise_outputs(task, seed):
+def noise_outputs(task: Any, seed: Any) -> Any:
     rng = np.random.default_rng(seed)
     tests = tuple(
         Pair(p.input, rng.integers(0, 10, rng.integers(1, 30, 2)).astype(np.uint8))
@@ -200,7 +205,7 @@ def noise_outputs(task, seed):
     return dataclasses.replace(task, tests=tests)
 
 
-def test_the_oracle_would_be_caught(real_tasks, lively):
+def test_the_oracle_would_be_caught(real_tasks: Any, lively: Any) -> None:
     """The check above is not blind: a demonstration's output does change the answers."""
     task = real_tasks[0]
     output = 9 - task.demonstrations[0].output
@@ -212,7 +217,7 @@ def test_the_oracle_would_be_caught(real_tasks, lively):
 # ---------------------------------------------------------------- the training stream
 
 
-def test_none_of_the_1076_test_pairs_is_in_the_training_stream():
+def test_none_of_the_1076_test_pairs_is_in_the_training_stream() -> None:
     tasks = dataset_arc.load_tasks("arcagi2").train
     stream = TrainingStream(tasks, seed=0, batch_size=8)
     assert all(task.tests == () for task in stream.tasks)
@@ -222,7 +227,7 @@ def test_none_of_the_1076_test_pairs_is_in_the_training_stream():
     assert {kind for _, kind, _ in asked} == {"train"}
     assert len(asked) == sum(len(task.demonstrations) for task in tasks) == 3232
 
-    def content(pair):
+    def content(pair: Any) -> Any:
         return pair.input.shape, pair.input.tobytes(), pair.output.shape, pair.output.tobytes()
 
     shown = {content(pair) for task in stream.tasks for pair in task.demonstrations}
@@ -234,7 +239,7 @@ def test_none_of_the_1076_test_pairs_is_in_the_training_stream():
 # ---------------------------------------------------------------- whole runs
 
 
-def variants(tmp_path):
+def variants(tmp_path: Path) -> Any:
     """The same tasks with true, random and no test outputs."""
     raw = make_tasks(("flip", "recolour", "double"), n_tests=2)
     noisy, bare = copy.deepcopy(raw), copy.deepcopy(raw)
@@ -257,7 +262,7 @@ MEASURED = ("elapsed_s", "epoch_s", "best", "untrained_accuracy", "untrained", "
 LEARNED = ("agent", "qwen", "solver2", "efe_loss", "policy_rl", "optimizer")
 
 
-def learned_state(outcome):
+def learned_state(outcome: Any) -> Any:
     """The final weights, optimizers, averages and counters of a run, from its checkpoint."""
     file = outcome.checkpoint()
     progress = {k: v for k, v in file["extra"]["progress"].items() if k not in MEASURED}
@@ -269,13 +274,16 @@ def learned_state(outcome):
     }
 
 
-def test_noise_for_all_test_outputs_gives_the_same_training_run(train, tmp_path, monkeypatch):
+def test_noise_for_all_test_outputs_gives_the_same_training_run(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     predicted: dict[str, list[Any]] = {}
     real_predict = evaluation.predict_tasks
 
-    def spy(system, tasks, *args, **options):
+    def spy(system: Any, tasks: Any, *args: Any, **options: Any) -> Any:
         assert all(pair.output is None for task in tasks for pair in task.tests)
         found = real_predict(system, tasks, *args, **options)
+        said: dict[Any, Any]
         said = {k: [g.tolist() for g in p.attempts()] for k, p in found.items()}
         both = evaluation.refined(found)
         said |= {(*k, "both"): [g.tolist() for g in p.attempts()] for k, p in both.items()}
@@ -313,12 +321,12 @@ def test_noise_for_all_test_outputs_gives_the_same_training_run(train, tmp_path,
     assert said["true"] == said["none"]
 
 
-def test_the_data_hash_that_a_resume_checks_is_blind_to_test_outputs(tmp_path):
+def test_the_data_hash_that_a_resume_checks_is_blind_to_test_outputs(tmp_path: Path) -> None:
     hashes = {dataset_arc.load_tasks(path).sha256 for path in variants(tmp_path).values()}
     assert len(hashes) == 1
 
 
-def test_headline_results_come_from_the_last_weights_not_the_best(reference):
+def test_headline_results_come_from_the_last_weights_not_the_best(reference: Any) -> None:
     """results.json is about the end of training whatever validation liked most."""
     results = json.loads((reference.folder / "results.json").read_text())
     assert results["batch"] == reference.run.progress.total == len(reference.rows("batch"))

@@ -71,10 +71,10 @@ def uses_of(source: str, package: str = "") -> list[Use]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             when = "late" if when == "load" else when
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.body:
-                visit(child, "types")
-            for child in node.orelse:
-                visit(child, when)
+            for inside in node.body:
+                visit(inside, "types")
+            for other in node.orelse:
+                visit(other, when)
             return
         if isinstance(node, ast.Import):
             found.extend(Use(alias.name, node.lineno, when) for alias in node.names)

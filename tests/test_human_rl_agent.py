@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from human_rl_agent import (
 STATE, ACTION = 5, 3
 
 
-def agent(seed: int = 0, **options) -> HumanRLAgent:
+def agent(seed: int = 0, **options: Any) -> HumanRLAgent:
     return HumanRLAgent(STATE, ACTION, generator=torch.Generator().manual_seed(seed), **options)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from hypotheses import (
     PROPOSAL_FACTS,
     Fitter,
     by_size,
+    pairs_of,
     proposals_of,
 )
 from proposal_policy import PRIOR
@@ -34,37 +36,37 @@ ROOT = Path(rule_list.__file__).parent
 A, B, C = (np.full((2, 2), colour, np.uint8) for colour in (1, 2, 3))
 
 
-def hypothesis(answer, n_right, n_tried=3):
+def hypothesis(answer: Any, n_right: Any, n_tried: Any = 3) -> Any:
     verdict = Verdict(n_right, n_tried, n_right / max(1, n_tried))
     return Hypothesis("pairs", answer, verdict, True, 1, "identity", "own")
 
 
-def explained(*hypotheses):
+def explained(*hypotheses: Any) -> Any:
     return Explained(tuple(hypotheses), 10, ())
 
 
-def network(*weights):
+def network(*weights: Any) -> Any:
     prediction = Prediction(views=4)
     for grid, weight in weights:
         prediction.add(grid, weight)
     return prediction
 
 
-def first_two(predictions):
+def first_two(predictions: Any) -> Any:
     return [grid.ravel()[0] for grid in predictions[("t", 0)].attempts()]
 
 
-def test_a_full_verdict_goes_first_and_the_network_second():
+def test_a_full_verdict_goes_first_and_the_network_second() -> None:
     both = joined({("t", 0): network((A, 4.0), (B, 1.0))}, {("t", 0): explained(hypothesis(C, 3))})
     assert first_two(both) == [3, 1]
 
 
-def test_without_any_demonstration_right_the_network_goes_first():
+def test_without_any_demonstration_right_the_network_goes_first() -> None:
     both = joined({("t", 0): network((A, 4.0))}, {("t", 0): explained(hypothesis(C, 0))})
     assert first_two(both) == [1, 3]
 
 
-def test_a_grid_that_both_give_counts_both_and_equal_answers_count_once():
+def test_a_grid_that_both_give_counts_both_and_equal_answers_count_once() -> None:
     some = explained(hypothesis(B, 0), hypothesis(B, 0), hypothesis(C, 0))
     both = joined({("t", 0): network((A, 1.0), (B, 1.0))}, {("t", 0): some})
     weights = {c.grid.ravel()[0]: c.weight for c in both[("t", 0)].candidates.values()}
@@ -73,14 +75,14 @@ def test_a_grid_that_both_give_counts_both_and_equal_answers_count_once():
     assert first_two(both) == [2, 1]
 
 
-def test_trust_rises_with_the_verdict_and_nothing_tried_is_nothing_proved():
+def test_trust_rises_with_the_verdict_and_nothing_tried_is_nothing_proved() -> None:
     verdicts = [Verdict(0, 0, 0.0), Verdict(0, 3, 0.9), Verdict(1, 3, 0.9), Verdict(2, 3, 0.9)]
     trusts = [trust(v) for v in (*verdicts, Verdict(3, 3, 1.0))]
     assert trusts == sorted(trusts)
     assert trusts[0] < trusts[1] < NETWORK < trusts[3] < trusts[4] == PRIOR["full"]
 
 
-def test_joining_changes_neither_side_and_covers_what_only_one_has():
+def test_joining_changes_neither_side_and_covers_what_only_one_has() -> None:
     mine = {("t", 0): network((A, 2.0))}
     other = {("u", 0): explained(hypothesis(B, 3)), ("v", 0): explained()}
     both = joined(mine, other)
@@ -89,7 +91,7 @@ def test_joining_changes_neither_side_and_covers_what_only_one_has():
     assert set(alone(other)) == {("u", 0)}
 
 
-def test_the_child_gives_what_a_call_gives_smallest_task_first(task_set):
+def test_the_child_gives_what_a_call_gives_smallest_task_first(task_set: Any) -> None:
     hidden = without_outputs(task_set.train)
     fitter = Fitter(hidden)
     try:
@@ -97,7 +99,7 @@ def test_the_child_gives_what_a_call_gives_smallest_task_first(task_set):
         assert fitter.failed is None
         assert list(fitter.done) == [task.task_id for task in by_size(hidden)]
         for task in hidden:
-            here = [(p.input, p.output) for p in task.demonstrations]
+            here = pairs_of(task)
             for i, wanted in enumerate(rule_list.fit_task(here, [p.input for p in task.tests])):
                 got = found[(task.task_id, i)]
                 assert [h.words for h in got.hypotheses] == [h.words for h in wanted.hypotheses]
@@ -111,18 +113,18 @@ def test_the_child_gives_what_a_call_gives_smallest_task_first(task_set):
         fitter.close()
 
 
-def test_a_child_loads_no_torch():
+def test_a_child_loads_no_torch() -> None:
     """Breaks: seconds and hundreds of megabytes for every child."""
     program = "import sys, hypotheses; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_outputs_in_sight_are_refused(task_set):
+def test_outputs_in_sight_are_refused(task_set: Any) -> None:
     with pytest.raises(ValueError, match="must not see test outputs"):
         Fitter(task_set.train)
 
 
-def test_a_child_that_dies_is_said_and_what_it_had_is_kept(task_set):
+def test_a_child_that_dies_is_said_and_what_it_had_is_kept(task_set: Any) -> None:
     fitter = Fitter(without_outputs(task_set.train))
     try:
         fitter._children[0].kill()
@@ -134,7 +136,7 @@ def test_a_child_that_dies_is_said_and_what_it_had_is_kept(task_set):
         fitter.close()
 
 
-def test_the_child_ends_with_its_parent_however_that_ends(tmp_path):
+def test_the_child_ends_with_its_parent_however_that_ends(tmp_path: Path) -> None:
     """Killed without a word, the parent leaves no process behind."""
     write_tasks(tmp_path / "t.json", {"big": make_task("drop", sides=(12, 14), n_demonstrations=6)})
     program = (
@@ -170,7 +172,7 @@ def running(pid: int) -> bool:
     return state != "Z"
 
 
-def test_the_script_lets_hypotheses_vote_and_tells_each_part_alone(train):
+def test_the_script_lets_hypotheses_vote_and_tells_each_part_alone(train: Any) -> None:
     outcome = train("--epochs", 1, "--hypotheses", "on")
     assert outcome.code == 0, outcome.err
     results = json.loads((outcome.folder / "results.json").read_text(encoding="utf-8"))
@@ -190,13 +192,13 @@ def test_the_script_lets_hypotheses_vote_and_tells_each_part_alone(train):
     assert outcome.run.fitter._children[0].poll() is not None  # it is gone when the run is
 
 
-def test_so_many_hypotheses_are_taken_as_asked(train):
+def test_so_many_hypotheses_are_taken_as_asked(train: Any) -> None:
     outcome = train("--epochs", 1, "--hypotheses", "on", "--hypothesis_tasks", 2)
     results = json.loads((outcome.folder / "results.json").read_text(encoding="utf-8"))
     assert results["hypothesis_queries"] == 2
 
 
-def test_another_test_output_changes_no_hypothesis(tmp_path):
+def test_another_test_output_changes_no_hypothesis(tmp_path: Path) -> None:
     tasks = make_tasks(("flip", "swap"))
     answers = []
     for shift in (0, 1):
@@ -216,7 +218,7 @@ def test_another_test_output_changes_no_hypothesis(tmp_path):
 # ---------------------------------------------------------------- demonstrations, for training
 
 
-def same_proposals(a, b):
+def same_proposals(a: Any, b: Any) -> Any:
     """Two lists of `Proposals` or None, bit for bit."""
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
@@ -228,7 +230,7 @@ def same_proposals(a, b):
     return True
 
 
-def test_a_demonstration_is_explained_from_the_others_alone(task_set):
+def test_a_demonstration_is_explained_from_the_others_alone(task_set: Any) -> None:
     """Breaks: proposals of training made with the own pair, or of another demonstration."""
     for task in task_set.train:
         made = Proposer().leave_one_out(task)
@@ -242,7 +244,7 @@ def test_a_demonstration_is_explained_from_the_others_alone(task_set):
         assert np.array_equal(offer.grids[0], pair.output)
 
 
-def test_equal_answers_make_one_proposal_with_the_best_verdict():
+def test_equal_answers_make_one_proposal_with_the_best_verdict() -> None:
     """Breaks: proposals twice, facts of the worst, arms of one, verdicts in the wrong place."""
     found = proposals_of(
         Explained(
@@ -255,6 +257,7 @@ def test_equal_answers_make_one_proposal_with_the_best_verdict():
             (),
         )
     )
+    assert found is not None
     assert [g.ravel()[0] for g in found.grids] == [1, 2]
     facts = dict(zip(PROPOSAL_FACTS, found.facts.T.tolist(), strict=True))
     assert facts["full"] == [1, 0]
@@ -274,14 +277,14 @@ def test_equal_answers_make_one_proposal_with_the_best_verdict():
     assert len(arms) <= N_ARM_SLOTS
 
 
-def test_what_training_asks_for_comes_before_the_tests(task_set):
+def test_what_training_asks_for_comes_before_the_tests(task_set: Any) -> None:
     """Breaks: training waits for all test inputs."""
     hidden = without_outputs(task_set.train)
     fitter = Fitter(hidden, 0)  # nobody works: the order of the work is looked at
     try:
         fitter.ask(hidden[3:5])
         fitter.ask(hidden[:1] + hidden[3:4])
-        work = [fitter._next() for _ in range(4)]
+        work: list[Any] = [fitter._next() for _ in range(4)]
         assert [kind for kind, _ in work] == ["demonstrations"] * 3 + ["tests"]
         assert [w[0] for _, w in work[:3]] == [t.task_id for t in (*hidden[3:5], hidden[0])]
         assert work[3][1][0] == by_size(hidden)[0].task_id
@@ -289,7 +292,7 @@ def test_what_training_asks_for_comes_before_the_tests(task_set):
         fitter.close()
 
 
-def test_the_children_give_what_is_worked_out_here_also_when_they_are_gone(task_set):
+def test_the_children_give_what_is_worked_out_here_also_when_they_are_gone(task_set: Any) -> None:
     """Breaks: proposals that depend on who made them, or a wait for ever."""
     hidden = without_outputs(task_set.train)
     wanted = {task.task_id: Proposer().leave_one_out(task) for task in hidden}
@@ -313,7 +316,7 @@ def test_the_children_give_what_is_worked_out_here_also_when_they_are_gone(task_
         killed.close()
 
 
-def test_a_worker_that_dies_hands_its_work_on(task_set):
+def test_a_worker_that_dies_hands_its_work_on(task_set: Any) -> None:
     """Breaks: the dead worker's task lost, so that the rest waits behind its gap."""
     hidden = without_outputs(task_set.train)
     many = [dataclasses.replace(t, task_id=f"{t.task_id}{i}") for i in range(3) for t in hidden]
@@ -330,7 +333,7 @@ def test_a_worker_that_dies_hands_its_work_on(task_set):
         fitter.close()
 
 
-def test_what_is_collected_has_no_gap(task_set):
+def test_what_is_collected_has_no_gap(task_set: Any) -> None:
     """Breaks: tasks fitted out of turn are taken, and no number of tasks repeats the run."""
     hidden = without_outputs(task_set.train)
     order = [task.task_id for task in by_size(hidden)]

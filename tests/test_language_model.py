@@ -132,7 +132,7 @@ def test_spare_ids_are_noted_and_missing_digits_are_an_error() -> None:
 
 
 def test_unusable_folders_and_names(saved_models: Path, tmp_path: Path) -> None:
-    build = {"width": WIDTH, "n_control": N_CONTROL}
+    build: dict[str, Any] = {"width": WIDTH, "n_control": N_CONTROL}
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         build_qwen_prompt(str(tmp_path), **build)
     for name in ("tinny", "/no/such/folder", "./here", "a/b/c"):

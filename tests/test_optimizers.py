@@ -32,7 +32,7 @@ def copies(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.8, 0.999)])
-def test_plain_groups_are_torch_adamw(weight_decay, betas):
+def test_plain_groups_are_torch_adamw(weight_decay: Any, betas: Any) -> None:
     ours = tensors((5, 3), (7,), (), (2, 3, 4))
     theirs = copies(ours)
     options: dict[str, Any] = {"lr": 3e-2, "betas": betas, "weight_decay": weight_decay}
@@ -46,7 +46,7 @@ def test_plain_groups_are_torch_adamw(weight_decay, betas):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_learning_rate_of_a_group_can_change_between_steps_as_in_torch():
+def test_learning_rate_of_a_group_can_change_between_steps_as_in_torch() -> None:
     ours = tensors((4, 4))
     theirs = copies(ours)
     a, b = MuonAdamW(ours, lr=1.0), torch.optim.AdamW(theirs, lr=1.0, betas=(0.9, 0.95))
@@ -60,7 +60,7 @@ def test_learning_rate_of_a_group_can_change_between_steps_as_in_torch():
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
 
 
-def test_parameters_without_gradient_stay_and_have_no_state():
+def test_parameters_without_gradient_stay_and_have_no_state() -> None:
     params = tensors((3, 3), (3, 3), (4,))
     optimizer = MuonAdamW([{"params": params[:2], "muon": True}, {"params": params[2:]}], lr=0.1)
     before = [p.detach().clone() for p in params]
@@ -87,7 +87,7 @@ def slow_newton_schulz(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (1, 5), (32, 96)])
-def test_orthogonalise_moves_singular_values_alone(shape):
+def test_orthogonalise_moves_singular_values_alone(shape: Any) -> None:
     matrix = tensors((3, *shape), seed=3)[0].detach()
     found = orthogonalise(matrix)
     for one, expected in zip(found, matrix, strict=True):
@@ -96,11 +96,11 @@ def test_orthogonalise_moves_singular_values_alone(shape):
     assert 0.3 < values.median() < 1.3
 
 
-def test_orthogonalise_of_zero_is_zero():
+def test_orthogonalise_of_zero_is_zero() -> None:
     assert torch.equal(orthogonalise(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
 
 
-def test_muon_groups_follow_the_written_formula():
+def test_muon_groups_follow_the_written_formula() -> None:
     shapes = ((6, 4), (6, 4), (4, 8), (5, 5))
     ours = tensors(*shapes)
     reference = [p.detach().double().clone() for p in ours]
@@ -124,7 +124,7 @@ def test_muon_groups_follow_the_written_formula():
             torch.testing.assert_close(p.double(), q, atol=2e-3, rtol=0)
 
 
-def test_matrices_of_one_shape_do_not_mix():
+def test_matrices_of_one_shape_do_not_mix() -> None:
     together, alone = tensors((4, 6), (4, 6)), tensors((4, 6), (4, 6))
     a = MuonAdamW([{"params": together, "muon": True}], lr=0.1)
     b = [MuonAdamW([{"params": [p], "muon": True}], lr=0.1) for p in alone]
@@ -138,12 +138,12 @@ def test_matrices_of_one_shape_do_not_mix():
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
 
 
-def test_closures_are_refused():
+def test_closures_are_refused() -> None:
     with pytest.raises(ValueError, match="no closure"):
         MuonAdamW(tensors((2, 2)), lr=0.1).step(lambda: 0.0)
 
 
-def test_state_dict_round_trip_through_a_file_is_bit_exact():
+def test_state_dict_round_trip_through_a_file_is_bit_exact() -> None:
     def build(params: list[torch.nn.Parameter]) -> MuonAdamW:
         groups = [
             {"params": params[:2], "muon": True, "name": "matrices", "base_lr": 0.1},
@@ -172,7 +172,7 @@ def test_state_dict_round_trip_through_a_file_is_bit_exact():
     assert [g["name"] for g in second.param_groups] == ["matrices", "rest"]
 
 
-def test_grad_scaler_accepts_the_optimizer_and_skips_on_infinity():
+def test_grad_scaler_accepts_the_optimizer_and_skips_on_infinity() -> None:
     params = tensors((3, 3), (4,))
     optimizer = MuonAdamW([{"params": params[:1], "muon": True}, {"params": params[1:]}], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -194,7 +194,7 @@ def test_grad_scaler_accepts_the_optimizer_and_skips_on_infinity():
 # ---------------------------------------------------------------- the average
 
 
-def test_average_follows_the_formula_with_its_warmup():
+def test_average_follows_the_formula_with_its_warmup() -> None:
     params = tensors((3, 2), (4,))
     average = WeightAverage(params, 0.9)
     expected = [p.detach().clone() for p in params]
@@ -210,7 +210,7 @@ def test_average_follows_the_formula_with_its_warmup():
         torch.testing.assert_close(a, e)
 
 
-def test_applied_swaps_the_weights_in_and_out_bit_for_bit_even_after_an_error():
+def test_applied_swaps_the_weights_in_and_out_bit_for_bit_even_after_an_error() -> None:
     params = tensors((3, 2), (4,))
     average = WeightAverage(params, 0.5)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_applied_swaps_the_weights_in_and_out_bit_for_bit_even_after_an_error():
     assert all(torch.equal(p, o) for p, o in zip(params, own, strict=True))
 
 
-def test_decay_zero_switches_the_average_off():
+def test_decay_zero_switches_the_average_off() -> None:
     params = tensors((3, 2))
     average = WeightAverage(params, 0.0)
     with torch.no_grad():
@@ -240,13 +240,13 @@ def test_decay_zero_switches_the_average_off():
     assert average.state_dict() == {"n_updates": 0, "average": []}
 
 
-def test_average_leaves_frozen_weights_out():
+def test_average_leaves_frozen_weights_out() -> None:
     params = tensors((3, 2), (4,))
     params[0].requires_grad_(False)
     assert [a.shape for a in WeightAverage(params, 0.9).average] == [(4,)]
 
 
-def test_average_state_round_trip_is_bit_exact_and_a_misfit_is_told():
+def test_average_state_round_trip_is_bit_exact_and_a_misfit_is_told() -> None:
     params = tensors((3, 2), (4,))
     average = WeightAverage(params, 0.9)
     with torch.no_grad():

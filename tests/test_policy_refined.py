@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from proposal_policy import RELATION, Candidates, Choice
 BATCH, TOKENS, WIDTH = 6, 5, 24
 
 
-def policy(seed: int = 0, **options) -> RefinedPolicy:
+def policy(seed: int = 0, **options: Any) -> RefinedPolicy:
     return RefinedPolicy(WIDTH, generator=torch.Generator().manual_seed(seed), **options)
 
 

@@ -71,6 +71,7 @@ def test_answers_every_input_of_every_task_in_order(run: Path, data: Path, tmp_p
 def test_scores_as_the_trainer_scored(run: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     results = json.loads((run / "results.json").read_text())
     scores = tmp_path / "scores.json"
+    flags: tuple[Any, ...]
     flags = ("--out", tmp_path / "s.json", "--score_json", scores, "--views", results["views"])
     flags = (*flags, "--acceptance", results["acceptance"])
     assert call(run, "--data", data, *flags, "--batch_size", 2 * 6) == 0

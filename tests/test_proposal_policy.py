@@ -5,6 +5,8 @@ Tests name the breakage they are there for (`Breaks:`); `tests/faults/wiring_mut
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,11 +28,11 @@ STATE = 6
 CELLS = PROPOSAL_FACTS.index("cells_right")
 
 
-def generator(seed=0):
+def generator(seed: Any = 0) -> Any:
     return torch.Generator().manual_seed(seed)
 
 
-def facts_of(*rows):
+def facts_of(*rows: Any) -> Any:
     """(Q, A, F): per query the verdicts' names, None = no proposal."""
     facts = torch.zeros(len(rows), max(map(len, rows)), N_PROPOSAL_FACTS)
     for q, names in enumerate(rows):
@@ -40,7 +42,7 @@ def facts_of(*rows):
     return facts
 
 
-def candidates(*rows):
+def candidates(*rows: Any) -> Any:
     facts = facts_of(*rows)
     there = facts[..., : len(VERDICTS)].any(-1)
     mask = torch.cat([torch.ones(len(rows), 1, dtype=torch.bool), there], 1)
@@ -49,14 +51,14 @@ def candidates(*rows):
     return Candidates(facts, relation, torch.zeros(len(rows), STATE), mask)
 
 
-def policy(seed=0, **options):
+def policy(seed: Any = 0, **options: Any) -> Any:
     return ProposalPolicy(STATE, generator=generator(seed), **options)
 
 
 # ---------------------------------------------------------------- what is known
 
 
-def two_queries():
+def two_queries() -> Any:
     """Own answers of 2 x 2 and 1 x 3 on a canvas of 3 x 3; three proposals for the first."""
     own = torch.full((2, 3, 3), -1)
     own[0, :2, :2] = torch.tensor([[1, 2], [3, 4]])
@@ -76,7 +78,7 @@ def two_queries():
     return proposed, size, facts, own, chances.log(), torch.zeros(2, STATE), recalled
 
 
-def test_candidates_compare_each_proposal_with_the_own_answer():
+def test_candidates_compare_each_proposal_with_the_own_answer() -> None:
     """Breaks: one figure in another's place, padding counted as cells, another query's recall."""
     found = candidates_of(*two_queries())
     assert found.mask.tolist() == [[True] * 4, [True, False, False, False]]
@@ -96,7 +98,7 @@ def test_candidates_compare_each_proposal_with_the_own_answer():
     assert (found.relation[1, 1:] == 0).all()
 
 
-def test_more_proposals_for_a_neighbour_change_no_bit():
+def test_more_proposals_for_a_neighbour_change_no_bit() -> None:
     """Breaks: sums over cells in an order that the number of proposals decides."""
     torch.manual_seed(0)
     given = list(two_queries())
@@ -113,7 +115,7 @@ def test_more_proposals_for_a_neighbour_change_no_bit():
 # ---------------------------------------------------------------- acceptance
 
 
-def test_acceptance_by_what_the_demonstrations_say():
+def test_acceptance_by_what_the_demonstrations_say() -> None:
     """Breaks: everything accepted, nothing but full accepted, the comparison turned round, or
     an unmeasured network beaten by anything."""
     facts = facts_of(("full", "half", "some"), ("none", "half", None), ("half", "full", None))
@@ -126,7 +128,7 @@ def test_acceptance_by_what_the_demonstrations_say():
     assert acceptable(facts, None).tolist() == only_full
 
 
-def test_what_is_not_allowed_is_not_chosen():
+def test_what_is_not_allowed_is_not_chosen() -> None:
     """Breaks: `allowed` not asked, or asked of the neighbour's number."""
     asked = candidates(("full", "full"), ("full", "none"), ("full", "full"))
     allowed = torch.tensor([[False, True], [False, False], [True, False]])
@@ -145,7 +147,7 @@ def test_what_is_not_allowed_is_not_chosen():
 # ---------------------------------------------------------------- drawing
 
 
-def test_modes_generators_and_masks():
+def test_modes_generators_and_masks() -> None:
     """Breaks: masked candidates drawn, off that takes, random that prefers,
     draws from elsewhere."""
     asked = candidates(*[("full", None, "none")] * 200)
@@ -170,7 +172,7 @@ def test_modes_generators_and_masks():
         policy().choose(asked)
 
 
-def test_before_it_has_learnt_it_is_as_sure_as_was_measured():
+def test_before_it_has_learnt_it_is_as_sure_as_was_measured() -> None:
     """Breaks: priors of one verdict at another's place, or none."""
     (chance,) = policy().choose(candidates(VERDICTS), deterministic=True).chance
     wanted = [OWN_PRIOR, *(PRIOR[name] for name in VERDICTS)]
@@ -180,7 +182,14 @@ def test_before_it_has_learnt_it_is_as_sure_as_was_measured():
 # ---------------------------------------------------------------- learning
 
 
-def learn(model, n_updates, verdicts, paying, seed=0, chance_of_exact=None):
+def learn(
+    model: Any,
+    n_updates: Any,
+    verdicts: Any,
+    paying: Any,
+    seed: Any = 0,
+    chance_of_exact: Any = None,
+) -> Any:
     g = generator(seed)
     for _ in range(n_updates):
         asked = candidates(*[verdicts] * 16)
@@ -196,7 +205,7 @@ def learn(model, n_updates, verdicts, paying, seed=0, chance_of_exact=None):
 
 
 @pytest.mark.parametrize("paying", ["none", "some"])
-def test_a_bandit_where_one_verdict_pays_is_learnt(paying):
+def test_a_bandit_where_one_verdict_pays_is_learnt(paying: Any) -> None:
     """Breaks: the choice never learns, learns the opposite,
     or sums advantages without the rewards."""
     model = policy()
@@ -211,7 +220,9 @@ def test_a_bandit_where_one_verdict_pays_is_learnt(paying):
 
 
 @pytest.mark.parametrize("part", ["group", "hindsight"])
-def test_group_advantage_and_hindsight_teach_each_by_itself(part, monkeypatch):
+def test_group_advantage_and_hindsight_teach_each_by_itself(
+    part: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks: one of the two terms missing, or its sign turned."""
     monkeypatch.setattr("proposal_policy.REWARD_SCALE" if part == "hindsight" else
                         "proposal_policy.HINDSIGHT_WEIGHT", 0.0)  # fmt: skip
@@ -226,7 +237,7 @@ def test_group_advantage_and_hindsight_teach_each_by_itself(part, monkeypatch):
     assert p[-1] > 0.6 > p[0]  # entropy alone makes no candidate better than the others
 
 
-def test_rewards_that_do_not_differ_teach_no_choice():
+def test_rewards_that_do_not_differ_teach_no_choice() -> None:
     """Breaks: zero-spread groups that teach; entropy aside, preferences stay where they are."""
     model = policy(lr=1e-2)
     asked = candidates(*[("full", "none")] * 8)
@@ -245,7 +256,7 @@ def test_rewards_that_do_not_differ_teach_no_choice():
     assert float(figures["proposal_loss"]) != 0.0
 
 
-def test_masked_candidates_teach_nothing():
+def test_masked_candidates_teach_nothing() -> None:
     """Breaks: the best of all, masked ones counted; exactness of what is not there."""
     model = policy()
     asked = candidates(*[("some", None)] * 8)
@@ -259,7 +270,7 @@ def test_masked_candidates_teach_nothing():
     assert float(figures["proposal_loss"]) < 20
 
 
-def test_exactness_is_told_as_often_as_it_happens():
+def test_exactness_is_told_as_often_as_it_happens() -> None:
     """Breaks: the exactness head never trained, or on rewards; one figure for all candidates."""
     model = policy(lr=1e-2)
     verdicts = ("full", "some", "none")
@@ -269,7 +280,7 @@ def test_exactness_is_told_as_often_as_it_happens():
     assert chance.tolist() == pytest.approx(wanted, abs=0.09)
 
 
-def test_a_loss_that_is_not_finite_moves_no_weight():
+def test_a_loss_that_is_not_finite_moves_no_weight() -> None:
     """Breaks: NaN rewards written into the weights."""
     model = policy()
     before = [p.detach().clone() for p in model.parameters()]
@@ -279,7 +290,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_weights_are_a_function_of_the_generator():
+def test_weights_are_a_function_of_the_generator() -> None:
     a, b, c = policy(1), policy(1), policy(2)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.candidate.weight, c.candidate.weight)

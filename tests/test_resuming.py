@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import (
@@ -27,17 +29,17 @@ from conftest import (
 import trainloop_complete_with_fixes as trainloop
 
 
-def losses_of(folder):
+def losses_of(folder: Any) -> Any:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(r["epoch"], r["batch"], r["loss"]) for r in rows if r["kind"] == "batch"]
 
 
-def stop_in(target, name, nth, number=signal.SIGINT):
+def stop_in(target: Any, name: Any, nth: Any, number: Any = signal.SIGINT) -> Any:
     """A context in which the nth call of target.name ends with a signal to this process."""
     real = getattr(target, name)
     calls = []
 
-    def wrapped(*args, **options):
+    def wrapped(*args: Any, **options: Any) -> Any:
         result = real(*args, **options)
         calls.append(1)
         if len(calls) == nth:
@@ -47,7 +49,9 @@ def stop_in(target, name, nth, number=signal.SIGINT):
     return pytest.MonkeyPatch.context(), wrapped
 
 
-def test_resume_after_a_normal_end_is_bit_identical_in_the_same_directory(train, reference):
+def test_resume_after_a_normal_end_is_bit_identical_in_the_same_directory(
+    train: Any, reference: Any
+) -> None:
     first = train("--epochs", 1)
     assert first.code == 0
     second = train("--resume", "--epochs", 2)
@@ -65,7 +69,9 @@ def test_resume_after_a_normal_end_is_bit_identical_in_the_same_directory(train,
     [("train_step", 3), ("train_step", 0), ("evaluate", 2)],
     ids=["within the first epoch", "at the last batch of it", "in its validation"],
 )
-def test_ctrl_c_then_resume_is_bit_identical(train, reference, place, nth):
+def test_ctrl_c_then_resume_is_bit_identical(
+    train: Any, reference: Any, place: Any, nth: Any
+) -> None:
     context, wrapped = stop_in(trainloop, place, nth or reference.run.stream.n_batches(0))
     with context as patch:
         patch.setattr(trainloop, place, wrapped)
@@ -81,7 +87,7 @@ def test_ctrl_c_then_resume_is_bit_identical(train, reference, place, nth):
     assert_same_end(resumed, reference)
 
 
-def test_the_printed_command_is_enough_to_go_on_whatever_the_flags_were(train):
+def test_the_printed_command_is_enough_to_go_on_whatever_the_flags_were(train: Any) -> None:
     """A resume takes the flags that are not given from the run itself."""
     flags = ("--max_batches", 3, "--batch_size", 5, "--clip", 0.5, "--max_context", 2)
     whole = train(*flags, runs="whole")
@@ -101,7 +107,9 @@ def test_the_printed_command_is_enough_to_go_on_whatever_the_flags_were(train):
     assert len(losses_of(whole.folder)) > 2
 
 
-def test_a_resume_is_bit_identical_with_hypotheses_and_any_number_of_processes(train, monkeypatch):
+def test_a_resume_is_bit_identical_with_hypotheses_and_any_number_of_processes(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks: training that depends on which hypotheses are ready; the choice's optimizer not
     saved."""
     flags = ("--epochs", 1, "--hypotheses", "on")
@@ -132,7 +140,7 @@ def test_a_resume_is_bit_identical_with_hypotheses_and_any_number_of_processes(t
     assert results[0] == results[1]
 
 
-def test_ctrl_c_between_two_steps_of_gradient_accumulation(train):
+def test_ctrl_c_between_two_steps_of_gradient_accumulation(train: Any) -> None:
     """Gradients are in no checkpoint: the run stops when the step that is under way is done."""
     flags = (
         "--grad_accum",
@@ -162,8 +170,8 @@ def test_ctrl_c_between_two_steps_of_gradient_accumulation(train):
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_a_signal_to_the_process_saves_and_the_run_goes_on_bit_for_bit(
-    train, reference, number, code
-):
+    train: Any, reference: Any, number: Any, code: Any
+) -> None:
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *train.arguments("--epochs", 2)],
         stdout=subprocess.PIPE,
@@ -188,7 +196,9 @@ def test_a_signal_to_the_process_saves_and_the_run_goes_on_bit_for_bit(
     assert_same_end(resumed, reference)
 
 
-def test_a_run_folder_that_is_gone_comes_back_from_drive(train, reference, tmp_path):
+def test_a_run_folder_that_is_gone_comes_back_from_drive(
+    train: Any, reference: Any, tmp_path: Path
+) -> None:
     drive = ("--drive_backup", tmp_path / "drive")
     first = train("--epochs", 1, *drive)
     assert first.code == 0
@@ -203,7 +213,7 @@ def test_a_run_folder_that_is_gone_comes_back_from_drive(train, reference, tmp_p
 # ---------------------------------------------------------------- refused, or nothing to resume
 
 
-def test_a_changed_seed_is_refused_with_the_list_and_can_be_insisted_on(train):
+def test_a_changed_seed_is_refused_with_the_list_and_can_be_insisted_on(train: Any) -> None:
     first = train("--max_batches", 1)
     refused = train("--resume", "--epochs", 2, "--max_batches", 1, "--seed", 7, "--max_side", 29)
     line = one_line_error(refused, 3)
@@ -217,20 +227,20 @@ def test_a_changed_seed_is_refused_with_the_list_and_can_be_insisted_on(train):
     assert "seed: saved 0, now 7" in insisted.out
 
 
-def test_changed_data_is_refused(train):
+def test_changed_data_is_refused(train: Any) -> None:
     train("--max_batches", 1)
     other = write_tasks(train.folder / "other.json", make_tasks(seed=5))
     line = one_line_error(train("--resume", "--max_batches", 1, data=other), 3)
     assert "--data: saved " in line
 
 
-def test_resume_with_nothing_to_resume(train):
+def test_resume_with_nothing_to_resume(train: Any) -> None:
     assert "nothing to resume in" in one_line_error(train("--resume"), 3)
     assert "nothing to resume in" in one_line_error(train("--resume", train.folder / "no"), 3)
     assert not (train.folder / "runs").exists()
 
 
-def test_resume_auto_starts_fresh_and_says_so_then_goes_on(train):
+def test_resume_auto_starts_fresh_and_says_so_then_goes_on(train: Any) -> None:
     first = train("--resume", "auto", "--max_batches", 1)
     assert first.code == 0
     assert "NOTHING TO RESUME" in first.out
@@ -240,7 +250,7 @@ def test_resume_auto_starts_fresh_and_says_so_then_goes_on(train):
     assert "NOTHING TO RESUME" not in second.out
 
 
-def test_resuming_a_finished_run_trains_nothing_more(train):
+def test_resuming_a_finished_run_trains_nothing_more(train: Any) -> None:
     first = train("--max_batches", 1)
     again = train("--resume", "--max_batches", 1)
     assert again.code == 0, again.err

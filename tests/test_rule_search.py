@@ -38,7 +38,8 @@ def test_bytes_as_words_keep_every_byte() -> None:
 @given(st.integers(0, 10**6))
 def test_the_greatest_gain_without_a_shared_bit(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    n, m, cells = [*rng.integers(1, 12, 2).tolist(), int(rng.integers(1, 600))]
+    n, m = (int(k) for k in rng.integers(1, 12, 2))
+    cells = int(rng.integers(1, 600))
     density = rng.choice([0.002, 0.02, 0.2])
     a, b = rng.random((n, cells)) < density, rng.random((m, cells)) < density
     gain = rng.integers(0, 5, (n, m)).astype(np.float32)

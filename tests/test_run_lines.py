@@ -43,7 +43,7 @@ EPOCH (?P<epoch>\d+) SUMMARY
 )
 
 
-def test_batch_lines_are_to_the_letter(reference):
+def test_batch_lines_are_to_the_letter(reference: Any) -> None:
     lines = [line for line in reference.out.splitlines() if line.startswith("[Batch")]
     assert len(lines) == 2  # batch 0 of each epoch
     for line in lines:
@@ -55,7 +55,7 @@ def test_batch_lines_are_to_the_letter(reference):
         assert math.isfinite(float(found["loss"]))
 
 
-def test_a_batch_line_comes_every_fifty_batches(train):
+def test_a_batch_line_comes_every_fifty_batches(train: Any) -> None:
     rules = ["same", "flip"] * 26
     data = write_tasks(train.folder / "d.json", make_tasks(rules, sides=(1, 2), n_demonstrations=2))
     outcome = train(
@@ -75,7 +75,7 @@ def test_a_batch_line_comes_every_fifty_batches(train):
     assert 49 in saved  # a checkpoint after every fiftieth batch
 
 
-def test_epoch_summaries_are_to_the_letter(reference):
+def test_epoch_summaries_are_to_the_letter(reference: Any) -> None:
     found = list(SUMMARY.finditer(reference.out))
     assert [m["epoch"] for m in found] == ["0", "1"]
     assert [m["size"] for m in found] == ["1.000", "0.833"]
@@ -99,13 +99,13 @@ def test_epoch_summaries_are_to_the_letter(reference):
         }
 
 
-def test_the_log_file_has_what_the_console_has(reference):
+def test_the_log_file_has_what_the_console_has(reference: Any) -> None:
     logged = (reference.folder / "training.log").read_text(encoding="utf-8")
     for line in reference.out.splitlines():
         assert line.strip() in logged
 
 
-def test_quiet_says_epoch_lines_only(train):
+def test_quiet_says_epoch_lines_only(train: Any) -> None:
     outcome = train("--max_batches", 1, "--quiet")
     kinds = {line.split()[0] for line in outcome.out.splitlines() if line}
     assert kinds == {"[Epoch", "Final:", "Run:"}
@@ -121,7 +121,7 @@ def test_quiet_says_epoch_lines_only(train):
     ],
     ids=lambda x: str(x),
 )
-def test_a_qwen_grad_of_zero_is_explained_in_its_line(train, flags, why):
+def test_a_qwen_grad_of_zero_is_explained_in_its_line(train: Any, flags: Any, why: Any) -> None:
     outcome = train(*flags, "--epochs", 2, "--val_pairs", 1, "--eval_views", 1)
     assert outcome.code == 0, outcome.err
     lines = [line for line in outcome.out.splitlines() if line.startswith("[Batch")]

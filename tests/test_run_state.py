@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import torch
 from conftest import MODULES, make_tasks
@@ -16,7 +17,7 @@ from trained_model import NEEDED, Description
 # ---------------------------------------------------------------- the run directory
 
 
-def test_the_run_directory_has_the_files_of_the_contract(reference):
+def test_the_run_directory_has_the_files_of_the_contract(reference: Any) -> None:
     folder = reference.folder
     assert re.fullmatch(r"arc_complete_\d{8}_\d{6}(_\d+)?", folder.name)
     for name in (
@@ -27,7 +28,7 @@ def test_the_run_directory_has_the_files_of_the_contract(reference):
     assert list((folder / "checkpoints").glob("checkpoint_0000*.pt"))
 
 
-def test_config_json(reference):
+def test_config_json(reference: Any) -> None:
     config = json.loads((reference.folder / "config.json").read_text())
     assert config["arguments"]["seed"] == 0
     assert config["arguments"]["device"] == "cpu"
@@ -37,7 +38,7 @@ def test_config_json(reference):
     assert "commit" in config
 
 
-def test_checkpoints_load_safely_and_hold_everything(reference):
+def test_checkpoints_load_safely_and_hold_everything(reference: Any) -> None:
     file = reference.checkpoint()  # weights_only=True
     for name in (*MODULES, "optimizer", "epoch", "batch", "metrics", "timestamp", "extra"):
         assert name in file, name
@@ -49,7 +50,7 @@ def test_checkpoints_load_safely_and_hold_everything(reference):
     assert {"keys", "owners", "scores", "counters"} <= set(file["solver2"])
 
 
-def test_best_model_has_the_best_epoch(reference):
+def test_best_model_has_the_best_epoch(reference: Any) -> None:
     best = json.loads((reference.folder / "best_metadata.json").read_text())
     top = max(reference.rows("epoch"), key=lambda row: row["accuracy_delta"])
     assert reference.run.progress.best == top["accuracy_delta"]
@@ -61,7 +62,7 @@ def test_best_model_has_the_best_epoch(reference):
         assert saved["metrics"]["loss"] == top["loss"]
 
 
-def test_old_checkpoints_go_and_ids_are_not_used_again(train):
+def test_old_checkpoints_go_and_ids_are_not_used_again(train: Any) -> None:
     outcome = train("--save_every", 1, "--max_checkpoints", 2, "--max_batches", 4)
     names = sorted(p.name for p in (outcome.folder / "checkpoints").glob("*.pt"))
     assert len(names) == 2
@@ -71,23 +72,24 @@ def test_old_checkpoints_go_and_ids_are_not_used_again(train):
 # ---------------------------------------------------------------- what is saved is what comes back
 
 
-def test_the_names_that_save_writes_are_the_names_that_restore_reads(fresh_run):
+def test_the_names_that_save_writes_are_the_names_that_restore_reads(fresh_run: Any) -> None:
     run, batch, targets = fresh_run()
     trainloop.train_step(run, batch, targets)
     written = {}
 
     class Persistence:
-        def save_checkpoint(self, *modules, extra, **rest):
+        def save_checkpoint(self, *modules: Any, extra: Any, **rest: Any) -> None:
             written.update(extra)
 
     class Reading(dict):
         read: set[str] = set()  # noqa: RUF012
 
-        def __getitem__(self, name):
+        def __getitem__(self, name: Any) -> Any:
             self.read.add(name)
             return super().__getitem__(name)
 
-    save(run, Persistence())
+    persistence: Any = Persistence()
+    save(run, persistence)
     extra = Reading(written)
     restore(run, {"extra": extra})
     # The rest is for `resume` (config) and for other programs (what the model is).
@@ -97,7 +99,7 @@ def test_the_names_that_save_writes_are_the_names_that_restore_reads(fresh_run):
     assert set(run.state()) | {"qwen_cache", "rng"} == extra.read
 
 
-def test_every_field_of_the_loop_s_state_survives_a_round_trip():
+def test_every_field_of_the_loop_s_state_survives_a_round_trip() -> None:
     progress = Progress()
     for number, name in enumerate(progress.__dataclass_fields__):
         value = getattr(progress, name)
@@ -112,7 +114,7 @@ def test_every_field_of_the_loop_s_state_survives_a_round_trip():
     assert again == schedule
 
 
-def test_an_epoch_s_means_are_of_its_finite_batches_and_begin_anew():
+def test_an_epoch_s_means_are_of_its_finite_batches_and_begin_anew() -> None:
     progress = Progress(epoch=3, batch=7, memory_updates=2)
     for value in (1.0, 3.0):
         progress.add(dict.fromkeys(SUMS, value))

@@ -153,7 +153,8 @@ def test_a_new_machine_needs_nothing_but_resume_and_the_drive_folder(
 def copies_before_a_kill(patch: pytest.MonkeyPatch) -> list[str]:
     """A restore is interrupted at its fifth file; the names of those that came before, as they
     come."""
-    real, copied = from_drive._copy_in, []
+    real = from_drive._copy_in
+    copied: list[str] = []
 
     def copy_in(source: Path, *rest: Any) -> None:
         if len(copied) == 4:
@@ -181,12 +182,12 @@ def test_a_restore_that_is_killed_at_any_file_is_finished_by_the_next(here: Path
         def restore(say: Any, n: int = n, runs: Path = runs) -> None:
             left = [n]
 
-            def sync(file: Any) -> None:
-                say(file.target.name)
+            def sync(self: AtomicFile) -> None:
+                say(self.target.name)
                 if not left[0]:
                     os._exit(9)  # as a kill does: nothing is cleaned up
                 left[0] -= 1
-                real(file)
+                real(self)
 
             AtomicFile.sync = sync  # type: ignore[method-assign]
             restore_run_from_drive(here / "drive", runs)
@@ -365,9 +366,10 @@ def test_a_backup_folder_that_cannot_be_meant_is_refused_by_the_class_too(tmp_pa
     for wrong in (True, "", run, run / "x", tmp_path / "runs", tmp_path / "runs" / "b" / ".."):
         with pytest.raises(PersistenceError, match="cannot back up to"):
             ModelPersistence(run, drive_backup=wrong)
-    for wrong in (True, ""):
+    nothing: Any
+    for nothing in (True, ""):
         with pytest.raises(PersistenceError, match="names no folder"):
-            setup_drive_backup(wrong)
+            setup_drive_backup(nothing)
     ModelPersistence(run, drive_backup=tmp_path / "drive")
     (tmp_path / "link").symlink_to(tmp_path / "runs")  # found when it is looked at
     said: list[str] = []
@@ -603,7 +605,12 @@ def test_left_overs_go_before_a_resume_writes_anything(
         (run / name).touch()
     seen: list[list[str]] = []
     real = resuming.resume
-    monkeypatch.setattr(trainloop, "resume", lambda *a: seen.append(temps(run)) or real(*a))
+
+    def resume(*arguments: Any) -> None:
+        seen.append(temps(run))
+        real(*arguments)
+
+    monkeypatch.setattr(trainloop, "resume", resume)
     assert train("--resume", "--epochs", 1, *SMALL).code == 0
     assert seen == [[]]
 

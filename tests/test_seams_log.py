@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ class StandIn(Disk):
 
 
 @pytest.fixture
-def disk(request, tmp_path, monkeypatch):
+def disk(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Any]:
     """A disk for the script's runs: a tmpfs, or the stand-in where it is asked for,
     or has to do."""
     made = Disk(tmp_path / "disk")
@@ -119,7 +122,7 @@ def disk(request, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def on_disk(disk, tasks_file):
+def on_disk(disk: Any, tasks_file: Any) -> Any:
     return Script(disk.folder, tasks_file)
 
 
@@ -130,11 +133,11 @@ def writer_done() -> None:
 
 
 @contextlib.contextmanager
-def at_steps(actions):
+def at_steps(actions: Any) -> Iterator[Any]:
     """`actions`: number of a train_step (from 1) -> what happens right after it."""
     real, calls = trainloop.train_step, []
 
-    def step(*args, **options):
+    def step(*args: Any, **options: Any) -> Any:
         result = real(*args, **options)
         calls.append(1)
         if len(calls) in actions:
@@ -160,7 +163,9 @@ def batches_of(folder: Path) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("disk", ["tmpfs", "stand-in"], indirect=True)
-def test_a_full_disk_stops_nothing_and_what_it_cost_is_the_last_line(disk, on_disk):
+def test_a_full_disk_stops_nothing_and_what_it_cost_is_the_last_line(
+    disk: Any, on_disk: Any
+) -> None:
     """Breaks: any unguarded write; exit 0 or silence though the last state is not on the disk."""
     flags = (*SMALL, "--epochs", 2, "--save_every", 2, "--max_checkpoints", 1)
     with at_steps({4: disk.fill}):
@@ -183,7 +188,7 @@ def test_a_full_disk_stops_nothing_and_what_it_cost_is_the_last_line(disk, on_di
     assert batches_of(full.folder) == [(e, b) for e in (0, 1) for b in range(3)]
 
 
-def test_a_full_disk_that_pruning_makes_room_on_costs_nothing(disk, on_disk):
+def test_a_full_disk_that_pruning_makes_room_on_costs_nothing(disk: Any, on_disk: Any) -> None:
     if not disk.prunes:
         pytest.skip("the stand-in knows no sizes")
     flags = (*SMALL, "--epochs", 2, "--save_every", 1)
@@ -196,7 +201,9 @@ def test_a_full_disk_that_pruning_makes_room_on_costs_nothing(disk, on_disk):
     assert full.checkpoint()["extra"]["progress"]["total"] == 6
 
 
-def test_failures_to_save_are_on_stderr_with_quiet_and_all_results_on_the_console(disk, on_disk):
+def test_failures_to_save_are_on_stderr_with_quiet_and_all_results_on_the_console(
+    disk: Any, on_disk: Any
+) -> None:
     """Breaks: --quiet hides that nothing was saved."""
     with at_steps({1: disk.fill}):
         full = on_disk(*SMALL, "--quiet", "--save_every", 2)
@@ -207,7 +214,7 @@ def test_failures_to_save_are_on_stderr_with_quiet_and_all_results_on_the_consol
     assert "Traceback" not in full.err
 
 
-def test_after_sigterm_on_a_full_disk_no_word_is_untrue(disk, on_disk):
+def test_after_sigterm_on_a_full_disk_no_word_is_untrue(disk: Any, on_disk: Any) -> None:
     """Breaks: "everything is saved", or "training goes on", without looking."""
     actions = {4: disk.fill, 5: lambda: signal.raise_signal(signal.SIGTERM)}
     with at_steps(actions):
@@ -221,7 +228,7 @@ def test_after_sigterm_on_a_full_disk_no_word_is_untrue(disk, on_disk):
     assert f"--resume {full.folder} --device cpu" in line
 
 
-def test_a_disk_that_is_emptied_again_gets_everything(disk, on_disk):
+def test_a_disk_that_is_emptied_again_gets_everything(disk: Any, on_disk: Any) -> None:
     """Breaks: rows, lines or files that a full disk refused are thrown away."""
     flags = (*SMALL, "--epochs", 3, "--save_every", 1, "--max_checkpoints", 1)
     with at_steps({2: disk.fill, 8: disk.empty}):
@@ -236,7 +243,7 @@ def test_a_disk_that_is_emptied_again_gets_everything(disk, on_disk):
     assert all(line.strip() in logged for line in (full.out + full.err).splitlines())
 
 
-def test_a_resume_on_a_full_disk_trains_to_its_end(disk, on_disk):
+def test_a_resume_on_a_full_disk_trains_to_its_end(disk: Any, on_disk: Any) -> None:
     first = on_disk(*SMALL, "--max_checkpoints", 1)
     assert first.code == 0, first.err
     disk.fill()
@@ -248,7 +255,9 @@ def test_a_resume_on_a_full_disk_trains_to_its_end(disk, on_disk):
     assert "epoch 1, batch 0: 3 batches are lost" in last_line(resumed.err)
 
 
-def test_a_run_that_fails_between_two_saves_says_what_is_lost(train, monkeypatch):
+def test_a_run_that_fails_between_two_saves_says_what_is_lost(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its own code stays; only what is not on the disk is called lost."""
 
     def full() -> None:
@@ -265,8 +274,8 @@ def test_a_run_that_fails_between_two_saves_says_what_is_lost(train, monkeypatch
 
 
 def test_a_run_on_a_disk_that_became_read_only_ends_with_its_results(
-    tmp_path, tasks_file, monkeypatch
-):
+    tmp_path: Path, tasks_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = StandIn(tmp_path / "disk", monkeypatch, errno.EROFS)
     script = Script(disk.folder, tasks_file)
     with at_steps({1: disk.fill}):
@@ -277,7 +286,9 @@ def test_a_run_on_a_disk_that_became_read_only_ends_with_its_results(
     assert "training.log was not written: Read-only file system" in outcome.err
 
 
-def test_a_read_only_run_is_not_resumed_and_the_reason_is_one_line(tmp_path, tasks_file):
+def test_a_read_only_run_is_not_resumed_and_the_reason_is_one_line(
+    tmp_path: Path, tasks_file: Any
+) -> None:
     """Breaks: a traceback from the lock or the log."""
     disk = Disk(tmp_path / "disk")
     if not disk.mount():
@@ -296,7 +307,7 @@ def test_a_read_only_run_is_not_resumed_and_the_reason_is_one_line(tmp_path, tas
     assert f"nothing can be saved in {first.folder}: it is read-only" in again.err
 
 
-def test_a_log_that_cannot_be_written_stops_no_resume(train):
+def test_a_log_that_cannot_be_written_stops_no_resume(train: Any) -> None:
     first = train(*SMALL)
     for name in ("training.log", "config.json", "results.json"):
         (first.folder / name).unlink()
@@ -325,7 +336,9 @@ class Refusing:
         self.real(path, data)
 
 
-def test_what_the_disk_refused_is_written_in_its_order_and_said_once(tmp_path, monkeypatch, capsys):
+def test_what_the_disk_refused_is_written_in_its_order_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     refusing = Refusing(monkeypatch)
     log = RunLog(tmp_path, quiet=True)
     for number in range(6):
@@ -347,7 +360,9 @@ def test_what_the_disk_refused_is_written_in_its_order_and_said_once(tmp_path, m
         assert said.err.count(f"{name} is written again") == 1
 
 
-def test_what_waits_in_memory_is_bounded_and_what_is_lost_is_counted(tmp_path, monkeypatch, capsys):
+def test_what_waits_in_memory_is_bounded_and_what_is_lost_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     refusing = Refusing(monkeypatch)
     monkeypatch.setattr(run_log, "KEPT_BYTES", 1000)
     log = RunLog(tmp_path, quiet=True)
@@ -364,12 +379,12 @@ def test_what_waits_in_memory_is_bounded_and_what_is_lost_is_counted(tmp_path, m
     assert f"its oldest {100 - len(kept)} lines" in capsys.readouterr().err
 
 
-def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
+def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     run_log.append_bytes(path, b"whole\n")
     real = os.write
 
-    def short(fd, data):
+    def short(fd: Any, data: Any) -> Any:
         if len(data) <= 4:
             raise OSError(errno.ENOSPC, "full")
         return real(fd, bytes(data[:4]))
@@ -381,7 +396,9 @@ def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
     assert path.read_bytes() == b"whole\n"
 
 
-def test_closing_raises_nothing_and_names_what_is_not_written(tmp_path, monkeypatch, capsys):
+def test_closing_raises_nothing_and_names_what_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     refusing = Refusing(monkeypatch)
     log = RunLog(tmp_path, quiet=True)
     refusing.on = True
@@ -393,7 +410,7 @@ def test_closing_raises_nothing_and_names_what_is_not_written(tmp_path, monkeypa
     assert line == f"Not written to {tmp_path}: metrics.jsonl, results.json, training.log."
 
 
-def test_rows_of_older_versions_are_read_under_today_s_names(tmp_path):
+def test_rows_of_older_versions_are_read_under_today_s_names(tmp_path: Path) -> None:
     """Breaks: curves of a run that an older version began."""
     old = [
         {"kind": "batch", "epoch": 0, "batch": 3, "step": 3, "d_acc": 0.5, "accuracy_delta": 0.5},
@@ -407,9 +424,11 @@ def test_rows_of_older_versions_are_read_under_today_s_names(tmp_path):
     ]
 
 
-def test_a_console_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
+def test_a_console_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Gone(io.StringIO):
-        def write(self, _):
+        def write(self, _: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(sys, "stdout", Gone())
@@ -421,15 +440,15 @@ def test_a_console_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
     assert "a warning" in (tmp_path / "training.log").read_text()
 
 
-def test_tensorboard_that_fails_ends_alone(train, monkeypatch):
+def test_tensorboard_that_fails_ends_alone(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
     class Board:
-        def add_scalar(self, *what):
+        def add_scalar(self, *what: Any) -> None:
             written.append(what)
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        def close(self):
+        def close(self) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_log, "_summary_writer", lambda: lambda folder: Board())
@@ -440,7 +459,7 @@ def test_tensorboard_that_fails_ends_alone(train, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_console_on_a_full_disk_leaves_the_exit_code_alone():
+def test_a_console_on_a_full_disk_leaves_the_exit_code_alone() -> None:
     """Breaks: Python's own flush at the end turns every code into 120."""
     code = "import command_line; print('x'); command_line.leave(6)"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -470,7 +489,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_between_rows_costs_the_damaged_lines_alone(tmp_path, kind, capsys):
+def test_damage_between_rows_costs_the_damaged_lines_alone(
+    tmp_path: Path, kind: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Breaks: a reader that trusts what a line holds."""
     row = '{{"kind": "batch", "epoch": 0, "batch": {}, "minutes": 1.0, "loss": 2.0}}\n'
     path = tmp_path / "metrics.jsonl"
@@ -486,7 +507,7 @@ def test_damage_between_rows_costs_the_damaged_lines_alone(tmp_path, kind, capsy
     assert f"metrics.jsonl: {words} dropped" in capsys.readouterr().err
 
 
-def test_damage_of_every_kind_at_once_stops_no_resume(train):
+def test_damage_of_every_kind_at_once_stops_no_resume(train: Any) -> None:
     first = train(*SMALL)
     whole = (first.folder / "metrics.jsonl").read_bytes()
     damage = b"".join(text for name, text in DAMAGE.items() if name != "torn")
@@ -502,7 +523,7 @@ def test_damage_of_every_kind_at_once_stops_no_resume(train):
     assert (first.folder / "metrics.jsonl").read_bytes() == whole
 
 
-def test_a_folder_in_the_place_of_metrics_stops_no_resume(train):
+def test_a_folder_in_the_place_of_metrics_stops_no_resume(train: Any) -> None:
     first = train(*SMALL)
     (first.folder / "metrics.jsonl").unlink()
     (first.folder / "metrics.jsonl").mkdir()
@@ -513,15 +534,15 @@ def test_a_folder_in_the_place_of_metrics_stops_no_resume(train):
 
 
 def test_rows_wait_until_the_old_ones_after_the_resumed_place_are_gone(
-    tmp_path, monkeypatch, capsys
-):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Breaks: new rows behind old ones of the same batches, or dropped together with them."""
     log = RunLog(tmp_path, quiet=True)
     for number in range(4):
         log.record({"kind": "batch", "epoch": 0, "batch": number, "loss": 0.0})
     log.flush()
 
-    def refuse(*_):
+    def refuse(*_: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     again = RunLog(tmp_path, quiet=True)
@@ -541,12 +562,12 @@ def test_rows_wait_until_the_old_ones_after_the_resumed_place_are_gone(
 
 
 @contextlib.contextmanager
-def validations(cells, exact=()):
+def validations(cells: Any, exact: Any = ()) -> Iterator[Any]:
     """Cell accuracy (and exact grids) of the validation after each epoch;
     0 of the untrained model."""
     real = trainloop.evaluate
 
-    def evaluate(run, *args, title="Validation", **options):
+    def evaluate(run: Any, *args: Any, title: Any = "Validation", **options: Any) -> Any:
         result = real(run, *args, title=title, **options)
         if title == "Untrained model":
             result["cell_accuracy"] = 0.0
@@ -570,7 +591,7 @@ def best_of(folder: Path) -> tuple[int, float]:
 def failing_links(monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
     real, calls = FileSystem.link, []
 
-    def link(self, source, target):
+    def link(self, source: Any, target: Any) -> None:
         calls.append(1)
         if len(calls) in numbers:
             raise OSError(errno.EIO, "Input/output error")
@@ -579,7 +600,9 @@ def failing_links(monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
     monkeypatch.setattr(FileSystem, "link", link)
 
 
-def test_a_best_model_that_could_not_be_saved_is_no_record(train, monkeypatch):
+def test_a_best_model_that_could_not_be_saved_is_no_record(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks: the record is raised before the file is there, and keeps the next good ones out."""
     failing_links(monkeypatch, {2})
     with validations([0.2, 0.6, 0.4]):
@@ -590,7 +613,9 @@ def test_a_best_model_that_could_not_be_saved_is_no_record(train, monkeypatch):
     assert outcome.run.progress.best == 0.4
 
 
-def test_the_last_best_model_is_tried_again_at_the_end_of_the_run(train, monkeypatch):
+def test_the_last_best_model_is_tried_again_at_the_end_of_the_run(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failing_links(monkeypatch, {2})
     with validations([0.2, 0.6]):
         outcome = train(*SHORT, "--epochs", 2)
@@ -599,7 +624,9 @@ def test_the_last_best_model_is_tried_again_at_the_end_of_the_run(train, monkeyp
     assert best_of(outcome.folder) == (1, 0.6)
 
 
-def test_a_damaged_best_model_is_written_again_though_the_epoch_is_below_the_record(train):
+def test_a_damaged_best_model_is_written_again_though_the_epoch_is_below_the_record(
+    train: Any,
+) -> None:
     with validations([0.6, 0.2]):
         first = train(*SHORT, "--epochs", 2)
     path = first.folder / "best_model.pt"
@@ -614,7 +641,9 @@ def test_a_damaged_best_model_is_written_again_though_the_epoch_is_below_the_rec
     assert best_of(first.folder) == (2, 0.3)
 
 
-def test_a_best_model_that_a_kill_prevented_is_written_by_the_resume(train, monkeypatch):
+def test_a_best_model_that_a_kill_prevented_is_written_by_the_resume(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The state as if killed between the checkpoint of an epoch's end and best_model.pt."""
     with validations([0.2, 0.6]):
         first = train(*SHORT, "--epochs", 2)
@@ -627,7 +656,7 @@ def test_a_best_model_that_a_kill_prevented_is_written_by_the_resume(train, monk
     assert again.run.progress.best == 0.6
 
 
-def test_values_of_two_metrics_are_never_compared(train):
+def test_values_of_two_metrics_are_never_compared(train: Any) -> None:
     """Breaks: the record of the old metric is the bar for the new one."""
     with validations([0.6, 0.6], exact=[0, 0]):
         first = train(*SHORT, "--epochs", 2, "--best_metric", "cell_accuracy")
@@ -652,7 +681,9 @@ def ask_python() -> None:
 
 
 @pytest.mark.parametrize("ask", [ask_torch, ask_python])
-def test_memory_of_the_cpu_that_runs_out_exits_4_with_what_to_do(train, capsys, ask):
+def test_memory_of_the_cpu_that_runs_out_exits_4_with_what_to_do(
+    train: Any, capsys: pytest.CaptureFixture[str], ask: Any
+) -> None:
     with at_steps({1: ask}):
         outcome = train(*SMALL)
     assert outcome.code == EXIT_MEMORY
@@ -664,8 +695,10 @@ def test_memory_of_the_cpu_that_runs_out_exits_4_with_what_to_do(train, capsys, 
     assert "Use a smaller --batch_size." in capsys.readouterr().err
 
 
-def test_memory_that_runs_out_in_the_writer_thread_exits_4(train, monkeypatch):
-    def full(*_, **__):
+def test_memory_that_runs_out_in_the_writer_thread_exits_4(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise MemoryError("no memory for the copy")
 
     monkeypatch.setattr(saving, "write_checkpoint_file", full)
@@ -674,7 +707,9 @@ def test_memory_that_runs_out_in_the_writer_thread_exits_4(train, monkeypatch):
     assert "out of memory: no memory for the copy. Use" in last_line(outcome.err)
 
 
-def test_too_little_memory_to_load_a_good_checkpoint_harms_no_file(train, monkeypatch):
+def test_too_little_memory_to_load_a_good_checkpoint_harms_no_file(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks: a file whose seal is intact goes to quarantine because memory was short."""
     first = train(*SMALL)
     before = sorted(p.name for p in (first.folder / "checkpoints").iterdir())
@@ -685,7 +720,7 @@ def test_too_little_memory_to_load_a_good_checkpoint_harms_no_file(train, monkey
     assert sorted(p.name for p in (first.folder / "checkpoints").iterdir()) == before
 
 
-def test_other_errors_are_no_want_of_memory():
+def test_other_errors_are_no_want_of_memory() -> None:
     for error in (RuntimeError("shape"), OSError(errno.ENOSPC, "full"), ValueError("memory")):
         assert memory_message(error, "Buy more.") is None
     wrapped = RuntimeError("the writer failed")
@@ -697,8 +732,8 @@ def test_other_errors_are_no_want_of_memory():
 
 
 def test_the_printed_command_is_quoted_complete_and_works_from_another_folder(
-    tasks_file, tmp_path, monkeypatch
-):
+    tasks_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks: unquoted names, relative paths, --threads, --offline,
     --quiet or the backup left out."""
     home = tmp_path / "my work"
@@ -730,7 +765,7 @@ def test_the_printed_command_is_quoted_complete_and_works_from_another_folder(
     assert not list(elsewhere.iterdir())
 
 
-def test_with_absolute_paths_the_command_needs_no_folder(train):
+def test_with_absolute_paths_the_command_needs_no_folder(train: Any) -> None:
     with at_steps({2: lambda: signal.raise_signal(signal.SIGINT)}):
         stopped = train(*SMALL)
     words = shlex.split(last_line(stopped.out))
@@ -741,7 +776,7 @@ def test_with_absolute_paths_the_command_needs_no_folder(train):
 # ---------------------------------------------------------------- one writer
 
 
-def test_a_second_process_writes_nothing_before_it_holds_the_lock(train):
+def test_a_second_process_writes_nothing_before_it_holds_the_lock(train: Any) -> None:
     """Breaks: the banner of a refused process in the log of the running one."""
     first = train(*SMALL)
 

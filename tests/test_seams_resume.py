@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,7 @@ def test_every_flag_has_a_meaning_on_a_resume():
 @pytest.mark.parametrize("action", flags(), ids=lambda action: action.dest)
 def test_a_changed_flag_is_told_as_the_table_says(action):
     rules = resume_rules.RULES
+    now: dict[str, Any]
     now = {name: "before" for name, meaning in rules.items() if meaning != "process"}
     now |= {"data_sha256": "1" * 64, "in_use": {"precision": "float32"}}
     assert resume_rules.compare(now, now) == resume_rules.Changes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from size_rules import DEMONSTRATION_RULE_NAMES, canvas_bound, demonstration_rules
 
 
-def slow_rules(ins, outs, query, axis):
+def slow_rules(ins: Any, outs: Any, query: Any, axis: Any) -> Any:
     """The demonstration rules of one axis, spelled out."""
     wanted = [o[axis] for o in outs]
     values = dict.fromkeys(DEMONSTRATION_RULE_NAMES, 0)
@@ -40,7 +42,7 @@ sizes = st.tuples(side, side)
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(sizes, sizes, st.booleans()), max_size=4), sizes, st.integers(1, 4))
-def test_demonstration_rules_against_the_slow_way(demos, query, factor):
+def test_demonstration_rules_against_the_slow_way(demos: Any, query: Any, factor: Any) -> None:
     demos = [(a, (b if k else (a[0] * factor, a[1] + 1)), k) for a, b, k in demos]
     ins = np.array([[a for a, _, _ in demos]], np.int64).reshape(1, -1, 2)
     outs = np.array([[b for _, b, _ in demos]], np.int64).reshape(1, -1, 2)
@@ -52,12 +54,12 @@ def test_demonstration_rules_against_the_slow_way(demos, query, factor):
         assert got[0, axis].tolist() == wanted
 
 
-def test_canvas_bound():
+def test_canvas_bound() -> None:
     candidates = np.array([[3, 9, 30], [0, 4, 5]])
     outs = np.array([[2, 6], [2, 7]])
     own = np.array([1, 2])
 
-    def bound(support):
+    def bound(support: Any) -> Any:
         return canvas_bound(candidates, np.array(support, np.float32), outs, own).tolist()
 
     assert bound([[1, 1, 0.5], [1, 1, 0]]) == [9, 4]  # an absent full candidate says nothing

@@ -337,11 +337,13 @@ def test_the_best_model_is_loaded_with_the_page_s_own_optimizer(home: Path) -> N
 
 
 def test_an_optimizer_with_the_same_groups_but_of_another_kind(home: Path) -> None:
-    *modules, ours, _ = load_modules("runs")
+    agent, qwen, solver2, efe_loss, policy_rl, ours, _ = load_modules("runs")
     groups = [{"params": group["params"]} for group in ours.param_groups]
     other = torch.optim.Adam(groups, lr=1e-5)
     persistence = ModelPersistence("runs/arc_complete_latest", on_message=lambda _: None)
-    metadata = persistence.load_checkpoint(max(persistence.checkpoints), *modules, other)
+    metadata = persistence.load_checkpoint(
+        max(persistence.checkpoints), agent, qwen, solver2, efe_loss, policy_rl, other
+    )
     assert metadata["optimizer"].startswith("left out: it was saved by another kind of optimizer")
     assert not other.state
 

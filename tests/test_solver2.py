@@ -4,6 +4,7 @@ and what it never holds."""
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -16,25 +17,25 @@ WIDTH = 8
 
 
 @pytest.fixture
-def memory():
+def memory() -> Any:
     torch.manual_seed(0)
     return Solver2(5, WIDTH, n_task_tokens=3, capacity=4, n_retrieved=2)
 
 
-def long(*values):
+def long(*values: Any) -> Any:
     return torch.tensor(values, dtype=torch.long)
 
 
-def yes(*values):
+def yes(*values: Any) -> Any:
     return torch.tensor([bool(v) for v in values])
 
 
-def unit(*places):
+def unit(*places: Any) -> Any:
     """Rows that are unit vectors along these channels."""
     return torch.eye(WIDTH)[list(places)]
 
 
-def store(memory, places, tasks, keep=None, accuracy=0.5):
+def store(memory: Any, places: Any, tasks: Any, keep: Any = None, accuracy: Any = 0.5) -> None:
     keep = [True] * len(places) if keep is None else keep
     memory.store(unit(*places), long(*tasks), torch.full((len(places),), accuracy), yes(*keep))
 
@@ -42,13 +43,13 @@ def store(memory, places, tasks, keep=None, accuracy=0.5):
 # ---------------------------------------------------------------- tokens
 
 
-def test_tokens_have_the_shape_of_task_view_and_retrieved_ones(memory):
+def test_tokens_have_the_shape_of_task_view_and_retrieved_ones(memory: Any) -> None:
     tokens, mask = memory.tokens(long(0, 4), long(0, 7), yes(1, 1), torch.randn(2, WIDTH))
     assert tokens.shape == (2, 3 + 1 + 2, WIDTH)
     assert mask.tolist() == [[True] * 4 + [False] * 2] * 2  # the bank is empty
 
 
-def test_known_tasks_have_their_own_tokens_and_others_the_unknown_ones(memory):
+def test_known_tasks_have_their_own_tokens_and_others_the_unknown_ones(memory: Any) -> None:
     with torch.no_grad():
         memory.unknown.fill_(7.0)
     task, keep = long(2, -1, 2), yes(1, 1, 0)
@@ -58,7 +59,7 @@ def test_known_tasks_have_their_own_tokens_and_others_the_unknown_ones(memory):
     assert (tokens[2, :3] == 7.0).all()
 
 
-def test_every_dihedral_view_has_its_token(memory):
+def test_every_dihedral_view_has_its_token(memory: Any) -> None:
     view = torch.arange(N_VIEWS)
     tokens, _ = memory.tokens(
         torch.full((N_VIEWS,), -1), view, torch.ones(N_VIEWS, dtype=torch.bool), torch.zeros(8, 8)
@@ -66,7 +67,7 @@ def test_every_dihedral_view_has_its_token(memory):
     assert torch.equal(tokens[:, 3], memory.view_tokens.weight)
 
 
-def test_gradient_reaches_every_parameter(memory):
+def test_gradient_reaches_every_parameter(memory: Any) -> None:
     store(memory, [0], [4])
     tokens, mask = memory.tokens(long(0, -1), long(0, 1), yes(1, 1), torch.ones(2, WIDTH))
     ((tokens + 1.0) * mask.unsqueeze(-1)).square().sum().backward()
@@ -75,13 +76,13 @@ def test_gradient_reaches_every_parameter(memory):
         assert p.grad.abs().sum() > 0, name
 
 
-def test_without_memory_there_are_no_retrieved_tokens():
+def test_without_memory_there_are_no_retrieved_tokens() -> None:
     memory = Solver2(5, WIDTH, n_task_tokens=3, use_memory=False)
     tokens, _ = memory.tokens(long(0), long(0), yes(1), torch.zeros(1, WIDTH))
     assert tokens.shape == (1, 4, WIDTH)
 
 
-def test_a_run_without_known_tasks_still_builds():
+def test_a_run_without_known_tasks_still_builds() -> None:
     memory = Solver2(0, WIDTH)
     tokens, _ = memory.tokens(long(-1), long(0), yes(1), torch.zeros(1, WIDTH))
     assert torch.isfinite(tokens).all()
@@ -90,7 +91,7 @@ def test_a_run_without_known_tasks_still_builds():
 # ---------------------------------------------------------------- the bank
 
 
-def test_retrieval_takes_the_most_alike_of_other_tasks(memory):
+def test_retrieval_takes_the_most_alike_of_other_tasks(memory: Any) -> None:
     store(memory, [0, 1, 2], [0, 1, 2])
     query = unit(0) + 0.5 * unit(1) + 0.2 * unit(2)
     found, mask = memory.retrieve(query, long(3))
@@ -101,7 +102,7 @@ def test_retrieval_takes_the_most_alike_of_other_tasks(memory):
         torch.testing.assert_close(found[0, slot], expected)
 
 
-def test_a_task_s_own_entry_is_never_given_back(memory):
+def test_a_task_s_own_entry_is_never_given_back(memory: Any) -> None:
     """However alike: the next best comes first, and its weight is its own likeness."""
     store(memory, [0, 1, 2], [0, 1, 2])
     query = unit(0) + 0.5 * unit(1) + 0.2 * unit(2)
@@ -118,19 +119,19 @@ def test_a_task_s_own_entry_is_never_given_back(memory):
     assert torch.count_nonzero(found) == 0
 
 
-def test_unseen_tasks_may_retrieve_every_entry(memory):
+def test_unseen_tasks_may_retrieve_every_entry(memory: Any) -> None:
     store(memory, [0], [-1])
     _, mask = memory.retrieve(unit(0), long(-1))
     assert mask.tolist() == [[True, False]]
 
 
-def test_entries_pointing_away_are_given_no_weight(memory):
+def test_entries_pointing_away_are_given_no_weight(memory: Any) -> None:
     store(memory, [0], [1])
     found, _ = memory.retrieve(-unit(0), long(2))
     assert torch.count_nonzero(found) == 0
 
 
-def test_store_keeps_what_it_is_told_and_counts_it(memory):
+def test_store_keeps_what_it_is_told_and_counts_it(memory: Any) -> None:
     assert memory.n_updates == 0
     store(memory, [0, 1, 2], [0, 1, 2], keep=[1, 0, 1], accuracy=0.75)
     assert memory.n_updates == 2
@@ -139,7 +140,7 @@ def test_store_keeps_what_it_is_told_and_counts_it(memory):
     assert memory.scores.tolist() == [0.75, 0.75, 0.0, 0.0]
 
 
-def test_a_task_that_comes_again_replaces_its_entry(memory):
+def test_a_task_that_comes_again_replaces_its_entry(memory: Any) -> None:
     store(memory, [0, 1], [0, 1])
     store(memory, [5], [0], accuracy=0.9)
     assert memory.owners.tolist() == [0, 1, -2, -2]
@@ -147,7 +148,7 @@ def test_a_task_that_comes_again_replaces_its_entry(memory):
     assert memory.counters.tolist() == [2, 3]  # two slots used, three updates
 
 
-def test_a_full_bank_replaces_the_oldest(memory):
+def test_a_full_bank_replaces_the_oldest(memory: Any) -> None:
     store(memory, [0, 1, 2, 3], [0, 1, 2, 3])
     store(memory, [4], [4])
     assert memory.owners.tolist() == [4, 1, 2, 3]
@@ -155,7 +156,7 @@ def test_a_full_bank_replaces_the_oldest(memory):
     assert memory.owners.tolist() == [4, -1, -1, 3]
 
 
-def test_the_bank_takes_no_gradient_and_no_graph(memory):
+def test_the_bank_takes_no_gradient_and_no_graph(memory: Any) -> None:
     summary = torch.ones(1, WIDTH, requires_grad=True)
     memory.store(summary * 2, long(0), torch.ones(1), yes(1))
     assert not memory.keys.requires_grad
@@ -164,7 +165,7 @@ def test_the_bank_takes_no_gradient_and_no_graph(memory):
     assert summary.grad is None
 
 
-def test_state_dict_carries_the_bank(memory):
+def test_state_dict_carries_the_bank(memory: Any) -> None:
     store(memory, [0, 1], [0, 1])
     other = Solver2(5, WIDTH, n_task_tokens=3, capacity=4, n_retrieved=2)
     other.load_state_dict(copy.deepcopy(memory.state_dict()))
@@ -175,7 +176,7 @@ def test_state_dict_carries_the_bank(memory):
     assert torch.equal(a[1], b[1])
 
 
-def test_the_bank_has_no_room_for_grids(memory):
+def test_the_bank_has_no_room_for_grids(memory: Any) -> None:
     shapes = {name: tuple(b.shape) for name, b in memory.named_buffers()}
     assert shapes == {
         **{"keys": (4, WIDTH), "owners": (4,), "scores": (4,), "counters": (2,)},
@@ -187,14 +188,14 @@ def test_the_bank_has_no_room_for_grids(memory):
 # ---------------------------------------------------------------- arms that were right, recalled
 
 
-def prints(*places):
+def prints(*places: Any) -> Any:
     """Fingerprints (N, N_CONTROL) far apart, one per place."""
     found = torch.zeros(len(places), N_CONTROL)
     found[range(len(places)), list(places)] = 10.0
     return found
 
 
-def shares(*values):
+def shares(*values: Any) -> Any:
     """(N, N_ARM_SLOTS): these for arm 0, arm 1 ..., -1 for the rest."""
     found = torch.full((len(values), N_ARM_SLOTS), -1.0)
     for row, of_task in enumerate(values):
@@ -202,7 +203,7 @@ def shares(*values):
     return found
 
 
-def test_recall_is_right_over_tried_of_the_tasks_alike():
+def test_recall_is_right_over_tried_of_the_tasks_alike() -> None:
     """Breaks: untried arms counted as wrong, or as 0; entries of the empty bank counted."""
     memory = Solver2(9, WIDTH, capacity=64)
     nothing = memory.recall(prints(0), long(8))
@@ -214,7 +215,7 @@ def test_recall_is_right_over_tried_of_the_tasks_alike():
     assert (found[2:] == -1).all()
 
 
-def test_recall_asks_the_tasks_most_alike_alone():
+def test_recall_asks_the_tasks_most_alike_alone() -> None:
     """Breaks: the farthest asked, or all."""
     memory = Solver2(99, WIDTH, capacity=64)
     near = prints(*[0] * N_ALIKE) + 0.01 * torch.arange(N_ALIKE)[:, None]
@@ -223,7 +224,7 @@ def test_recall_asks_the_tasks_most_alike_alone():
     assert memory.recall(prints(0, 5), long(90, 91))[:, 0].tolist() == [1.0, 0.0]
 
 
-def test_a_task_s_own_arms_are_never_recalled():
+def test_a_task_s_own_arms_are_never_recalled() -> None:
     """Breaks: the own task among the tasks alike."""
     memory = Solver2(9, WIDTH, capacity=64)
     memory.store_arms(prints(0, 1), long(3, 4), shares([1.0], [0.0]))
@@ -234,14 +235,14 @@ def test_a_task_s_own_arms_are_never_recalled():
     assert Solver2(9, WIDTH, use_memory=False).recall(prints(0), long(3))[0, 0] == -1
 
 
-def test_without_memory_no_arm_is_recalled():
+def test_without_memory_no_arm_is_recalled() -> None:
     """Breaks: --no_memory that remembers."""
     memory = Solver2(9, WIDTH, use_memory=False)
     memory.store_arms(prints(0), long(3), shares([1.0]))
     assert (memory.recall(prints(0), long(4)) == -1).all()
 
 
-def test_a_task_that_comes_again_replaces_its_arms_and_a_full_bank_the_oldest():
+def test_a_task_that_comes_again_replaces_its_arms_and_a_full_bank_the_oldest() -> None:
     """Breaks: entries doubled, so that a task that comes often outweighs the others."""
     memory = Solver2(99, WIDTH, capacity=4)
     memory.store_arms(prints(0, 1), long(3, 4), shares([1.0], [1.0]))

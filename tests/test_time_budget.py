@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
+import pytest
 from conftest import work_moves_the_clock
 
 from time_budget import FINAL_RESERVE_S
 
 
-def test_a_time_budget_ends_the_run_with_the_learning_rate_at_zero(train):
+def test_a_time_budget_ends_the_run_with_the_learning_rate_at_zero(train: Any) -> None:
     outcome = train("--schedule_batches", "6:10", "--warmup_batches", 2, "--qwen_train", "frozen")
     assert outcome.code == 0, outcome.err
     factors = [row["lr_factor"] for row in outcome.rows("batch")]
     assert factors == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
-def test_a_run_that_time_cut_short_is_repeated_and_resumed_to_the_same_batch(train):
+def test_a_run_that_time_cut_short_is_repeated_and_resumed_to_the_same_batch(train: Any) -> None:
     whole = train("--schedule_batches", "6:10:8", "--save_every", 3)
     assert whole.code == 0, whole.err
     assert [row["lr_factor"] for row in whole.rows("batch")] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75]
@@ -33,7 +35,9 @@ def test_a_run_that_time_cut_short_is_repeated_and_resumed_to_the_same_batch(tra
     assert "schedule_batches" in other.err
 
 
-def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(train, monkeypatch):
+def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a clock that the work moves: a step takes a second, a batch of predictions as long."""
     clock = work_moves_the_clock(monkeypatch)
     quick = ("--seed", 3, "--planning_steps", 2, "--batch_size", 3, "--hypotheses", "on")

@@ -257,8 +257,8 @@ def test_a_row_of_metrics_has_every_figure_of_the_step(reference):
             assert math.isfinite(row[name]), name
         assert row["policy_std"] > 0
         assert row["policy_grad"] > 0
-    parts = [p for p in loss_function.PARTS if p != "size"]
-    assert all(any(row[f"efe_{p}"] > 0 for row in reference.rows("batch")) for p in parts)
+    extras = [p for p in loss_function.PARTS if p != "size"]
+    assert all(any(row[f"efe_{p}"] > 0 for row in reference.rows("batch")) for p in extras)
 
 
 def test_early_stops_show_in_steps_saved_and_leave_training_alone(train):
@@ -726,7 +726,7 @@ def test_bit_the_backward_model_learns_from_the_true_output_alone(fresh_run):
     def look(*_):
         for name in ("backward_logits", "backward_logits_true"):
             loss = seen[name].square().sum()
-            kwargs = {"allow_unused": True, "retain_graph": True}
+            kwargs: dict[str, Any] = {"allow_unused": True, "retain_graph": True}
             grads = torch.autograd.grad(loss, weights, **kwargs)
             agent = torch.autograd.grad(loss, [run.system.agent.rule.gain], **kwargs)
             found.append(

@@ -45,7 +45,7 @@ from qwen_hybrid_prompt import build_qwen_prompt
 # ---------------------------------------------------------------- refinement and second answer
 
 
-def test_the_second_answer_reads_the_refined_tokens(ready):
+def test_the_second_answer_reads_the_refined_tokens(ready: Any) -> None:
     """Breaks: the second answer is given the old tokens (reward 0 for ever)."""
     step = ready()
     step.take()
@@ -59,7 +59,7 @@ def test_the_second_answer_reads_the_refined_tokens(ready):
     assert refined.info.step is not None
 
 
-def test_training_takes_every_planning_step(ready):
+def test_training_takes_every_planning_step(ready: Any) -> None:
     """Breaks: the early stop of prediction in training."""
     step = ready("--stop_confidence", 0)
     step.take()
@@ -68,7 +68,7 @@ def test_training_takes_every_planning_step(ready):
     assert len(step.one("forward").given["logits"]) == 5
 
 
-def test_the_policy_sees_the_first_answer_and_then_the_second(ready):
+def test_the_policy_sees_the_first_answer_and_then_the_second(ready: Any) -> None:
     """Breaks: the policy's state is of another answer, or the next state is the state."""
     step = ready()
     rl = step.run.system.policy_rl.rl
@@ -87,7 +87,7 @@ def test_the_policy_sees_the_first_answer_and_then_the_second(ready):
     assert torch.equal(update["reward"], step.one("compute_reward").result[0])
 
 
-def test_the_policy_s_noise_follows_seed_epoch_and_batch(ready):
+def test_the_policy_s_noise_follows_seed_epoch_and_batch(ready: Any) -> None:
     """Breaks: refinement or task dropping drawn from a constant, or without the seed."""
     step = ready("--no_memory", "--planning_steps", 1)
     step.keep_gradients()
@@ -106,7 +106,7 @@ def test_the_policy_s_noise_follows_seed_epoch_and_batch(ready):
     assert kept[0] == kept[-1]
 
 
-def test_half_of_the_tasks_go_without_their_tokens_as_a_whole(ready):
+def test_half_of_the_tasks_go_without_their_tokens_as_a_whole(ready: Any) -> None:
     """Breaks: task tokens always or never dropped, per query, or by a constant draw."""
     step = ready("--policy", "off", "--planning_steps", 1)
     step.keep_gradients()
@@ -126,7 +126,7 @@ def test_half_of_the_tasks_go_without_their_tokens_as_a_whole(ready):
 # ---------------------------------------------------------------- the choice among proposals
 
 
-def test_the_choice_learns_from_what_every_candidate_would_have_earned(ready):
+def test_the_choice_learns_from_what_every_candidate_would_have_earned(ready: Any) -> None:
     """Breaks: candidates compared with the second answer, another target or size; rewards or
     exactness not those that are learnt from; the choice never learns."""
     step = ready(proposing=True)
@@ -158,15 +158,15 @@ def test_the_choice_learns_from_what_every_candidate_would_have_earned(ready):
         assert figures[name] == pytest.approx(float(value)), name
 
 
-def test_where_no_proposal_is_taken_the_first_answer_stands_and_learns(ready):
+def test_where_no_proposal_is_taken_the_first_answer_stands_and_learns(ready: Any) -> None:
     """Breaks: a second answer where nothing was proposed; a first answer without gradient; the
     policy that learns from queries whose prompt it did not change."""
-    slopes = []
+    slopes: list[Any] = []
 
-    def prepare(run, targets):
+    def prepare(run: Any, targets: Any) -> None:
         real = run.system.answer
 
-        def answer(reading, refinement=None, **given):
+        def answer(reading: Any, refinement: Any = None, **given: Any) -> Any:
             output = real(reading, refinement, **given)
             if refinement is None:
                 output.logits.register_hook(slopes.append)
@@ -196,7 +196,7 @@ def test_where_no_proposal_is_taken_the_first_answer_stands_and_learns(ready):
     assert (learns[stays] * cells[stays]).mean() > (learns[again] * cells[again]).mean()
 
 
-def test_the_policy_learns_from_the_queries_that_answered_again(ready):
+def test_the_policy_learns_from_the_queries_that_answered_again(ready: Any) -> None:
     """Breaks: prompts that nobody read with their change count as decisions that earned 0."""
     step = ready(proposing=True)
     step.take()
@@ -210,7 +210,7 @@ def test_the_policy_learns_from_the_queries_that_answered_again(ready):
     assert len(update["next_state"]) == len(again)
 
 
-def test_a_first_answer_that_was_followed_by_a_second_learns_at_its_weight(ready):
+def test_a_first_answer_that_was_followed_by_a_second_learns_at_its_weight(ready: Any) -> None:
     """Breaks: only what was answered with a proposal in sight is trained (the network forgets to
     answer by itself); another target, size or weight for it."""
     step = ready("--policy", "random", "--no_reward", proposing=True)
@@ -231,7 +231,7 @@ def test_a_first_answer_that_was_followed_by_a_second_learns_at_its_weight(ready
 
 
 @pytest.mark.parametrize("flags", [("--policy", "random"), ("--policy", "off")])
-def test_a_policy_that_is_not_on_learns_no_choice(ready, flags):
+def test_a_policy_that_is_not_on_learns_no_choice(ready: Any, flags: Any) -> None:
     """Breaks: the ablation that goes on learning."""
     step = ready(*flags, proposing=True)
     before = [p.detach().clone() for p in step.run.system.policy_rl.proposals.parameters()]
@@ -240,7 +240,7 @@ def test_a_policy_that_is_not_on_learns_no_choice(ready, flags):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_the_second_answer_takes_what_was_drawn(ready):
+def test_the_second_answer_takes_what_was_drawn(ready: Any) -> None:
     """Breaks: the first draw not carried out, or another one; the proposal of another query."""
     step = ready("--policy", "random", proposing=True)
     step.take()
@@ -268,7 +268,7 @@ def test_the_second_answer_takes_what_was_drawn(ready):
     assert torch.equal(given["reading"].sight.cells, step.one("read").result.sight.cells[again])
 
 
-def test_the_choice_follows_seed_epoch_and_batch(ready):
+def test_the_choice_follows_seed_epoch_and_batch(ready: Any) -> None:
     """Breaks: draws from a constant generator."""
     step = ready("--planning_steps", 1, proposing=True)
     step.keep_gradients()
@@ -284,7 +284,7 @@ def test_the_choice_follows_seed_epoch_and_batch(ready):
     assert len({str(d) for d in drawn}) >= 3
 
 
-def test_memory_is_told_which_arms_were_right(ready):
+def test_memory_is_told_which_arms_were_right(ready: Any) -> None:
     """Breaks: arms stored without being asked, under another task, or the own answer among them."""
     step = ready(proposing=True)
     step.take()
@@ -308,8 +308,8 @@ class Fitted:
 
     failed = None
 
-    def __init__(self, tasks, n_late=0):
-        self.asked = []
+    def __init__(self, tasks: Any, n_late: Any = 0) -> None:
+        self.asked: list[Any] = []
         self.found = {
             (t.task_id, i): e
             for t in tasks
@@ -321,27 +321,27 @@ class Fitted:
         }
         self.n_tasks, self.n_late = len(tasks), n_late
 
-    def collect(self, deadline=None, n_tasks=None, waiting=None):
+    def collect(self, deadline: Any = None, n_tasks: Any = None, waiting: Any = None) -> Any:
         n = self.n_tasks - (self.n_late if not self.asked and n_tasks is None else 0)
         self.asked.append((deadline, n_tasks))
         return dict(list(self.found.items())[: n if n_tasks is None else n_tasks])
 
-    def n_first(self):
+    def n_first(self) -> Any:
         return self.n_tasks  # those that came after the voting had begun, too
 
 
 @pytest.fixture
-def scored(ready, task_set, monkeypatch):
+def scored(ready: Any, task_set: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`scored(fitter, *flags)`: (results of `evaluate`, what `predict_tasks` was given each
     time)."""
 
-    def make(fitter, *flags, stop=None, **options):
+    def make(fitter: Any, *flags: Any, stop: Any = None, **options: Any) -> Any:
         step = ready(*flags)
         step.run.stop = stop
         given = []
         real = evaluation.predict_tasks
 
-        def predict(system, tasks, views, **rest):
+        def predict(system: Any, tasks: Any, views: Any, **rest: Any) -> Any:
             given.append({**rest, "tasks": tasks})
             return real(system, tasks, views, **rest)
 
@@ -354,7 +354,7 @@ def scored(ready, task_set, monkeypatch):
     return make
 
 
-def test_acceptance_asks_what_it_says(scored, task_set):
+def test_acceptance_asks_what_it_says(scored: Any, task_set: Any) -> None:
     """Breaks: --acceptance not passed on; the network asked where its score is not needed, or not
     asked."""
     fitter = Fitted(task_set.train)
@@ -374,7 +374,9 @@ def test_acceptance_asks_what_it_says(scored, task_set):
         assert set(voted["proposals"]) == {k for k, e in fitter.found.items() if e.hypotheses}
 
 
-def test_hypotheses_that_come_late_vote_and_both_numbers_are_told(scored, task_set):
+def test_hypotheses_that_come_late_vote_and_both_numbers_are_told(
+    scored: Any, task_set: Any
+) -> None:
     """Breaks: late hypotheses lost; the run's numbers do not repeat it."""
     until = time.monotonic() + 600
     fitter = Fitted(task_set.train, n_late=2)
@@ -392,12 +394,12 @@ def test_hypotheses_that_come_late_vote_and_both_numbers_are_told(scored, task_s
     assert same == result
 
 
-def test_a_stop_is_heeded_while_the_demonstrations_are_asked(scored, task_set):
+def test_a_stop_is_heeded_while_the_demonstrations_are_asked(scored: Any, task_set: Any) -> None:
     """Breaks: Ctrl+C that waits for a view of all doubtful tasks."""
     asked, answered = [], []
     real = evaluation.demonstration_scores
 
-    def demonstrations(system, tasks, **options):
+    def demonstrations(system: Any, tasks: Any, **options: Any) -> Any:
         asked.append(len(tasks))
         answered.append(real(system, tasks, **options))
         return answered[-1]
@@ -410,14 +412,14 @@ def test_a_stop_is_heeded_while_the_demonstrations_are_asked(scored, task_set):
     assert answered == []
 
 
-def stopped_after(n):
+def stopped_after(n: Any) -> Any:
     """Signals that ask to stop when they have been looked at n times."""
 
     class Signals:
         looked = 0
 
         @property
-        def requested(self):
+        def requested(self) -> Any:
             self.looked += 1
             return self.looked > n
 
@@ -428,15 +430,17 @@ def stopped_after(n):
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("off", None), ("bf16", torch.bfloat16)])
-def test_mixed_precision_is_on_where_it_was_asked_for(ready, task_set, amp, dtype):
+def test_mixed_precision_is_on_where_it_was_asked_for(
+    ready: Any, task_set: Any, amp: Any, dtype: Any
+) -> None:
     """Breaks: autocast never on (or always), in training or in evaluation."""
     seen: list[Any] = []
 
-    def prepare(run, _):
+    def prepare(run: Any, _: Any) -> None:
         for name in ("read", "answer", "refine", "backward", "backward_of"):
             real = getattr(run.system, name)
 
-            def call(*args, real=real, **options):
+            def call(*args: Any, real: Any = real, **options: Any) -> Any:
                 seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
                 return real(*args, **options)
 
@@ -453,7 +457,7 @@ def test_mixed_precision_is_on_where_it_was_asked_for(ready, task_set, amp, dtyp
     assert set(seen) == {dtype or False}
 
 
-def test_gradient_accumulation_averages(ready):
+def test_gradient_accumulation_averages(ready: Any) -> None:
     """Breaks: `loss / grad_accum` without the division, or by another number."""
     found = {}
     for n in (1, 3):
@@ -467,7 +471,7 @@ def test_gradient_accumulation_averages(ready):
         assert (found[3][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, name
 
 
-def test_every_learning_rate_follows_the_schedule(ready):
+def test_every_learning_rate_follows_the_schedule(ready: Any) -> None:
     """Breaks: the factor of warmup and decay is logged and not applied."""
     step = ready("--warmup_batches", 4, "--qwen_lr", 0.004)
     rates = []
@@ -482,13 +486,13 @@ def test_every_learning_rate_follows_the_schedule(ready):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_moves_no_weight_and_no_average(ready, where):
+def test_a_step_that_is_not_finite_moves_no_weight_and_no_average(ready: Any, where: Any) -> None:
     """Breaks: only the loss, or only the gradient, is looked at; the average takes the batch in."""
 
-    def prepare(run, _):
+    def prepare(run: Any, _: Any) -> None:
         real = run.system.efe_loss.forward
 
-        def forward(**given):
+        def forward(**given: Any) -> Any:
             parts = real(**given)
             if where == "loss":
                 return {**parts, "total": parts["total"] + float("inf")}
@@ -517,7 +521,7 @@ GRADIENTS = {  # figure -> the weights whose gradients it measures
 }
 
 
-def test_the_logged_gradient_norms_are_each_part_s_own(ready):
+def test_the_logged_gradient_norms_are_each_part_s_own(ready: Any) -> None:
     """Breaks: a constant, or another part's norm, in its place."""
     step = ready("--clip", 1e9)
     step.keep_gradients()
@@ -536,7 +540,7 @@ def test_the_logged_gradient_norms_are_each_part_s_own(ready):
     assert norms[1] > 1.5 * norms[0] > 0
 
 
-def test_gradient_norms_are_those_of_the_loss_also_between_two_steps(ready):
+def test_gradient_norms_are_those_of_the_loss_also_between_two_steps(ready: Any) -> None:
     """Breaks: norms of scaled gradients where the scaler has not yet taken its scale out."""
     step = ready(
         "--amp", "fp16", "--grad_accum", 2, "--policy", "off", "--no_memory", "--clip", 1e9
@@ -560,7 +564,7 @@ LINE = re.compile(
 )
 
 
-def test_the_batch_lines_and_summaries_say_the_figures_of_the_metrics(reference):
+def test_the_batch_lines_and_summaries_say_the_figures_of_the_metrics(reference: Any) -> None:
     """Breaks: a constant or another figure in the line; a summary of the last batch alone."""
     rows = {(row["epoch"], row["batch"]): row for row in reference.rows("batch")}
     lines = LINE.findall(reference.out)
@@ -588,7 +592,7 @@ def test_the_batch_lines_and_summaries_say_the_figures_of_the_metrics(reference)
             assert float(values[epoch]) == pytest.approx(mean, rel=6e-3, abs=6e-5), name
 
 
-def test_every_figure_of_the_batch_line_is_its_own(ready):
+def test_every_figure_of_the_batch_line_is_its_own(ready: Any) -> None:
     """Breaks: one figure in the place of another (of an untrained model many are 0)."""
     step = ready()
     figures = step.take() | {
@@ -617,7 +621,9 @@ class Terminal(io.StringIO):
 BAR = re.compile(r"Epoch 0: +\d+%\|[^|]*\| (\d+)/(\d+) \[")
 
 
-def test_a_terminal_shows_the_bar_and_a_resumed_one_goes_on_where_it_was(train, monkeypatch):
+def test_a_terminal_shows_the_bar_and_a_resumed_one_goes_on_where_it_was(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks: the bar never shown on a terminal, shown elsewhere, or begun at 0 on a resume."""
     flags = (
         "--max_batches", 3, "--val_pairs", 1, "--eval_views", 1, "--policy", "off",
@@ -645,11 +651,13 @@ def test_a_terminal_shows_the_bar_and_a_resumed_one_goes_on_where_it_was(train, 
 # ---------------------------------------------------------------- the headline
 
 
-def test_the_headline_is_scored_with_the_last_weights_and_their_average(train, monkeypatch):
+def test_the_headline_is_scored_with_the_last_weights_and_their_average(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks: results.json scored with the best checkpoint's weights, or with its average."""
     seen: list[dict[str, Any]] = []
 
-    def predict(system, *args, **options):
+    def predict(system: Any, *args: Any, **options: Any) -> Any:
         seen.append(
             {
                 f"{module}.{name}": value.detach().clone()
@@ -667,7 +675,7 @@ def test_the_headline_is_scored_with_the_last_weights_and_their_average(train, m
     assert (best["epoch"], last["epoch"]) == (0, 1)
     assert len(seen) == 4  # untrained, two validations, the headline
 
-    def as_evaluated(file):
+    def as_evaluated(file: Any) -> Any:
         found = {
             f"{module}.{name}": value
             for module in ("agent", "qwen", "solver2", "efe_loss", "policy_rl")
@@ -687,7 +695,7 @@ def test_the_headline_is_scored_with_the_last_weights_and_their_average(train, m
     assert any(not torch.equal(headline[n], raw[n]) for n in raw)
 
 
-def test_the_headline_is_of_all_test_pairs_and_validation_of_the_subset(train):
+def test_the_headline_is_of_all_test_pairs_and_validation_of_the_subset(train: Any) -> None:
     """Breaks: the headline on the validation subset; validation of whole tasks, not of the
     pairs."""
     data = write_tasks(train.folder / "two.json", make_tasks(("flip", "same", "swap"), n_tests=2))
@@ -703,14 +711,14 @@ def test_the_headline_is_of_all_test_pairs_and_validation_of_the_subset(train):
 
 @pytest.mark.parametrize("seed", [0, 4])
 def test_evaluation_knows_the_training_tasks_the_views_and_the_seed(
-    ready, task_set, monkeypatch, seed
-):
+    ready: Any, task_set: Any, monkeypatch: pytest.MonkeyPatch, seed: Any
+) -> None:
     """Breaks: evaluation without the tasks' own tokens, with other views, or blind to the seed."""
     step = ready("--seed", seed)
     given: dict[str, Any] = {}
     real = evaluation.predict_tasks
 
-    def predict(system, tasks, views, **options):
+    def predict(system: Any, tasks: Any, views: Any, **options: Any) -> Any:
         given.update(options, tasks=tasks, views=views)
         return real(system, tasks, views, **options)
 
@@ -731,7 +739,7 @@ def test_evaluation_knows_the_training_tasks_the_views_and_the_seed(
     assert result["batches_done"] == len(asked) == 1  # --vote_batches: the first view alone
 
 
-def test_predictions_do_not_hang_on_the_generator_with_the_policy_on(proposing):
+def test_predictions_do_not_hang_on_the_generator_with_the_policy_on(proposing: Any) -> None:
     """Breaks: evaluation samples an action or a proposal in place of taking the preferred one."""
     system = lively_system()
     a, b = (
@@ -747,10 +755,10 @@ def test_predictions_do_not_hang_on_the_generator_with_the_policy_on(proposing):
 # ---------------------------------------------------------------- seeds
 
 
-def test_another_seed_shows_the_tasks_in_other_views_and_so_does_another_epoch(train):
+def test_another_seed_shows_the_tasks_in_other_views_and_so_does_another_epoch(train: Any) -> None:
     """Breaks: views that ignore --seed or the epoch."""
 
-    def views(seed, epoch):
+    def views(seed: Any, epoch: Any) -> Any:
         run = train("--dry_run", "--seed", seed).run
         shown = {}
         for position in range(run.stream.n_batches(epoch)):
@@ -813,7 +821,7 @@ FLAGS: list[tuple[tuple[Any, ...], Callable[[Any], Any], Any]] = [
 @pytest.mark.parametrize(
     ("flags", "found", "expected"), FLAGS, ids=[" ".join(map(str, row[0])) for row in FLAGS]
 )
-def test_a_flag_reaches_what_it_names(train, flags, found, expected):
+def test_a_flag_reaches_what_it_names(train: Any, flags: Any, found: Any, expected: Any) -> None:
     """Breaks: a flag that is parsed and not passed on (`--qwen_cache_interval` was one)."""
     if flags == ("--batch_size", 3):
         flags = ("--batch_size", 3, "--views", "off")
@@ -822,7 +830,7 @@ def test_a_flag_reaches_what_it_names(train, flags, found, expected):
     assert found(outcome.run) == expected
 
 
-def test_large_tasks_come_up_less_often_by_cost_power(train):
+def test_large_tasks_come_up_less_often_by_cost_power(train: Any) -> None:
     """Breaks: --cost_power not passed on."""
     data = write_tasks(train.folder / "l.json", make_tasks(["same", "flip"] * 8, sides=(14, 15)))
     n = [
@@ -832,7 +840,7 @@ def test_large_tasks_come_up_less_often_by_cost_power(train):
     assert n[1] < 0.6 * n[0]
 
 
-def test_what_the_cache_holds_is_not_read_again_in_another_view(train):
+def test_what_the_cache_holds_is_not_read_again_in_another_view(train: Any) -> None:
     """Breaks: --qwen_cache_interval not passed on, a cache that training does not ask, or one that
     knows a pair in one view only."""
     for interval, expected in ((1, True), (9, False)):
@@ -847,7 +855,7 @@ def test_what_the_cache_holds_is_not_read_again_in_another_view(train):
             assert bool(read) == (expected or epoch == 0)
 
 
-def test_auto_is_the_device_that_is_there(train, monkeypatch):
+def test_auto_is_the_device_that_is_there(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks: --device auto says cuda without one, or is not the default."""
     for there, expected in ((False, "cpu"), (True, "cuda")):
         with monkeypatch.context() as patch:
@@ -863,7 +871,7 @@ def test_auto_is_the_device_that_is_there(train, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def saved(tasks_file, tmp_path_factory):
+def saved(tasks_file: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run of six batches with a checkpoint after each; read it, do not change it."""
     script = Script(tmp_path_factory.mktemp("saved"), tasks_file)
     outcome = script(*SAVED)
@@ -877,7 +885,7 @@ SAVED = (
 )  # fmt: skip
 
 
-def test_five_checkpoints_are_kept_by_default(saved):
+def test_five_checkpoints_are_kept_by_default(saved: Any) -> None:
     """Breaks: another default of --max_checkpoints, or --save_every not passed on."""
     assert trainloop.parse_arguments([]).max_checkpoints == 5
     assert trainloop.parse_arguments([]).save_every == 50
@@ -885,7 +893,7 @@ def test_five_checkpoints_are_kept_by_default(saved):
     assert len(list((saved.folder / "checkpoints").glob("*.pt"))) == 5
 
 
-def test_the_best_model_is_best_by_the_metric_that_was_asked_for(saved):
+def test_the_best_model_is_best_by_the_metric_that_was_asked_for(saved: Any) -> None:
     """Breaks: --best_metric ignored."""
     best = json.loads((saved.folder / "best_metadata.json").read_text())
     assert "cell_accuracy" in json.dumps(best.get("metric_name", best.get("metric")))
@@ -893,11 +901,13 @@ def test_the_best_model_is_best_by_the_metric_that_was_asked_for(saved):
     assert saved.run.progress.best == row["cell_accuracy"] != row["accuracy_delta"]
 
 
-def test_a_later_epoch_is_the_best_by_the_metric_that_was_asked_for(train, monkeypatch):
+def test_a_later_epoch_is_the_best_by_the_metric_that_was_asked_for(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks: epochs compared by another metric than the record's."""
     real, shares = trainloop.evaluate, iter((0.5, 0.6, 0.7, 0.7))
 
-    def evaluate(*args, **given):
+    def evaluate(*args: Any, **given: Any) -> Any:
         return real(*args, **given) | {"cell_accuracy": next(shares)}
 
     monkeypatch.setattr(trainloop, "evaluate", evaluate)
@@ -911,7 +921,7 @@ def test_a_later_epoch_is_the_best_by_the_metric_that_was_asked_for(train, monke
 # ---------------------------------------------------------------- checkpoints and metrics
 
 
-def test_a_checkpoint_says_the_figures_of_its_batch(saved):
+def test_a_checkpoint_says_the_figures_of_its_batch(saved: Any) -> None:
     """Breaks: checkpoints without metrics, or with another batch's."""
     from model_persistence import ModelPersistence
 
@@ -927,7 +937,7 @@ def test_a_checkpoint_says_the_figures_of_its_batch(saved):
             assert metrics[name] == pytest.approx(rows[batch][name], abs=1e-6)
 
 
-def test_a_run_that_lost_its_last_batches_writes_their_metrics_once(saved, train):
+def test_a_run_that_lost_its_last_batches_writes_their_metrics_once(saved: Any, train: Any) -> None:
     """Breaks: metrics of batches after the checkpoint are kept and written again."""
     folder = train.folder / saved.folder.name
     shutil.copytree(saved.folder, folder)
@@ -944,13 +954,13 @@ def test_a_run_that_lost_its_last_batches_writes_their_metrics_once(saved, train
 # ---------------------------------------------------------------- the agent
 
 
-def test_every_planning_step_goes_through_the_blocks(whole_batch):
+def test_every_planning_step_goes_through_the_blocks(whole_batch: Any) -> None:
     """Breaks: the block applied at step 0 only (five heads on one state)."""
     system = lively_system()
     (block,) = system.agent.blocks
     real, seen = block.forward, []
 
-    def first_only(x, *rest):
+    def first_only(x: Any, *rest: Any) -> Any:
         seen.append(x)
         return real(x, *rest) if len(seen) == 1 else x
 
@@ -965,7 +975,7 @@ def test_every_planning_step_goes_through_the_blocks(whole_batch):
         assert not torch.allclose(honest[step], lazy[step], atol=1e-4), step
 
 
-def test_every_planning_step_has_a_token_of_its_own(whole_batch):
+def test_every_planning_step_has_a_token_of_its_own(whole_batch: Any) -> None:
     """Breaks: one step token for all steps."""
     system = lively_system()
     answer = system.answer(system.read(whole_batch))
@@ -974,7 +984,7 @@ def test_every_planning_step_has_a_token_of_its_own(whole_batch):
     assert (gradient.abs().sum(1) > 0).all()
 
 
-def test_own_tokens_and_views_reach_the_queries_they_belong_to(task_set):
+def test_own_tokens_and_views_reach_the_queries_they_belong_to(task_set: Any) -> None:
     """Breaks: one task's tokens, or one view's token, for every query."""
     stream = TrainingStream(task_set.train, seed=0, batch_size=6)
     batches = (batch for epoch in range(9) for batch, _ in stream.epoch(epoch))
@@ -995,7 +1005,7 @@ def test_own_tokens_and_views_reach_the_queries_they_belong_to(task_set):
                 table[row] = before
 
 
-def test_recomputed_activations_are_computed_twice(whole_batch):
+def test_recomputed_activations_are_computed_twice(whole_batch: Any) -> None:
     """Breaks: gradient checkpointing switched on does nothing."""
     runs = {}
     for recompute in (False, True):
@@ -1015,7 +1025,7 @@ def test_recomputed_activations_are_computed_twice(whole_batch):
 # ---------------------------------------------------------------- memory
 
 
-def test_memory_keeps_each_task_s_own_summary_under_its_own_name(ready):
+def test_memory_keeps_each_task_s_own_summary_under_its_own_name(ready: Any) -> None:
     """Breaks: summaries stored under another task's name, or with the task's tokens inside."""
     stored = []
     for sign in (1.0, -1.0):
@@ -1042,10 +1052,10 @@ def test_memory_keeps_each_task_s_own_summary_under_its_own_name(ready):
     assert torch.equal(stored[0], stored[1])
 
 
-def test_memory_takes_only_the_tasks_above_the_threshold(ready):
+def test_memory_takes_only_the_tasks_above_the_threshold(ready: Any) -> None:
     """Breaks: the mean of the batch, or of one query, in place of each task's own accuracy."""
 
-    def prepare(run, targets):
+    def prepare(run: Any, targets: Any) -> None:
         grids = targets.output.clone()
         wrong = run.good_task != run.query_task
         grids[wrong] = torch.where(grids[wrong] >= 0, (grids[wrong] + 1) % 10, -1)
@@ -1065,14 +1075,14 @@ def test_memory_takes_only_the_tasks_above_the_threshold(ready):
 
 
 @pytest.mark.parametrize("option", ["prompt", "demonstrations"])
-def test_a_shuffled_prompt_is_never_kept(option):
+def test_a_shuffled_prompt_is_never_kept(option: Any) -> None:
     """Breaks: another task's prompt stored under this one's name, back to its own task later."""
     assert lively_system().solver2.use_memory
     options: dict[str, Any] = {option: "shuffled"}
     assert not lively_system(**options).solver2.use_memory
 
 
-def test_the_threshold_takes_in_the_mean_accuracy_of_the_epoch(reference):
+def test_the_threshold_takes_in_the_mean_accuracy_of_the_epoch(reference: Any) -> None:
     """Breaks: the running average fed with another figure, or with the last batch alone."""
     epochs = reference.rows("epoch")
     ema = 0.2

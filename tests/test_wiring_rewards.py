@@ -19,10 +19,10 @@ from loss_function import PARTS
 # ---------------------------------------------------------------- the reward's four parts
 
 
-def test_the_hard_reward_gets_both_answers_and_their_own_sizes(ready):
+def test_the_hard_reward_gets_both_answers_and_their_own_sizes(ready: Any) -> None:
     """Breaks: d_size taken after the resize, or of one answer twice; grids of one answer twice."""
 
-    def prepare(run, targets):
+    def prepare(run: Any, targets: Any) -> None:
         other = torch.where(targets.output >= 0, (targets.output + 1) % 10, -1)[:, :-1]
         say(run, showing(other, targets.size - torch.tensor([1, 0])), exactly(targets))
 
@@ -40,10 +40,10 @@ def test_the_hard_reward_gets_both_answers_and_their_own_sizes(ready):
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["wrong, then right", "right, then wrong"])
-def test_a_change_of_size_alone_pays_by_d_size(ready, order):
+def test_a_change_of_size_alone_pays_by_d_size(ready: Any, order: Any) -> None:
     """Breaks: d_size taken after the resize (0 for ever)."""
 
-    def prepare(run, targets):
+    def prepare(run: Any, targets: Any) -> None:
         say(run, *(twice_as_large(targets), exactly(targets))[::order])
 
     step = ready(prepare=prepare)
@@ -58,14 +58,14 @@ def test_a_change_of_size_alone_pays_by_d_size(ready, order):
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["wrong, then right", "right, then wrong"])
-def test_a_better_reading_backwards_pays_by_d_rev(ready, order):
+def test_a_better_reading_backwards_pays_by_d_rev(ready: Any, order: Any) -> None:
     """Breaks: no reconstruction handed to the reward, hard or soft (d_rev 0 for ever)."""
 
-    def prepare(run, targets):
+    def prepare(run: Any, targets: Any) -> None:
         real = run.system.backward
         told = []
 
-        def backward(reading, output, **options):
+        def backward(reading: Any, output: Any, **options: Any) -> Any:
             logits = real(reading, output, **options)
             told.append(output)
             second = output is not told[0]
@@ -80,7 +80,7 @@ def test_a_better_reading_backwards_pays_by_d_rev(ready, order):
     figures = step.take()
     given = step.one("compute_reward").given
     shown_more = given["copied_after"] - given["copied_before"]
-    wanted = 0.5 * (order - shown_more)  # what is told beyond what the answer simply shows
+    wanted = 0.5 * (order - shown_more)  # what is recovered beyond what the answer simply shows
     hard, soft = (step.one(name).result[1]["d_rev"] for name in ("compute_reward", "soft_reward"))
     torch.testing.assert_close(hard, wanted, atol=1e-6, rtol=0)
     torch.testing.assert_close(soft.detach(), hard, atol=1e-4, rtol=0)
@@ -88,7 +88,7 @@ def test_a_better_reading_backwards_pays_by_d_rev(ready, order):
     assert torch.equal(step.one("update").given["reward"], step.one("compute_reward").result[0])
 
 
-def test_the_soft_reward_gets_both_answers_on_the_target_s_canvas(ready):
+def test_the_soft_reward_gets_both_answers_on_the_target_s_canvas(ready: Any) -> None:
     """Breaks: before and after exchanged or the same, sizes or backward readings left out."""
     step = ready()
     step.take()
@@ -129,11 +129,11 @@ def by_interpolation(answer: Any, targets: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("wrong", [(1, 2), (2, -1), (-1, -1)])
-def test_logits_of_another_size_are_resized_for_the_loss(ready, wrong):
+def test_logits_of_another_size_are_resized_for_the_loss(ready: Any, wrong: Any) -> None:
     """Breaks: logits cut to the target's canvas instead of resized."""
 
-    def other_size(targets):
-        def change(output):
+    def other_size(targets: Any) -> Any:
+        def change(output: Any) -> Any:
             canvas = torch.tensor(output.logits.shape[2:4])
             size = torch.minimum((targets.size + torch.tensor(wrong)).clamp(min=1), canvas)
             return dataclasses.replace(output, size=size)
@@ -150,7 +150,7 @@ def test_logits_of_another_size_are_resized_for_the_loss(ready, wrong):
         torch.testing.assert_close(given[:, row, :rows, :cols], wanted)
 
 
-def test_accuracy_is_zero_at_a_wrong_size_however_right_the_cells(ready):
+def test_accuracy_is_zero_at_a_wrong_size_however_right_the_cells(ready: Any) -> None:
     """Breaks: training accuracy or exactness that ignores a wrong size."""
     for change, expected in ((twice_as_large, 0.0), (exactly, 1.0)):
         step = ready(prepare=lambda run, t, change=change: say(run, change(t), change(t)))
@@ -163,10 +163,10 @@ def test_accuracy_is_zero_at_a_wrong_size_however_right_the_cells(ready):
         assert right.tolist() == [bool(expected)] * len(right)
 
 
-def test_exact_is_the_share_of_grids_without_a_wrong_cell(ready):
+def test_exact_is_the_share_of_grids_without_a_wrong_cell(ready: Any) -> None:
     """Breaks: the exact figure is the cell accuracy, or sizes alone."""
 
-    def prepare(run, targets):
+    def prepare(run: Any, targets: Any) -> None:
         grids = targets.output.clone()
         grids[0, 0, 0] = (grids[0, 0, 0] + 1) % 10
         say(run, *[showing(grids, targets.size)] * 2)
@@ -181,7 +181,7 @@ def test_exact_is_the_share_of_grids_without_a_wrong_cell(ready):
     assert figures["size"] == 1.0
 
 
-def test_a_target_that_does_not_fit_trains_its_size_and_not_its_cells(ready):
+def test_a_target_that_does_not_fit_trains_its_size_and_not_its_cells(ready: Any) -> None:
     """Breaks: cells of a target that the canvas cannot hold are trained."""
     step = ready()
     step.targets = dataclasses.replace(step.targets, fits=step.targets.fits.clone())
@@ -196,7 +196,7 @@ def test_a_target_that_does_not_fit_trains_its_size_and_not_its_cells(ready):
 # ---------------------------------------------------------------- the loss
 
 
-def test_the_loss_gets_what_the_second_answer_said(ready):
+def test_the_loss_gets_what_the_second_answer_said(ready: Any) -> None:
     """Breaks: confidence, sizes, inputs or pairs of something else handed to the loss."""
     step = ready()
     step.run.progress.epoch = 1
@@ -236,7 +236,7 @@ TRAINED_BY = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_each_part_of_the_loss_has_a_weight_and_trains_by_itself(ready, part):
+def test_each_part_of_the_loss_has_a_weight_and_trains_by_itself(ready: Any, part: Any) -> None:
     """Breaks: that part's weight is 0 by default, or it does not enter the total."""
     step = ready("--no_reward", "--clip", 1e9)
     loss = step.run.system.efe_loss
@@ -256,7 +256,7 @@ def test_each_part_of_the_loss_has_a_weight_and_trains_by_itself(ready, part):
         assert all(found[n].abs().sum() == 0 for n in found if n.startswith(tuple(apart)))
 
 
-def test_the_divergence_backwards_trains_the_agent_through_its_answer(ready):
+def test_the_divergence_backwards_trains_the_agent_through_its_answer(ready: Any) -> None:
     """Breaks: bi of a detached answer."""
     step = ready("--no_reward", "--clip", 1e9)
     step.keep_gradients()
@@ -268,10 +268,10 @@ def test_the_divergence_backwards_trains_the_agent_through_its_answer(ready):
 
 
 @pytest.mark.parametrize("shown", [True, False], ids=["true output", "own answer only"])
-def test_the_backward_model_learns_from_the_true_output_alone(ready, shown):
+def test_the_backward_model_learns_from_the_true_output_alone(ready: Any, shown: Any) -> None:
     """Breaks: the true output never shown to it; the agent's own answers teach it."""
 
-    def prepare(run, _):
+    def prepare(run: Any, _: Any) -> None:
         real = run.system.backward_of
         if not shown:
             run.system.backward_of = lambda *given: real(*given).detach()

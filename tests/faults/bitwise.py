@@ -46,6 +46,7 @@ def at(step: int) -> Callable[[int], None]:
 def plans(steps: int, share: str, seed: int) -> list[tuple[str, list[dict[str, Any]]]]:
     """(name, options of the attempts that are killed, in order)."""
     rng = random.Random(seed)
+    found: list[tuple[str, list[dict[str, Any]]]]
     found = [(f"batch {s}", [{"at_batch": at(s)}]) for s in range(steps)]
     found = share_of(found, share, seed)
     for _ in range(2):

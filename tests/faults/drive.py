@@ -124,7 +124,8 @@ def train_with(
     drain_s: float = 0.0,
 ) -> tuple[float, dict[str, Any], list[str]]:
     """SAVES batches, each saved. Returns (seconds in the manager, Drive status, messages)."""
-    toy, messages = Toy(), []
+    toy = Toy()
+    messages: list[str] = []
     persistence = ModelPersistence(
         run_dir,
         max_checkpoints=3,
@@ -249,10 +250,8 @@ def kill_in_copy(root: Path, require: Any) -> None:
     drive, run_dir = root / "drive k", root / "runs" / "k"
     slow = {**FAST, "stall_timeout_s": 30.0}
     for number in range(4):
-        status, _ = forked(
-            lambda _: train_with(run_dir, drive, SlowFS(), slow) and None, 0.15 + 0.1 * number
-        )
-        require("killed", status == -signal.SIGKILL, f"ended with {status}")
+        ended, _ = forked(lambda _: train_with(run_dir, drive, SlowFS(), slow), 0.15 + 0.1 * number)
+        require("killed", ended == -signal.SIGKILL, f"ended with {ended}")
         require("killed", not false_marks(drive), f"falsely marked: {false_marks(drive)}")
     _, status, _ = train_with(run_dir, drive, None, drain_s=10.0)
     require("killed", status["state"] == "ok", f"state {status['state']}")

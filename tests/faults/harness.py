@@ -36,7 +36,8 @@ from model_persistence import (
     capture_rng_state,
     restore_rng_state,
 )
-from persistence.files import AtomicFile, FileSystem
+from persistence.checkpoint_file import SixObjects
+from persistence.files import REAL_FS, AtomicFile, FileSystem
 from persistence.state_tree import state_fingerprint
 
 MUTATING = frozenset(
@@ -107,8 +108,8 @@ class Toy:
         self.data = torch.randn(64, 4, generator=generator)
 
     @property
-    def six(self) -> tuple[Any, ...]:
-        return (
+    def six(self) -> SixObjects:
+        return SixObjects(
             self.agent,
             self.qwen,
             self.solver2,
@@ -179,7 +180,7 @@ def train(
     async_save: bool = False,
     fs: FileSystem | None = None,
     at_batch: Callable[[int], None] | None = None,
-    acknowledge: Callable[[int], None] | None = None,
+    acknowledge: Callable[[int | None], None] | None = None,
     stop: StopSignals | None = None,
     evaluate: Callable[[], None] | None = None,
     **options: Any,
@@ -196,7 +197,7 @@ def train(
         async_save=async_save,
         drive_backup=options.pop("drive_backup", False),
         on_message=options.pop("on_message", lambda _: None),
-        **({"fs": fs} if fs is not None else {}),
+        fs=REAL_FS if fs is None else fs,
         **options,
     )
     start_epoch = start_batch = 0
@@ -226,7 +227,7 @@ def train(
                         persistence.save_best_model(*arguments, extra=toy.extra())
                     if acknowledge is not None:
                         acknowledge(persistence.last_durable_id if async_save else saved)
-                if stopping:
+                if stop is not None and stopping:
                     persistence.close()
                     raise SystemExit(stop.exit_code)
     persistence.close()
@@ -378,7 +379,9 @@ def copy_tree(source: Path, target: Path) -> None:
             seen[inode] = to
 
 
-def forked(action: Callable[[Callable[[str], None]], None], kill_after_s: float | None = None):
+def forked(
+    action: Callable[[Callable[[str], None]], object], kill_after_s: float | None = None
+) -> tuple[int, list[str]]:
     """Run `action(say)` in a forked child. Returns (wait status, lines it said).
 
     A positive status is an exit code; a negative one the signal that ended it. With `kill_after_s`
@@ -394,7 +397,11 @@ def forked(action: Callable[[Callable[[str], None]], None], kill_after_s: float 
                 # tqdm's own lock is shared between forks: one child killed while it held the lock
                 # would stop all later ones. Processes started afresh share nothing.
                 sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
-            action(lambda text: os.write(writer, (text + "\n").encode()) and None)
+
+            def say(text: str) -> None:
+                os.write(writer, (text + "\n").encode())
+
+            action(say)
             status = 0
         except SystemExit as e:
             status = e.code if isinstance(e.code, int) else 1

@@ -8,6 +8,7 @@ no acknowledged checkpoint may be missing, and the next save must work and leave
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def run(share: str = "1/1", seed: int = 0, only: str = "") -> dict[str, Any]:
             work = root / "work"
             copy_tree(base, work)
             fs = KillFS(index, phase)
-            status, lines = forked(lambda say, n=name, w=work, f=fs: scenario(n, w, f, say))
+            status, lines = forked(partial(scenario, name, work, fs))
             figures["points"] += 1
             figures["killed"] += status == -9
             problem = check(work, SITUATIONS[name], lines, status, expected, figures)

@@ -26,7 +26,8 @@ class RecordingFS(WatchedFS):
 
     def __init__(self, root: Path) -> None:
         super().__init__()
-        self.root, self.operations = root, []
+        self.root = root
+        self.operations: list[tuple[Any, ...]] = []
         self._open: dict[int, int] = {}
         self._files = 0
 
