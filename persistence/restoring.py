@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import metadata as installed
 from pathlib import Path
@@ -327,34 +327,6 @@ def environment() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
-
-
-def compare_config(
-    saved: Mapping[str, Any], current: Mapping[str, Any], may_change: Iterable[str]
-) -> list[str]:
-    """Differences that forbid a resume, one line each: `key: saved X, now Y`.
-
-    Nested dicts are compared under dotted names; a name in `may_change` lets its branch differ.
-    """
-    allowed = frozenset(may_change)
-
-    def flatten(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in config.items():
-            name = f"{prefix}{key}"
-            if name in allowed or str(key) in allowed:
-                continue
-            if isinstance(value, Mapping):
-                yield from flatten(value, f"{name}.")
-            else:
-                yield name, list(value) if isinstance(value, tuple) else value
-
-    before, now = dict(flatten(saved, "")), dict(flatten(current, ""))
-    differences = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key, "(absent)"), now.get(key, "(absent)")
-        if old != new:
-            differences.append(f"{key}: saved {old!r}, now {new!r}")
-    return differences
 
 
 def resume_report(

@@ -54,7 +54,7 @@ from persistence.drive import configured_drive_backup
 from persistence.files import atomic_write_json, is_space_error
 from persistence.find_run import find_latest_run, point_latest_at
 from persistence.from_drive import restore_run_from_drive
-from persistence.restoring import compare_config, environment
+from persistence.restoring import environment
 from persistence.state_tree import check_saveable, state_fingerprint
 
 FAULTS = Path(__file__).parent / "faults"
@@ -962,19 +962,6 @@ def test_random_number_states_round_trip() -> None:
     check_saveable(state, "rng")
     with pytest.raises(MismatchError, match="random number state"):
         restore_rng_state({"python": 1})
-
-
-def test_configuration_differences_are_listed() -> None:
-    saved = {"seed": 1, "data": {"sha256": "a", "name": "x"}, "batch_size": 4, "epochs": 20}
-    may_change = ("epochs", "device")
-    assert compare_config(saved, {**saved, "epochs": 40, "device": "cuda"}, may_change) == []
-    now = {"seed": 2, "data": {"sha256": "b", "name": "x"}, "epochs": 1, "width": 96}
-    assert compare_config(saved, now, may_change) == [
-        "batch_size: saved 4, now '(absent)'",
-        "data.sha256: saved 'a', now 'b'",
-        "seed: saved 1, now 2",
-        "width: saved '(absent)', now 96",
-    ]
 
 
 def test_resume_report(run_dir: Path) -> None:
