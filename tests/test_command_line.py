@@ -77,6 +77,8 @@ def test_ctrl_c_while_the_script_imports_ends_it_with_130_and_no_traceback(
         stderr=subprocess.PIPE,
         text=True,
         env=env,
+        # A shell's background ignores Ctrl+C, and so does what it starts: here it shall count.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "slow\n"
