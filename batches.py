@@ -336,8 +336,9 @@ class Collator:
         return found
 
     def collate(self, requests: Sequence[Request], canvas: tuple[int, int] | None = None) -> Batch:
-        """Build one batch.
+        """The batch of Q queries and C demonstrations of some tasks; `Batch` gives its shapes.
 
+        requests: tasks with their views, queries and contexts; Q and C are the sums over them.
         canvas: (rows, cols) of both the queries' and the demonstrations' planes; what is larger is
         cut, a proposed answer left out. None: as large as the bounds of the queries, proposed
         answers and the outputs of the demonstrations ask. Raises ValueError where there is no query

@@ -256,7 +256,11 @@ def adaptation_report(adapted: Adapted) -> list[str]:
 
 
 def run_prediction(args: argparse.Namespace) -> int:
-    """From parsed arguments to the written file."""
+    """From parsed arguments to the written submission; returns the exit code.
+
+    Raises UserError, DataError, ModelError or PersistenceError, with what to do, where data or
+    model are missing or unreadable, and UserError where `--out` cannot be written.
+    """
     import torch
     from tqdm import tqdm
 

@@ -318,7 +318,11 @@ DRAWN_SOURCES: tuple[str, ...] = (
 
 
 def drawn_bank(grid: Grid) -> tuple[Grid, Grid]:
-    """Planes (n, 30, 30) and sizes (n, 2) of DRAWN_SOURCES."""
+    """Planes (n, 30, 30) and sizes (n, 2), uint8, of the n DRAWN_SOURCES of one grid.
+
+    grid (rows, cols) uint8, colours 0..9, sides 1..30. A plane holds colours, OUTSIDE beyond its
+    size; a source that the grid does not give has size 0. Raises nothing for such a grid.
+    """
     g, back, counts = canonical(grid)
     same, objects = parts_of(g)
     rows, cols = g.shape

@@ -205,7 +205,12 @@ def _bars(counts: Ints, colours: Ints) -> Grid | None:
 
 
 def object_bank(grid: Grid) -> tuple[Grid, Grid, Grid]:
-    """Planes (n, 30, 30), sizes (n, 2) of OBJECT_SOURCES and facts (n, rows, cols) of a grid."""
+    """Planes (n, 30, 30) and sizes (n, 2) of the n OBJECT_SOURCES, and facts (f, rows, cols) of the
+    f OBJECT_FACT_NAMES, of one grid; all uint8.
+
+    grid (rows, cols) uint8, colours 0..9, sides 1..30. A plane holds colours, OUTSIDE beyond its
+    size; a source that the grid does not give has size 0. Raises nothing for such a grid.
+    """
     g, back, _ = canonical(grid)
     same, objects = parts_of(g)
     rows, cols = g.shape

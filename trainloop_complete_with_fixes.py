@@ -87,7 +87,7 @@ def checkpoint_name(text: str) -> int | str:
 
 
 def build_parser() -> Parser:
-    """All flags, grouped, each with its unit and default."""
+    """All flags, grouped, each with its unit and default; a wrong one exits with code 2."""
     parser = Parser(
         prog="trainloop_complete_with_fixes.py",
         description="Train on ARC-AGI tasks: demonstrations -> Qwen prompt -> agent -> policy.",
@@ -838,9 +838,12 @@ def batches_of_epoch(run: Run, n_batches: int) -> Iterator[tuple[Batch, Targets]
 
 
 def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -> dict[str, float]:
-    """One batch through the whole system; returns the figures of its log line.
+    """One batch through the whole system; returns the figures of its row in metrics.jsonl.
 
-    last: of the batches whose gradients make one optimizer step (--grad_accum).
+    batch: Q queries with their C demonstrations, see `batches.Batch`; targets: output
+    (Q, rows, cols) int64, -1 outside, size (Q, 2), fits (Q,) bool; both on the run's device. last:
+    of the batches whose gradients make one update (--grad_accum). A loss or gradient that is not
+    finite raises nothing: the update is skipped, counted and said.
     """
     args, system, progress = run.args, run.system, run.progress
     place = (args.seed, progress.epoch, progress.batch)
