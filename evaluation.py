@@ -145,13 +145,14 @@ def predict_tasks(
     Returns predictions by (task id, number of the test input). task_index: row of the task table by
     task id (tasks without one are unseen); batch_size: queries; dtype: of autocast, None = off;
     max_context: demonstrations that a query sees; only: the queries wanted (default all); deadline:
-    time.monotonic() after which no further batch is started, except in the first view: small tasks
-    are through with all views before large ones start on their second; max_batches: batches after
-    which likewise none is started; progress is called with the number of queries done. proposals:
-    what the policy may choose from; own_scores: by task id, how well the system does on the
-    demonstrations without them (`demonstration_scores`); accept=False: see `System.predict`;
-    whole_first=False: the deadline and max_batches hold in the first view, too, small tasks first;
-    what is not reached has no prediction. Raises ValueError if a test output is in sight.
+    time.monotonic() after which no further batch is started, except in the first view. Small
+    tasks come first: each gets up to N_EARLY_VIEWS views, then each the others. max_batches:
+    batches after which likewise none is started; progress is called with the number of queries
+    done. proposals: what the policy may choose from; own_scores: by task id, how well the system
+    does on the demonstrations without them (`demonstration_scores`); accept=False: see
+    `System.predict`; whole_first=False: the deadline and max_batches hold in the first view, too,
+    small tasks first; what is not reached has no prediction. Raises ValueError if a test output is
+    in sight.
     """
     if any(pair.output is not None for task in tasks for pair in task.tests):
         raise ValueError("predict_tasks must not see test outputs: pass without_outputs(tasks)")
@@ -368,7 +369,7 @@ def gains(predictions: Mapping[Key, Prediction], tasks: Iterable[Task]) -> dict[
             if change.before is change.after:
                 rows.append([0.0] * len(REWARD_WEIGHTS))
                 continue
-            scores = []
+            scores: list[dict[str, float]] = []
             for grid, rev in (
                 (change.before, change.reversible_before),
                 (change.after, change.reversible_after),
@@ -379,8 +380,16 @@ def gains(predictions: Mapping[Key, Prediction], tasks: Iterable[Task]) -> dict[
                 shares = [
                     np.bincount(g.ravel(), minlength=COLOURS) / g.size for g in (grid, target)
                 ]
-                scores.append([cells, float(sides.mean()), float(np.minimum(*shares).sum()), rev])
-            rows.append([b - a for a, b in zip(*scores, strict=True)])
+                scores.append(
+                    {
+                        "d_acc": cells,
+                        "d_size": float(sides.mean()),
+                        "d_color": float(np.minimum(*shares).sum()),
+                        "d_rev": rev,
+                    }
+                )
+            before, after = scores
+            rows.append([after[name] - before[name] for name in REWARD_WEIGHTS])
     means = np.mean(rows, axis=0).tolist() if rows else [0.0] * len(REWARD_WEIGHTS)
     parts = dict(zip(REWARD_WEIGHTS, means, strict=True))
     reward = sum(REWARD_WEIGHTS[name] * value for name, value in parts.items())
@@ -392,11 +401,12 @@ def gains(predictions: Mapping[Key, Prediction], tasks: Iterable[Task]) -> dict[
     }
 
 
-def gains_line(won: Mapping[str, float]) -> str:
-    """What `gains` found, for a person."""
+def gains_line(won: Mapping[str, float], accept: bool = True) -> str:
+    """What `gains` found, for a person. accept: the demonstrations had to approve."""
+    how = "accepted by the demonstrations" if accept else "taken, whatever the demonstrations say"
     return (
         f"refinements: reward {won['reward']:+.4f}, d_acc {won['d_acc']:+.4f} a query and view; "
-        f"{100 * won['accepted']:.1f}% accepted by the demonstrations"
+        f"{100 * won['accepted']:.1f}% {how}"
     )
 
 

@@ -58,7 +58,7 @@ CELL_FEATURE_NAMES: tuple[str, ...] = (
     "ray_rows",  # along its row something filled is seen: 0 none, 1 left, 2 right, 3 both, 4 alike
     "ray_cols",  # 1 up, 2 down
     "ray_diagonals",  # in how many of the four diagonal directions something filled is seen
-    "cell_rank",  # of its panel: 0 on a separator or none, 1 fullest, 2 emptiest, 3 other
+    "panel_rank",  # of its panel: 0 on a separator or none, 1 fullest, 2 emptiest, 3 other
     "component_position",  # in its component's box: on top or bottom edge + 2 * on left or right
     "half_rows",  # 0 upper half, 1 middle row, 2 lower half
     "half_cols",
@@ -257,7 +257,7 @@ def _cell_features(a: Anatomy, panel_rank: Ints) -> Grid:
         + (rays.down_left > 0)
         + (rays.down_right > 0)
     )
-    cell["cell_rank"] = panel_rank
+    cell["panel_rank"] = panel_rank
     edge_r = (row == same.top[lab]) | (row == same.bottom[lab])
     edge_c = (col == same.left[lab]) | (col == same.right[lab])
     cell["component_position"] = edge_r.astype(np.uint8) + 2 * edge_c

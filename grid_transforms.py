@@ -92,8 +92,8 @@ SAME_SIZE_SOURCES = (
     "cols_sorted",
     "component_neighbour",
     "object_template",
-    "cell_overlay_everywhere",
-    "cell_majority",
+    "panel_overlay_everywhere",
+    "panel_majority",
 )
 SIZED_SOURCES = (
     "fractal",
@@ -130,10 +130,10 @@ SIZED_SOURCES = (
     "quadrant_top_right",
     "quadrant_bottom_left",
     "quadrant_bottom_right",
-    "cell_fullest",
-    "cell_odd",
-    "cell_overlay",
-    "cell_map",
+    "panel_fullest",
+    "panel_odd",
+    "panel_overlay",
+    "panel_map",
 )
 GEOMETRIC_SOURCES = (
     "identity",
@@ -614,7 +614,7 @@ def _put_blocks(bank: _Bank, g: Grid) -> None:
 
 
 def _put_panels(bank: _Bank, g: Grid, seg_r: Ints, seg_c: Ints) -> Ints:
-    """Sources "cell_.." from a grid's panels; seg_r (rows,), seg_c (cols,) say which is where.
+    """Sources "panel_.." from a grid's panels; seg_r (rows,), seg_c (cols,) say which is where.
 
     Returns the panels' rank, see `transforms`.
     """
@@ -627,31 +627,31 @@ def _put_panels(bank: _Bank, g: Grid, seg_r: Ints, seg_c: Ints) -> Ints:
     label = seg_r[inside_r][:, None] * n_c + seg_c[inside_c]
     counts = colour_counts(label, content, n_r * n_c)
     filled = counts[:, 1:].sum(1)
-    bank.put("cell_map", commonest_colour(counts).reshape(n_r, n_c))
+    bank.put("panel_map", commonest_colour(counts).reshape(n_r, n_c))
     window = (inside_r[:, None], inside_c)
     majority = g.copy()
     majority[window] = commonest_colour(counts)[label]
-    bank.put("cell_majority", majority)
-    of_cell = np.where(filled == filled.max(), 1, np.where(filled == filled.min(), 2, 3))
-    rank[window] = of_cell[label]
+    bank.put("panel_majority", majority)
+    of_panel = np.where(filled == filled.max(), 1, np.where(filled == filled.min(), 2, 3))
+    rank[window] = of_panel[label]
     high, low = inside_r.size // n_r, inside_c.size // n_c
     even = (np.bincount(seg_r[inside_r]) == high).all() and (
         np.bincount(seg_c[inside_c]) == low
     ).all()
     if even:
-        cells = content.reshape(n_r, high, n_c, low).transpose(0, 2, 1, 3).reshape(-1, high, low)
-        bank.put("cell_fullest", cells[filled.argmax()])
-        seen = [cell.tobytes() for cell in cells]
+        panels = content.reshape(n_r, high, n_c, low).transpose(0, 2, 1, 3).reshape(-1, high, low)
+        bank.put("panel_fullest", panels[filled.argmax()])
+        seen = [panel.tobytes() for panel in panels]
         odd = [i for i, key in enumerate(seen) if seen.count(key) == 1]
         if len(odd) == 1:
-            bank.put("cell_odd", cells[odd[0]])
-        overlay = cells[0]
-        for cell in cells[1:]:
-            overlay = overlay + cell * (overlay == 0)
-        bank.put("cell_overlay", overlay)
+            bank.put("panel_odd", panels[odd[0]])
+        overlay = panels[0]
+        for panel in panels[1:]:
+            overlay = overlay + panel * (overlay == 0)
+        bank.put("panel_overlay", overlay)
         everywhere = g.copy()
         everywhere[window] = np.tile(overlay, (n_r, n_c))
-        bank.put("cell_overlay_everywhere", everywhere)
+        bank.put("panel_overlay_everywhere", everywhere)
     return rank
 
 

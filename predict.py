@@ -397,7 +397,7 @@ def run_prediction(args: argparse.Namespace) -> int:
                 important=True,
             )
         if known:
-            say("  " + gains_line(figures["gains"]), important=True)
+            say("  " + gains_line(figures["gains"], args.acceptance != "off"), important=True)
         if args.score_json:
             about: dict[str, Any] = {"model": str(model.path), "data": tasks.name, "split": split}
             about |= {"views": n_views, "seconds": time.monotonic() - started}

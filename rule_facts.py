@@ -42,8 +42,8 @@ _COMPARED = tuple(
         "colour_rarest",
         "colour_rank_1",
         "colour_rank_2",
-        "cell_overlay",
-        "cell_map",
+        "panel_overlay",
+        "panel_map",
     )
 )
 
@@ -145,8 +145,8 @@ _NEAR_SOURCES = (
     "half_",
     "third_",
     "quadrant_",
-    "cell_overlay",
-    "cell_map",
+    "panel_overlay",
+    "panel_map",
     "ring_nearest",
     "stretched",
     "tile",

@@ -101,7 +101,7 @@ OBJECT_SOURCES: tuple[str, ...] = (
     *_IN_PLACE,
     *(
         f"crop_{most}_{name}_{kind}"
-        for kind in ("component", "object", "alone", "cell")
+        for kind in ("component", "object", "alone", "panel")
         for name in _PART_CHOICES
         for most in ("most", "least")
     ),
@@ -294,11 +294,11 @@ def object_bank(grid: Grid) -> tuple[Grid, Grid, Grid]:
     seg_r, seg_c = segments_of(row_line), segments_of(col_line)
     n_r, n_c = int(seg_r.max()) + 1, int(seg_c.max()) + 1
     if 1 < n_r * n_c <= 60:
-        cells = [g[seg_r == i][:, seg_c == j] for i in range(n_r) for j in range(n_c)]
+        panels = [g[seg_r == i][:, seg_c == j] for i in range(n_r) for j in range(n_c)]
         top, left = np.divmod(np.arange(n_r * n_c), n_c)
-        keys = [c.tobytes() + bytes(c.shape) for c in cells]
+        keys = [c.tobytes() + bytes(c.shape) for c in panels]
         marks = np.array([keys.index(k) for k in keys])
-        _put_choices(put, "cell", cells, top, left, marks)
+        _put_choices(put, "panel", panels, top, left, marks)
     return recoloured(planes, back), sizes, facts
 
 

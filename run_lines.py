@@ -116,7 +116,10 @@ def say_results(run: Run, result: dict[str, Any], written: bool) -> None:
             important=important,
         )
     if "gains" in result:
-        run.log.say("       " + gains_line(result["gains"]), important=important)
+        run.log.say(
+            "       " + gains_line(result["gains"], result["acceptance"] != "off"),
+            important=important,
+        )
     if run.fitter is not None:
         run.log.say(
             f"       hypotheses for {result['hypothesis_queries']}/{result['n']}, the network for "

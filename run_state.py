@@ -196,7 +196,7 @@ class Run:
         return SixObjects(**self.system.modules(), optimizer=self.optimizer)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the five modules and the optimizer, by name."""
+        """What changes while training, beside the six objects: saved and put back alike."""
         return {
             "scaler": self.scaler,
             "policy_optimizer": self.system.policy_rl.optimizer,
@@ -321,7 +321,8 @@ def commit_hash() -> str | None:
 
 
 def checkpoint_extra(run: Run) -> dict[str, Any]:
-    """Everything a checkpoint holds beside the five modules and the optimizer."""
+    """All that a checkpoint holds beside the six objects: `Run.state`, the settings and what the
+    arithmetic depends on, which model it is, Qwen's kept readings, and the random state."""
     run.clock.elapsed_s = time.monotonic() - run.started
     extra = {name: part.state_dict() for name, part in run.state().items()}
     extra["config"] = run_config(run)

@@ -176,13 +176,14 @@ def build_parser() -> Parser:
     add("--warmup_batches", type=number(int, 0), default=50,
         help="batches of linear warmup (default: %(default)s)")
     add("--schedule", choices=("auto", "constant", "wsd"), default="auto",
-        help="constant, or warmup-stable-decay to 0; auto decays only with --time_budget, so "
-             "that --epochs can be raised later (default: %(default)s)")
+        help="constant, or warmup-stable-decay to 0, which needs --time_budget or "
+             "--schedule_batches; auto decays only with these, so that --epochs can be raised "
+             "later (default: %(default)s)")
     add("--schedule_batches", type=batch_pair, metavar="A:B[:C]",
         help="wsd in batches: fall from batch A to 0 at batch B; training ends there, or at "
              "batch C; repeats a --time_budget run bit for bit (default: off)")
     add("--decay_frac", type=share, default=0.5,
-        help="share of the run over which wsd falls to 0 (default: %(default)s)")
+        help="share of the training time over which wsd falls to 0 (default: %(default)s)")
     add("--clip", type=real, default=1.0,
         help="largest gradient norm of all trained modules together (default: %(default)s)")
     add("--ema", type=share, default=0.998,
@@ -266,6 +267,12 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--checkpoint {args.checkpoint}: say --resume, too")
     if args.checkpoint is not None and args.resume == "auto":
         args.resume = "latest"  # a named checkpoint means no fresh run
+    timed = args.time_budget or args.schedule_batches
+    if args.schedule == "wsd" and not timed and args.resume is None:
+        parser.error(
+            "--schedule wsd: nothing says when the learning rate is to fall; add --time_budget MIN "
+            "or --schedule_batches A:B"
+        )
     check_device_name(parser, args.device)
     check_width(parser, args.width)
     return args
@@ -749,6 +756,54 @@ def before_training(run: Run) -> Run:
     return replace(run, system=system, average=WeightAverage([], 0.0))
 
 
+def evaluate(
+    run: Run,
+    tasks: TaskSet,
+    keys: set[Key],
+    n_views: int,
+    *,
+    slices: Slices | None = None,
+    deadline: float | None = None,
+    max_batches: int | None = None,
+    fitter: Fitter | None = None,
+    title: str = "Validation",
+) -> dict[str, Any]:
+    """Score the averaged weights on the given queries; see `evaluation.evaluate`.
+
+    Raises StopRequested after a signal.
+    """
+    args = run.args
+
+    def heed_stop() -> None:
+        if run.stop is not None and run.stop.requested:
+            raise StopRequested
+
+    with run.average.applied():
+        return evaluation.evaluate(
+            run.system,
+            tasks.train,
+            keys,
+            evaluation_views(n_views, args.seed),
+            slices=slices,
+            deadline=deadline,
+            max_batches=max_batches,
+            fitter=fitter,
+            hypothesis_tasks=args.hypothesis_tasks,
+            propose=args.demonstrations == "on",
+            acceptance=args.acceptance,
+            title=title,
+            hide_bar=no_bar(args.quiet),
+            heed_stop=heed_stop,
+            say=run.log.say,
+            task_index=run.stream.task_table,
+            batch_size=2 * args.batch_size,
+            device=run.device,
+            dtype=run.dtype,
+            seed=args.seed,
+            collator=run.collator,
+        )
+
+
 # ---------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------
@@ -822,6 +877,12 @@ def train_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
                 raise StopRequested
             if done_by_schedule(run) or out_of_time(plan.limits):
                 break
+
+
+def checkpoint_metrics(figures: dict[str, float]) -> dict[str, float]:
+    """The figures worth keeping in a checkpoint's metadata."""
+    names = ("loss", "reward", "qwen_grad", "mask_ratio", "d_acc", "accuracy", "exact")
+    return {name: round(figures[name], 6) for name in names}
 
 
 def batches_of_epoch(run: Run, n_batches: int) -> Iterator[tuple[Batch, Targets]]:
@@ -1040,12 +1101,6 @@ def learning_rates(optimizer: MuonAdamW) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------
 
 
-def checkpoint_metrics(figures: dict[str, float]) -> dict[str, float]:
-    """The figures worth keeping in a checkpoint's metadata."""
-    names = ("loss", "reward", "qwen_grad", "mask_ratio", "d_acc", "accuracy", "exact")
-    return {name: round(figures[name], 6) for name in names}
-
-
 def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
     """Summary, validation, best model; then on to the next epoch."""
     args, progress, say = run.args, run.progress, run.log.say
@@ -1100,54 +1155,6 @@ def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
 # ---------------------------------------------------------------------------------------------
 # Scores, and the end
 # ---------------------------------------------------------------------------------------------
-
-
-def evaluate(
-    run: Run,
-    tasks: TaskSet,
-    keys: set[Key],
-    n_views: int,
-    *,
-    slices: Slices | None = None,
-    deadline: float | None = None,
-    max_batches: int | None = None,
-    fitter: Fitter | None = None,
-    title: str = "Validation",
-) -> dict[str, Any]:
-    """Score the averaged weights on the given queries; see `evaluation.evaluate`.
-
-    Raises StopRequested after a signal.
-    """
-    args = run.args
-
-    def heed_stop() -> None:
-        if run.stop is not None and run.stop.requested:
-            raise StopRequested
-
-    with run.average.applied():
-        return evaluation.evaluate(
-            run.system,
-            tasks.train,
-            keys,
-            evaluation_views(n_views, args.seed),
-            slices=slices,
-            deadline=deadline,
-            max_batches=max_batches,
-            fitter=fitter,
-            hypothesis_tasks=args.hypothesis_tasks,
-            propose=args.demonstrations == "on",
-            acceptance=args.acceptance,
-            title=title,
-            hide_bar=no_bar(args.quiet),
-            heed_stop=heed_stop,
-            say=run.log.say,
-            task_index=run.stream.task_table,
-            batch_size=2 * args.batch_size,
-            device=run.device,
-            dtype=run.dtype,
-            seed=args.seed,
-            collator=run.collator,
-        )
 
 
 def vote(run: Run, plan: Plan, views: int, slices: Slices) -> None:

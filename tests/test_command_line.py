@@ -151,6 +151,7 @@ def test_hypothesis_tasks_are_one_or_two_numbers_in_order(train: Any, text: Any)
         (["--schedule_batches", "3:9:10"], "C <= B"),
         (["--schedule_batches", "3"], "A:B"),
         (["--amp", "fp8"], "invalid choice"),
+        (["--schedule", "wsd", "--epochs", "2"], "add --time_budget MIN or --schedule_batches"),
     ],
 )
 def test_wrong_arguments_exit_2_with_a_hint(train: Any, flags: Any, expected: Any) -> None:

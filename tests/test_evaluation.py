@@ -361,6 +361,12 @@ def change(before: Any, after: Any, told: Any = (0.0, 0.0), accepted: Any = True
     return Change(before, after, told[0], told[1], accepted)
 
 
+def test_what_no_demonstration_judged_is_not_called_accepted() -> None:
+    won = {"reward": 0.5, "d_acc": 0.25, "accepted": 0.1}
+    assert "10.0% accepted by the demonstrations" in evaluation.gains_line(won)
+    assert "accepted" not in evaluation.gains_line(won, accept=False)
+
+
 def test_gains_by_hand() -> None:
     """Breaks: before and after exchanged, cells compared across sizes, accepted ones alone
     averaged, another weight of a part."""

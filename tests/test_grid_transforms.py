@@ -42,8 +42,8 @@ EXAMPLES = [
     ("outline", ("0000", "0500", "0000"), ("5550", "5550", "5550")),
     ("denoise_small", ("1100", "0002"), ("1100", "0000")),
     ("object_bbox", ("100", "100", "111"), ("111", "111", "111")),
-    ("cell_map", ("12502", "10500", "55555", "00530", "00533"), ("12", "03")),
-    ("cell_overlay", ("12500", "10540", "55555", "00530", "00533"), ("12", "13")),
+    ("panel_map", ("12502", "10500", "55555", "00530", "00533"), ("12", "03")),
+    ("panel_overlay", ("12500", "10540", "55555", "00530", "00533"), ("12", "13")),
     ("component_neighbour", ("11000", "12003", "00000"), ("22222", "21220", "22222")),
 ]
 
@@ -96,7 +96,7 @@ def test_most_coloured_object_is_the_template() -> None:
 
 def test_absent_sources_say_so() -> None:
     analysis = analyse(grid_of("000", "000"))
-    for name in ("bbox", "crop_frame_interior", "pinwheel", "cell_map", "crop_odd_shape"):
+    for name in ("bbox", "crop_frame_interior", "pinwheel", "panel_map", "crop_odd_shape"):
         i = SOURCE_INDEX[name]
         assert analysis.sizes[i].tolist() == [0, 0]
         assert (analysis.planes[i] == OUTSIDE).all()

@@ -1312,8 +1312,8 @@ HYPOTHESES = [
     Mutant(
         "47 gains before minus after",
         EVALUATION,
-        "rows.append([b - a for a, b in zip",
-        "rows.append([a - b for a, b in zip",
+        "rows.append([after[name] - before[name]",
+        "rows.append([before[name] - after[name]",
         "evaluation: gains_by_hand",
     ),
     Mutant(
