@@ -1,7 +1,7 @@
 """How a --time_budget is kept: the shares of training and voting, and when the learning rate falls.
 
-The clock alone decides nothing twice: what it decided is kept as batch numbers, in the schedule and
-in the progress, so that the run can be resumed and repeated bit for bit. It trains and scores
+What the clock has decided is kept as batch numbers, in the schedule and in the progress, and not
+decided again: so the run can be resumed and repeated bit for bit. It trains and scores
 nothing. `from time_budget import Limits, share_time, out_of_time`.
 """
 
