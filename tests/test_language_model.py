@@ -168,12 +168,14 @@ WAYS_OUT = ("--qwen_model tiny", "--qwen_model /path/to/folder", "--offline")
 
 
 def load_in_new_process(tmp_path: Path, offline: bool, **environment: str) -> tuple[str, float]:
-    """Message and seconds of a failing load of the real hub id, in a process of its own."""
+    """Message and seconds of a failing load of the real hub id, in a process of its own; imports,
+    which a busy machine draws out, are not counted."""
     program = textwrap.dedent(f"""
         import time
-        start = time.monotonic()
+        import huggingface_hub, transformers
         from language_model import ModelError
         from qwen_hybrid_prompt import build_qwen_prompt
+        start = time.monotonic()
         try:
             build_qwen_prompt("Qwen/Qwen2.5-1.5B", width=8, n_control=2, offline={offline})
         except ModelError as error:
@@ -181,7 +183,6 @@ def load_in_new_process(tmp_path: Path, offline: bool, **environment: str) -> tu
             print(time.monotonic() - start)
     """)
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", **environment}
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -193,7 +194,7 @@ def load_in_new_process(tmp_path: Path, offline: bool, **environment: str) -> tu
     )
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stdout + done.stderr
-    return lines[0], time.monotonic() - start
+    return lines[0], float(lines[1])
 
 
 def test_offline_hub_id_names_three_ways_out(tmp_path: Path) -> None:
