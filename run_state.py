@@ -16,7 +16,6 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib import metadata as installed
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from model_persistence import (
 )
 from optimizers import MuonAdamW, WeightAverage
 from persistence.checkpoint_file import SixObjects
+from persistence.restoring import version_of_package
 from resume_rules import APPLIED, BY_EFFECT, FREE, SAME, VERDICT, plain, with_meaning
 from reward_shaping import REWARD_WEIGHTS
 from run_log import RunLog
@@ -290,7 +290,7 @@ def full_config(run: Run, tasks: TaskSet) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": installed.version("transformers"),
+            "transformers": version_of_package("transformers"),
             "numpy": np.__version__,
         },
         "commit": commit_hash(),

@@ -41,6 +41,9 @@ from persistence.run_guard import DRIVE_HURRY_S
 
 STARTED = time.monotonic()  # as a script: of the process; a --time_budget counts from here
 DRIVE_WAIT_S = 60.0  # at a normal end, seconds the last copy to Drive may still take
+MEMORY_ADVICE = (
+    "Use a smaller --batch_size (with --grad_accum), a smaller --width, or --qwen_train frozen."
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -292,7 +295,7 @@ def heads_of(width: int) -> int:
 
 
 if __name__ == "__main__":
-    answer_early(read_flags)
+    answer_early(read_flags, MEMORY_ADVICE)
 
 import numpy as np
 import torch
@@ -370,9 +373,6 @@ from trained_model import known_errors
 
 LOG_EVERY = 50  # batches between two batch lines
 MAX_SKIPPED_IN_A_ROW = 25  # non-finite batches in a row before the run counts as diverged
-MEMORY_ADVICE = (
-    "Use a smaller --batch_size (with --grad_accum), a smaller --width, or --qwen_train frozen."
-)
 # Weight of the first answer's loss where a second one followed (guess): those queries are mostly
 # explained already.
 FIRST_ANSWER_WEIGHT = 0.5

@@ -303,7 +303,7 @@ def restore_rng_state(state: Mapping[str, Any]) -> list[str]:
 
 
 @lru_cache
-def _version(package: str) -> str | None:
+def version_of_package(package: str) -> str | None:
     """The version of an installed package, without importing it; None if there is none."""
     try:
         return installed.version(package)
@@ -320,7 +320,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
-        "transformers": _version("transformers"),
+        "transformers": version_of_package("transformers"),
         "cuda": str(torch.version.cuda),
         "gpus": gpus,
         "machine": platform.machine(),

@@ -99,7 +99,7 @@ class CheckpointWriter:
         messages: queue.SimpleQueue[str],
         drive: DriveBackup | None,
     ) -> None:
-        self._index, self._max_checkpoints = index, max_checkpoints
+        self._index, self.max_checkpoints = index, max_checkpoints
         self._messages, self._drive = messages, drive
         self.failed_saves = self.skipped_saves = self.completed_saves = 0
         self.last_durable_id: int | None = None
@@ -187,7 +187,7 @@ class CheckpointWriter:
             lambda: self._index.write(checkpoint_id, entry),
         )
         if indexed:
-            self._rotate(self._max_checkpoints)
+            self._rotate(self.max_checkpoints)
         self._note_state(job)
         if self._drive is not None:
             self._drive.notify()
@@ -213,7 +213,7 @@ class CheckpointWriter:
             return write_checkpoint_file(target, payload, seal, self._index.fs)
 
     def _make_room(self) -> None:
-        removed = self._rotate(min(2, self._max_checkpoints), verify=True)
+        removed = self._rotate(min(2, self.max_checkpoints), verify=True)
         if removed:
             self._messages.put(f"Disk full: removed {len(removed)} old checkpoints, trying again.")
 

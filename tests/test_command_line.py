@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -88,6 +89,58 @@ def test_ctrl_c_while_the_script_imports_ends_it_with_130_and_no_traceback(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("broken", "code", "line"),
+    [
+        ("raise ModuleNotFoundError('no', name='torch')", 3, "pip install -r requirements.txt"),
+        ("raise MemoryError", 4, "out of memory"),
+        ("raise OSError(12, 'Cannot allocate memory')", 4, "out of memory"),
+    ],
+)
+@pytest.mark.parametrize("name", [SCRIPT.name, "predict.py"])
+def test_what_fails_in_the_imports_is_one_line(
+    tmp_path: Path, name: Any, broken: Any, code: Any, line: Any
+) -> None:
+    """Breaks: a traceback where torch is not installed or does not fit into memory."""
+    (tmp_path / "torch.py").write_text(broken + "\n")
+    flags = ["nosuch", "--out", "a.json"] if name == "predict.py" else []
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name(name)), *flags],
+        env={**environment(tmp_path), "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == code, done.stderr
+    assert line in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_link_to_the_short_name_is_the_script_too(tmp_path: Path) -> None:
+    """Breaks: `fixed.py` that looks for the script beside the link."""
+    link = tmp_path / "short.py"
+    link.symlink_to(SCRIPT.with_name("fixed.py"))
+    done = subprocess.run([sys.executable, str(link), "--help"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_error_is_said_where_stderr_is_closed(tmp_path: Path) -> None:
+    """Breaks: no word and exit code 1 where the user has closed stderr."""
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(SCRIPT.with_name('predict.py')))}"
+    done = subprocess.run(
+        ["sh", "-c", f"{command} nosuch --out a.json 2>&-"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment(tmp_path),
+    )
+    assert done.returncode == 3
+    assert done.stdout.startswith("error: ")
+
+
 def test_ctrl_c_is_an_exception_again_once_the_work_has_begun() -> None:
     """Breaks: a run that Ctrl+C ends at once, unsaved; a handler of the user's that is replaced."""
     before = signal.getsignal(signal.SIGINT)
@@ -100,7 +153,7 @@ def test_ctrl_c_is_an_exception_again_once_the_work_has_begun() -> None:
     try:
         for handler in (signal.default_int_handler, signal.SIG_IGN):
             signal.signal(signal.SIGINT, handler)
-            command_line.answer_early(lambda: None)
+            command_line.answer_early(lambda: None, "")
             seen.append(signal.getsignal(signal.SIGINT))
             assert command_line.guarded(action, "", lambda: ()) == 0
     finally:

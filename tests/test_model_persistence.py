@@ -253,6 +253,14 @@ def test_max_checkpoints_two_keeps_two(run_dir: Path) -> None:
     assert names == ["checkpoint_00004.pt", "checkpoint_00005.pt"]
 
 
+def test_max_checkpoints_may_be_changed_between_saves(run_dir: Path) -> None:
+    persistence, toy = filled(run_dir, 4, max_checkpoints=4)
+    assert persistence.max_checkpoints == 4
+    persistence.max_checkpoints = 2
+    persistence.save_checkpoint(*toy.six, 0, 9, {}, wait=True)
+    assert sorted(persistence.checkpoints) == [3, 4]
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_checkpoints_copied_to_drive_and_back(run_dir: Path, tmp_path: Path, nested: bool) -> None:
     persistence, toy = filled(run_dir, 3)

@@ -136,7 +136,7 @@ MUTANTS = [
         "rotation after the save",
         SAVING,
         '        """The protocol: file, index entry',
-        "        self._rotate(self._max_checkpoints - 1)\n"
+        "        self._rotate(self.max_checkpoints - 1)\n"
         '        """The protocol: file, index entry',
         "kill_points.py --only only",
     ),

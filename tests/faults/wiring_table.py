@@ -786,8 +786,8 @@ OTHERS = [
     Mutant(
         "29 out of memory is unexpected",
         COMMAND,
-        "EXIT_MEMORY if memory else",
-        "EXIT_UNEXPECTED if memory else",
+        "return memory, EXIT_MEMORY",
+        "return memory, EXIT_UNEXPECTED",
         "command_line: out_of_memory",
     ),
     # 34 seeds, honesty
