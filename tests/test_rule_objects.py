@@ -88,7 +88,7 @@ PANELS = ("1150", "1050", "5555", "0053")
         ("crop_least_symmetry_object", PARTS, ("22", "01")),
         ("crop_least_others_object", PARTS, ("3",)),
         ("crop_least_copies_component", ("4040", "0000", "3300"), ("33",)),
-        ("crop_most_size_cell", PANELS, ("11", "10")),
+        ("crop_most_size_panel", PANELS, ("11", "10")),
         ("crop_least_height_object", PARTS, ("3",)),
         ("crop_most_copies_component", PARTS, ()),  # two parts have most: none is chosen
     ],

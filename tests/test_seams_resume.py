@@ -462,7 +462,7 @@ def test_other_hardware_libraries_and_program_are_not_called_exact(
         extra["in_use"] |= {"device": "Tesla T4", "program": "0" * 40}
 
     rewrite(folder, elsewhere)
-    monkeypatch.setattr(restoring, "_version", lambda _: "9.9")
+    monkeypatch.setattr(restoring, "version_of_package", lambda _: "9.9")
     line = verdict(again(folder, whole=False))
     assert line.startswith("Resume: EQUIVALENT (")
     assert "device: saved Tesla T4, now cpu" in line
