@@ -88,7 +88,7 @@ def adapt(
     progress: Callable[[float], None] | None = None,
 ) -> Adapted:
     """Train copies of `system` on the demonstrations of those `tasks` that have no row yet, and
-    judge.
+    judge. Returns `Adapted`: the copy that answers, its task rows, and what was measured.
 
     tasks: their tests are not looked at. task_index: row of the task table by task id, of the tasks
     known so far. Ends after `seconds`, measuring included, or each training after `n_batches`,

@@ -671,7 +671,11 @@ def evaluate(
     say: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Score the system on the given queries of `tasks`; targets meet predictions only in `score`.
+    """Score the system on the given queries of `tasks`; targets meet predictions in `score`,
+    `scores_alone` and `gains`, when all have been made.
+
+    Returns the figures of results.json: `score` with slices, views and batches done; with a fitter
+    also "alone", "gains", "acceptance" and how far network and hypotheses came.
 
     fitter: hypotheses for the policy to choose from (if `propose`), as far as they are fitted when
     the voting starts; those fitted later, by the deadline, vote without it. "alone" then holds the
