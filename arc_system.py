@@ -101,8 +101,9 @@ class Pass:
 
     after: `before` with the answers of the queries `again` exchanged, `before` itself where there
     are none. refinement: None with the policy off. again (n,) int64: numbers of the queries that
-    took a proposal and answered again. everyone: the batch has no proposals and every query
-    answered again, with its changed prompt alone (in training); `again` is empty then.
+    took a proposal and answered again, asked: the reading of these alone. everyone: the batch has
+    no proposals and every query answered again, with its changed prompt alone (in training);
+    `again` is empty then.
     """
 
     before: AgentOutput
@@ -110,6 +111,7 @@ class Pass:
     refinement: Refinement | None
     again: Tensor
     everyone: bool
+    asked: Reading | None = None
 
 
 @dataclass
@@ -336,8 +338,9 @@ class System:
             again = refinement.proposal.given.nonzero().squeeze(-1)
         if not len(again):
             return Pass(before, before, refinement, nobody, everyone)
-        second = self.answer(rows_of(reading, again), rows_of(refinement, again), stop=stop)
-        return Pass(before, put_rows(before, again, second), refinement, again, everyone)
+        asked = rows_of(reading, again)
+        second = self.answer(asked, rows_of(refinement, again), stop=stop)
+        return Pass(before, put_rows(before, again, second), refinement, again, everyone, asked)
 
     def backward(self, reading: Reading, output: AgentOutput) -> Tensor:
         """The backward model's log-probabilities (Q, rows, cols, 10) over the inputs, given the
@@ -365,8 +368,8 @@ class System:
         with torch.no_grad():
             if passed.everyone:
                 first = self.backward(reading, before)
-            elif len(again):
-                first = self.backward(rows_of(reading, again), rows_of(before, again))
+            elif passed.asked is not None:
+                first = self.backward(passed.asked, rows_of(before, again))
         after = self.backward(reading, passed.after)
         if passed.everyone:
             return first, after
@@ -461,10 +464,9 @@ class System:
         )
         answered = Answered(**vars(passed))
         again = passed.again
-        if len(again):
-            some = rows_of(reading, again)
+        if passed.asked is not None:
             answered.backward_before, answered.backward_after = (
-                self.backward_of(some, a.grids(), a.size)
+                self.backward_of(passed.asked, a.grids(), a.size)
                 for a in (rows_of(passed.before, again), rows_of(passed.after, again))
             )
         return answered

@@ -166,9 +166,8 @@ class CheckpointWriter:
             if isinstance(e, RuntimeError) and not is_space_error(e):
                 raise
             try:
-                taken = exists(
-                    self._index.fs, job.target
-                )  # renamed, but the directory's fsync failed
+                # There although the write failed: renamed, but the directory's fsync was refused.
+                taken = exists(self._index.fs, job.target)
             except OSError:
                 taken = True  # unknown: an id must not be used twice
             if taken:

@@ -192,9 +192,7 @@ SURVIVORS = [
         '"--max_checkpoints", type=count, default=50,',
         "wiring: five_checkpoints",
     ),
-    Mutant(
-        "20 bar never shown", COMMAND, "return quiet or not", "return True or", "wiring: terminal"
-    ),
+    Mutant("20 bar never shown", COMMAND, "return quiet or", "return True or", "wiring: terminal"),
     Mutant(
         "20 bar from 0 on a resume",
         T,
@@ -1235,8 +1233,8 @@ HYPOTHESES = [
     Mutant(
         "48 the second answer goes without its proposal",
         SYSTEM,
-        "self.answer(rows_of(reading, again), rows_of(refinement, again), ",
-        "self.answer(rows_of(reading, again), ",
+        "self.answer(asked, rows_of(refinement, again), ",
+        "self.answer(asked, ",
         "wiring: takes_what_was_drawn",
     ),
     Mutant(
