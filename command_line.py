@@ -276,7 +276,7 @@ def cores() -> int:
 
 def no_bar(quiet: bool) -> bool:
     """Progress bars on a terminal only; plain lines elsewhere."""
-    return quiet or not sys.stderr.isatty()
+    return quiet or sys.stderr is None or not sys.stderr.isatty()  # None: closed
 
 
 def pick_precision(amp: str, device: str) -> tuple[torch.dtype | None, bool]:

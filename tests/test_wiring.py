@@ -645,6 +645,8 @@ def test_a_terminal_shows_the_bar_and_a_resumed_one_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", Terminal())
         shows = [not command_line.no_bar(quiet) for quiet in (False, True)]
+        patch.setattr(sys, "stderr", None)  # as Python has it where the user has closed it
+        assert command_line.no_bar(False)
     assert shows == [True, False]
 
 
