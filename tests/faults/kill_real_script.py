@@ -25,7 +25,7 @@ from harness import arguments, finish, forked, scratch
 from kill_points import manager
 
 from persistence.find_run import find_latest_run
-from persistence.state_tree import state_fingerprint
+from persistence.state_tree import iter_leaves, same_leaf, state_fingerprint
 
 NOT_STATE = ("clock", "flags", "in_use")  # parts of `extra` on which no training depends
 OPTIONS = (
@@ -69,8 +69,8 @@ def attempt(options: list[str], kill_after_s: float | None = None) -> tuple[int,
     return forked(run, kill_after_s)
 
 
-def final_state(runs: Path) -> str:
-    """sha256 of everything in the newest checkpoint that is training state."""
+def final_state(runs: Path) -> dict[str, Any]:
+    """Everything in the newest checkpoint that is training state."""
     import torch
 
     run = find_latest_run(runs)
@@ -83,7 +83,27 @@ def final_state(runs: Path) -> str:
     extra["rng"] = {k: extra["rng"][k] for k in ("torch", "cuda")}
     names = ("agent", "qwen", "solver2", "efe_loss", "policy_rl", "optimizer")
     state = {n: payload[n] for n in names}
-    return state_fingerprint({**state, "extra": extra, "at": [payload["epoch"], payload["batch"]]})
+    state.update(extra=extra, at=[payload["epoch"], payload["batch"]])
+    return state
+
+
+def differences(found: Any, wanted: Any) -> list[str]:
+    """Which leaves of two states are not bitwise equal: "agent.w: 3 of 64 values, by 1e-07"."""
+    import torch
+
+    left, right = dict(iter_leaves(found)), dict(iter_leaves(wanted))
+    lines = []
+    for path in sorted(left.keys() | right.keys()):
+        a, b = left.get(path), right.get(path)
+        if same_leaf(a, b):
+            continue
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape:
+            apart = (a.double() - b.double()).abs()
+            by = f"{int((apart > 0).sum())} of {apart.numel()} values, by {float(apart.max()):g}"
+            lines.append(f"{path}: {by}")
+        else:
+            lines.append(f"{path}: {a!r:.60}, wanted {b!r:.60}")
+    return lines
 
 
 def losses(runs: Path) -> dict[tuple[int, int], float]:
@@ -105,17 +125,30 @@ def judge(
     status: int,
     lines: list[str],
     runs: Path,
-    wanted: tuple[str, dict[tuple[int, int], float]],
+    wanted: tuple[dict[str, Any], dict[tuple[int, int], float]],
 ) -> None:
-    """Count a finished run as equal to the wanted (state, losses), or say what is wrong with it."""
+    """Count a finished run as equal to the wanted (state, losses), or say what is wrong with it.
+
+    KEEP_DIFFERENT=folder keeps a copy of each run that ended otherwise.
+    """
     if status != 0:
         figures["problems"].append(f"{name} ended with {status}: {lines}")
-    elif final_state(runs) != wanted[0]:
-        figures["problems"].append(f"{name} ended in another state")
-    elif losses(runs) != wanted[1]:
-        figures["problems"].append(f"{name}: other losses")
-    else:
+        return
+    state, found = final_state(runs), losses(runs)
+    same_state = state_fingerprint(state) == state_fingerprint(wanted[0])
+    if same_state and found == wanted[1]:
         figures["equal"] += 1
+        return
+    apart = [
+        f"loss of {at}: {a!r}, wanted {b!r}"
+        for at, a, b in ((at, found.get(at), wanted[1].get(at)) for at in sorted(wanted[1]))
+        if a != b
+    ]
+    apart += differences(state, wanted[0])
+    what = "other losses" if same_state else "ended in another state"
+    figures["problems"].append(f"{name}: {what}; {len(apart)} differ: {'; '.join(apart[:20])}")
+    if keep := os.environ.get("KEEP_DIFFERENT"):
+        shutil.copytree(runs, Path(keep) / f"{os.getpid()} {name}", dirs_exist_ok=True)
 
 
 def newest_durable(runs: Path) -> int:
