@@ -8,7 +8,6 @@ Use: ``build_qwen_prompt("tiny", width=96, n_control=48)``, then ``prompt = modu
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from batches import Batch
+from command_line import memory_of
 from language_model import (
     INPUT_MARK,
     MAX_TOKENS,
@@ -47,6 +47,8 @@ LENGTH_BUCKETS = (
     *(640, 768, 896, 1024, 1280, 1536, 1792, 2048),
 )
 CACHE_PAIRS = 4096  # readings kept for reuse: all 3232 pairs; 100 MB with Qwen2.5-1.5B
+# A frozen model's states are kept in this much of the RAM, and never in more than so many bytes.
+STATES_SHARE, STATES_MOST = 0.25, 32 << 30
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,24 @@ def encode_pairs(
     pair = torch.arange(n_pairs, device=device)[:, None].expand_as(position)
     symbols[pair[is_real], position[is_real]] = flat[is_real]
     return PairSymbols(symbols, lengths, rows_kept < sides)
+
+
+def bucket_of(length: int) -> int:
+    """The length in tokens to which a sequence of this length is padded."""
+    return next((b for b in LENGTH_BUCKETS if b >= length), -(-length // 512) * 512)
+
+
+def padded_to(symbols: Tensor, length: int) -> Tensor:
+    """``symbols`` [C, S] as [C, length], PAD behind the text, which is not longer than that."""
+    width = min(length, symbols.shape[1])
+    return functional.pad(symbols[:, :width], (0, length - width), value=PAD)
+
+
+def regions(symbols: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Region (0 input, 1 output, 2 last position) [C, S] long and mask [C, S] (True: text)."""
+    last = torch.arange(symbols.shape[1], device=symbols.device) == lengths[:, None] - 1
+    region = (symbols == OUTPUT_MARK).cumsum(1).masked_fill(last, 2)
+    return region, symbols != PAD
 
 
 # --------------------------------------------------------------------------------------------
@@ -232,6 +252,49 @@ class ReadingCache:
         )
 
 
+class KeptStates:
+    """What a frozen language model makes of a pair, computed once: its last states, each divided by
+    its root mean square, [length, D] float16 in the RAM.
+
+    Nothing in them is trained, so a hit gives the numbers of a miss, bit for bit, and no checkpoint
+    holds them. Holds at most ``max_bytes``; what comes when it is full is not kept: pairs come up
+    in turn, once an epoch, and a pair that had to leave for a newer one would be gone each time.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must be >= 0, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.n_bytes = self.hits = self.misses = 0
+        self._entries: dict[bytes, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __deepcopy__(self, memo: object) -> KeptStates:
+        return self  # constants: a copy of a system reads the same ones
+
+    def get(self, key: bytes) -> Tensor | None:
+        """The pair's states, or None where they have to be computed."""
+        found = self._entries.get(key)
+        self.hits += found is not None
+        self.misses += found is None
+        return found
+
+    def put(self, key: bytes, states: Tensor) -> None:
+        size = states.numel() * states.element_size()
+        if key not in self._entries and self.n_bytes + size <= self.max_bytes:
+            self._entries[key] = states
+            self.n_bytes += size
+
+    def description(self) -> str:
+        """What has been kept and used so far, in words."""
+        return (
+            f"{self.misses} pairs read, {self.hits} looked up; {len(self)} kept in "
+            f"{self.n_bytes / 1e9:.2f} of {self.max_bytes / 1e9:.1f} GB"
+        )
+
+
 class QwenHybridPrompt(nn.Module):
     """Demonstration pairs -> prompt tokens: ``n_qwen_tokens`` of the LM and one control token each.
 
@@ -262,12 +325,14 @@ class QwenHybridPrompt(nn.Module):
         mode: str = "full",
         cache_interval: int = 1,
         cache_pairs: int = CACHE_PAIRS,
+        states_bytes: int | None = None,
         seed: int | torch.Generator = 0,
         name: str = "model",
         revision: str | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
         """Sizes in tokens and pairs; ``seed`` decides the new weights; see the class for the rest.
+        ``states_bytes``: RAM for a frozen model's states, default STATES_SHARE of what there is.
 
         Raises ValueError on an impossible setting, ModelError on a model that does not fit.
         """
@@ -297,6 +362,11 @@ class QwenHybridPrompt(nn.Module):
         self.n_pairs = self.n_truncated = 0
         self._n_fresh = 0  # pairs of the last batch that were really read
         self.cache = ReadingCache(cache_interval, cache_pairs)
+        self.states: KeptStates | None = None
+        if train_mode == "frozen":
+            if states_bytes is None:
+                states_bytes = min(STATES_MOST, int(STATES_SHARE * memory_of("cpu")))
+            self.states = KeptStates(states_bytes)
         with seeded(seed):
             if train_mode == "lora":
                 backbone = with_lora(backbone)
@@ -375,7 +445,8 @@ class QwenHybridPrompt(nn.Module):
         """The tokens of each pair, [C, n_qwen_tokens + 1, width] float32; the last is control.
 
         A pair's tokens depend on that pair alone. In training with a cache, the LM's part may be an
-        earlier, detached reading of the same pair; the projections always get gradient.
+        earlier, detached reading of the same pair; of a frozen LM its states are looked up. The
+        projections always get gradient.
         """
         n_pairs = batch.demo_input.shape[0]
         device = self.start_token.device
@@ -390,11 +461,12 @@ class QwenHybridPrompt(nn.Module):
             return self.norm(torch.cat([qwen, control], 1) + self.type_tokens)
 
     def _text(self, batch: Batch) -> PairSymbols:
-        """The pairs as symbols: in the batch's view, or with a cache as the task itself has them.
+        """The pairs as symbols: in the batch's view; as the task itself has them with a cache, and
+        for a frozen LM.
 
         Views are random: in its view a pair hardly ever comes up again; a cache would never hit.
         """
-        if self.cache.interval == 1:
+        if self.cache.interval == 1 and self.states is None:
             names = ("demo_input", "demo_input_size", "demo_output", "demo_output_size")
         else:
             names = ("own_input", "own_input_size", "own_output", "own_output_size")
@@ -407,6 +479,8 @@ class QwenHybridPrompt(nn.Module):
         lengths = text.lengths.tolist()
         self.n_pairs += len(lengths)
         self.n_truncated += int(text.truncated.sum())
+        if self.states is not None:
+            return self._from_states(self.states, text.symbols, lengths)
         readings: list[Tensor | None] = [None] * len(lengths)
         keys: list[bytes] = []
         if self.training and self.cache.interval > 1:
@@ -416,8 +490,7 @@ class QwenHybridPrompt(nn.Module):
         groups: dict[int, list[int]] = {}
         for pair, length in enumerate(lengths):
             if readings[pair] is None:
-                bucket = next((b for b in LENGTH_BUCKETS if b >= length), -(-length // 512) * 512)
-                groups.setdefault(bucket, []).append(pair)
+                groups.setdefault(bucket_of(length), []).append(pair)
         fresh: dict[int, Tensor] = {}
         for bucket in sorted(groups):
             members = groups[bucket]
@@ -432,21 +505,54 @@ class QwenHybridPrompt(nn.Module):
 
     def _run(self, symbols: Tensor, lengths: Tensor, padded: int) -> Tensor:
         """Run the LM over ``symbols`` [C, S] at length ``padded``; pooled [C, n, D] float32."""
-        width = min(padded, symbols.shape[1])
-        symbols = functional.pad(symbols[:, :width], (0, padded - width), value=PAD)
-        mask = symbols != PAD
-        last = torch.arange(padded, device=symbols.device) == lengths[:, None] - 1
-        region = (symbols == OUTPUT_MARK).cumsum(1).masked_fill(last, 2)
-        with contextlib.ExitStack() as stack:
-            if self.train_mode == "frozen":
-                stack.enter_context(torch.no_grad())
-            hidden = self.backbone(
-                input_ids=self.symbol_ids[symbols],  # type: ignore[index]
-                attention_mask=mask.long() if self._needs_mask else None,
-                use_cache=False,
-            ).last_hidden_state
+        symbols = padded_to(symbols, padded)
+        region, mask = regions(symbols, lengths)
+        hidden = self.backbone(
+            input_ids=self.symbol_ids[symbols],  # type: ignore[index]
+            attention_mask=mask.long() if self._needs_mask else None,
+            use_cache=False,
+        ).last_hidden_state
         with torch.autocast(symbols.device.type, enabled=False):
             return self.pool(hidden, region, mask)
+
+    def _from_states(self, kept: KeptStates, symbols: Tensor, lengths: list[int]) -> Tensor:
+        """Pooled states of each pair of a frozen LM, [C, n_qwen_tokens, D] float32.
+
+        The LM reads a pair by itself, at its own length: what is kept depends on nothing else.
+        """
+        device = symbols.device
+        autocast = torch.is_autocast_enabled(device.type)
+        precision = str(torch.get_autocast_dtype(device.type) if autocast else "").encode()
+        found: list[Tensor] = []
+        for row, host, length in zip(symbols, symbols.cpu(), lengths, strict=True):
+            key = self.cache.key(host[:length]) + precision
+            states = kept.get(key)
+            if states is None:
+                states = self._states(row[None, :length])
+                kept.put(key, states)
+            found.append(states)
+        groups: dict[int, list[int]] = {}
+        for pair, length in enumerate(lengths):
+            groups.setdefault(bucket_of(length), []).append(pair)
+        pooled: dict[int, Tensor] = {}
+        with torch.autocast(device.type, enabled=False):
+            for bucket in sorted(groups):
+                members = groups[bucket]
+                ends = torch.tensor([lengths[m] for m in members], device=device)
+                region, mask = regions(padded_to(symbols[members], bucket), ends)
+                hidden = found[0].new_zeros(len(members), bucket, found[0].shape[-1])
+                for place, member in enumerate(members):
+                    hidden[place, : lengths[member]] = found[member]
+                out = self.pool(hidden.to(device), region, mask)
+                pooled.update(zip(members, out.unbind(0), strict=True))
+        return torch.stack([pooled[pair] for pair in range(len(lengths))])
+
+    @torch.no_grad()
+    def _states(self, symbols: Tensor) -> Tensor:
+        """What `KeptStates` keeps of one pair: ``symbols`` [1, S] -> [S, D] float16, in the RAM."""
+        ids = self.symbol_ids[symbols]  # type: ignore[index]
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return functional.rms_norm(hidden.float(), hidden.shape[-1:]).to(torch.float16).cpu()
 
     def without_gradient(self) -> str | None:
         """Why the last training batch gave the LM no gradient; None if it should have."""
@@ -516,6 +622,8 @@ class QwenHybridPrompt(nn.Module):
         revision = f" @ {self.revision[:12]}" if self.revision else ""
         dtype = str(weights[0].dtype).removeprefix("torch.")
         line = f"{self.name}{revision}, {size} parameters, {self.train_mode}, {dtype}"
+        if self.states is not None:
+            line += f", its states kept in up to {self.states.max_bytes / 1e9:.1f} GB of RAM"
         return "; ".join([line, *self.notes])
 
 
@@ -553,6 +661,7 @@ def build_qwen_prompt(
     n_qwen_tokens: int = 4,
     cache_interval: int = 1,
     cache_pairs: int = CACHE_PAIRS,
+    states_bytes: int | None = None,
     mode: str = "full",
     revision: str | None = None,
 ) -> QwenHybridPrompt:
@@ -585,6 +694,7 @@ def build_qwen_prompt(
         mode=mode,
         cache_interval=cache_interval,
         cache_pairs=cache_pairs,
+        states_bytes=states_bytes,
         seed=seed,
         name=language_model.name,
         revision=language_model.revision,

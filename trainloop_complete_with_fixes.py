@@ -1133,6 +1133,8 @@ def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
             "planning_steps": result["planning_steps"],
         }
     say(f"[Epoch {progress.epoch}] Time: {run.clock.epoch_s:.2f}s", important=True)
+    if run.system.qwen.states is not None:
+        say(f"[Epoch {progress.epoch}] Frozen Qwen: {run.system.qwen.states.description()}")
     row |= {
         "minutes": (time.monotonic() - run.started) / 60,
         "batch": progress.batch,

@@ -470,6 +470,85 @@ def test_cache_state_round_trip_continues_bit_for_bit(tmp_path: Path) -> None:
     assert second.n_pairs == whole.n_pairs
 
 
+# ---- a frozen model's states ---------------------------------------------------------------
+
+
+def calls_of(module: QwenHybridPrompt) -> list[int]:
+    """Filled with the pairs of each forward of the language model, from now on."""
+    calls: list[int] = []
+    module.backbone.register_forward_hook(
+        lambda _, args, kwargs, out: calls.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return calls
+
+
+def test_a_frozen_model_reads_each_pair_once_and_the_projections_learn() -> None:
+    """Breaks: states read in a random view, kept behind trained parts, or not in evaluation."""
+    batch, module = small_batch(), tiny(train="frozen")
+    calls = calls_of(module)
+    optimizer = torch.optim.SGD(module.head_parameters(), lr=0.1)
+    tokens = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        scalar(module, batch).backward()
+        for part in (module.pool, module.project):
+            assert all(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
+        optimizer.step()
+        tokens.append(module(batch).tokens)
+    assert calls == [1] * 5
+    assert not torch.equal(tokens[0], tokens[1]), "trained parts work on what is kept"
+    another_view = copy.deepcopy(batch)
+    another_view.demo_output = torch.where(batch.demo_output >= 0, 9 - batch.demo_output, -1)
+    module.eval()
+    assert torch.equal(module(another_view).tokens, tokens[-1])
+    assert len(calls) == 5
+    another_pair = copy.deepcopy(batch)
+    another_pair.own_output[0, 0, 0] = (another_pair.own_output[0, 0, 0] + 1) % 10
+    assert not torch.equal(module(another_pair).tokens, tokens[-1])
+    assert len(calls) == 6
+    assert module.states is not None
+    assert (module.states.misses, len(module.states)) == (6, 6)
+
+
+@pytest.mark.parametrize("states_bytes", [0, 20_000])
+def test_states_that_are_not_kept_give_the_same_bits(states_bytes: int) -> None:
+    """Breaks: numbers that depend on what is kept, so that a resumed run is another one."""
+    batches = [small_batch(seed) for seed in (0, 1, 0, 2, 1)]
+    keeps, drops = tiny(train="frozen"), tiny(train="frozen", states_bytes=states_bytes)
+    for batch in batches:
+        assert torch.equal(keeps(batch).tokens, drops(batch).tokens)
+        some = make_batch([[((5, 5), (1, 1))] * 2], 0)  # another composition of the batch
+        drops(some)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(keeps(batches[0]).tokens, tiny(train="frozen")(batches[0]).tokens)
+    assert drops.states is not None
+    assert keeps.states is not None
+    assert drops.states.n_bytes <= states_bytes < keeps.states.n_bytes
+    kept = sum(t.numel() * t.element_size() for t in drops.states._entries.values())
+    assert drops.states.n_bytes == kept
+    assert (drops.states.hits > 0) == (states_bytes > 0)
+
+
+def test_kept_states_stay_near_a_reading_without_them() -> None:
+    """float16 and padding change the prompt by rounding alone."""
+    batch, frozen, full = small_batch(), tiny(train="frozen"), tiny()
+    torch.testing.assert_close(frozen(batch).tokens, full(batch).tokens, atol=3e-3, rtol=0)
+
+
+def test_states_are_in_no_checkpoint_and_a_copy_shares_them() -> None:
+    module = tiny(train="frozen", cache_interval=4)
+    module(small_batch())
+    state = module.cache_state()
+    assert state["keys"].numel() == state["readings"].numel() == 0
+    assert state["counts"].tolist() == [0, 0]
+    assert copy.deepcopy(module).states is module.states
+    assert tiny().states is None
+    assert "up to" in module.description()
+    assert "5 pairs read, 0 looked up" in module.states.description()  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="max_bytes must be >= 0"):
+        tiny(train="frozen", states_bytes=-1)
+
+
 # ---- ablations -----------------------------------------------------------------------------
 
 
