@@ -608,8 +608,13 @@ def answer_stats(output: AgentOutput) -> Tensor:
     )
 
 
-def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = False) -> System:
-    """Build the modules; weights are a pure function of `config.seed`. Raises ModelError."""
+def build_system(
+    config: SystemConfig, device: Any = "cpu", *, offline: bool = False, weights: bool = True
+) -> System:
+    """Build the modules; weights are a pure function of `config.seed`. Raises ModelError.
+
+    weights=False: shapes alone, all on torch's device "meta", unless the language model is `tiny`.
+    """
     qwen_mode = "null" if config.demonstrations == "off" else config.prompt
     qwen = build_qwen_prompt(
         config.qwen_model,
@@ -621,7 +626,9 @@ def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = F
         seed=config.seed,
         cache_interval=config.qwen_cache_interval,
         mode=qwen_mode,
+        weights=weights,
     )
+    device = qwen.start_token.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         agent = ArcAgent(
@@ -642,6 +649,6 @@ def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = F
         policy_rl = RefinedPolicy(config.width, generator=generator)
     efe_loss = EFELoss(hard_cells=config.hard_cells, extras=config.efe_extras)
     modules = (agent, solver2, efe_loss, policy_rl)
-    for module in (*modules, qwen):
+    for module in modules:
         module.to(device)
     return System(config, agent, qwen, solver2, efe_loss, policy_rl)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from batches import Batch
 from command_line import memory_of
@@ -29,6 +30,7 @@ from language_model import (
     TINY,
     TRAIN_MODES,
     ModelError,
+    activation_bytes,
     as_seed,
     load_language_model,
     seeded,
@@ -47,6 +49,9 @@ LENGTH_BUCKETS = (
     *(640, 768, 896, 1024, 1280, 1536, 1792, 2048),
 )
 CACHE_PAIRS = 4096  # readings kept for reuse: all 3232 pairs; 100 MB with Qwen2.5-1.5B
+# What the states of a trained model may take in one batch, on a CPU, and of a GPU's memory: a batch
+# with more tokens is read in parts.
+READ_BYTES, READ_SHARE = 4 << 30, 0.125
 # A frozen model's states are kept in this much of the RAM, and never in more than so many bytes.
 STATES_SHARE, STATES_MOST = 0.25, 32 << 30
 
@@ -326,13 +331,17 @@ class QwenHybridPrompt(nn.Module):
         cache_interval: int = 1,
         cache_pairs: int = CACHE_PAIRS,
         states_bytes: int | None = None,
+        read_tokens: int | None = None,
         seed: int | torch.Generator = 0,
         name: str = "model",
         revision: str | None = None,
+        saved_dtype: torch.dtype | None = None,
+        recompute: bool = False,
         notes: tuple[str, ...] = (),
     ) -> None:
         """Sizes in tokens and pairs; ``seed`` decides the new weights; see the class for the rest.
         ``states_bytes``: RAM for a frozen model's states, default STATES_SHARE of what there is.
+        ``read_tokens``: of a forward of the LM at most, but a pair; default: no bound.
 
         Raises ValueError on an impossible setting, ModelError on a model that does not fit.
         """
@@ -356,10 +365,12 @@ class QwenHybridPrompt(nn.Module):
         self.mode = mode
         self.width, self.n_qwen_tokens, self.max_tokens = width, n_qwen_tokens, max_tokens
         self.name, self.revision, self.train_mode = name, revision, train_mode
+        self.saved_dtype, self.recompute = saved_dtype, recompute
         self.table, self.notes = table, (*notes, *table.notes)
         # A causal model never looks right, where the padding is: no mask, the fast kernel.
         self._needs_mask = not str(getattr(config, "model_type", "")).startswith("qwen")
         self.n_pairs = self.n_truncated = 0
+        self.read_tokens = read_tokens
         self._n_fresh = 0  # pairs of the last batch that were really read
         self.cache = ReadingCache(cache_interval, cache_pairs)
         self.states: KeptStates | None = None
@@ -492,9 +503,8 @@ class QwenHybridPrompt(nn.Module):
             if readings[pair] is None:
                 groups.setdefault(bucket_of(length), []).append(pair)
         fresh: dict[int, Tensor] = {}
-        for bucket in sorted(groups):
-            members = groups[bucket]
-            pooled = self._run(text.symbols[members], text.lengths[members], bucket)
+        for members, bucket, again in self._parts(groups):
+            pooled = self._run(text.symbols[members], text.lengths[members], bucket, again)
             fresh.update(zip(members, pooled.unbind(0), strict=True))
         self._n_fresh = len(fresh)
         for pair, reading in fresh.items():
@@ -503,8 +513,32 @@ class QwenHybridPrompt(nn.Module):
                 self.cache.put(keys[pair], reading)
         return torch.stack([reading for reading in readings if reading is not None])
 
-    def _run(self, symbols: Tensor, lengths: Tensor, padded: int) -> Tensor:
-        """Run the LM over ``symbols`` [C, S] at length ``padded``; pooled [C, n, D] float32."""
+    def _parts(self, groups: Mapping[int, list[int]]) -> Iterator[tuple[list[int], int, bool]]:
+        """The forwards of a batch: pairs, their padded length, and whether the backward pass is to
+        run the forward again. One forward a length, unless all of them together have more than
+        `read_tokens`: then parts of at most so many tokens, and only one part's activations at a
+        time."""
+        total = sum(bucket * len(members) for bucket, members in groups.items())
+        most = self.read_tokens
+        for bucket in sorted(groups):
+            members = groups[bucket]
+            if most is None or total <= most:
+                yield members, bucket, False
+                continue
+            step = max(1, most // bucket)
+            for start in range(0, len(members), step):
+                yield members[start : start + step], bucket, torch.is_grad_enabled()
+
+    def _run(self, symbols: Tensor, lengths: Tensor, padded: int, again: bool) -> Tensor:
+        """Run the LM over ``symbols`` [C, S] at length ``padded``; pooled [C, n, D] float32.
+
+        again: keep nothing for the backward pass, which runs this once more.
+        """
+        if again:
+            return checkpoint(  # type: ignore[no-any-return]
+                self._run, symbols, lengths, padded, False,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
         symbols = padded_to(symbols, padded)
         region, mask = regions(symbols, lengths)
         hidden = self.backbone(
@@ -562,6 +596,14 @@ class QwenHybridPrompt(nn.Module):
             return "frozen"
         return None if self._n_fresh else "not run, readings reused"
 
+    def bytes_per_token(self, half: bool = False) -> int:
+        """`language_model.activation_bytes` of the LM; half: under autocast."""
+        config: Any = self.transformer.config
+        dtype = next(self.backbone.parameters()).dtype
+        return activation_bytes(
+            config, self.train_mode, half=half, recompute=self.recompute, dtype=dtype
+        )
+
     # -- weights -------------------------------------------------------------------------------
 
     def lm_parameters(self) -> list[nn.Parameter]:
@@ -578,7 +620,8 @@ class QwenHybridPrompt(nn.Module):
             return None
         if self._frozen_sha256 is None:
             weights = dict(self.named_parameters())
-            self._frozen_sha256 = weights_sha256({key: weights[key] for key in self._frozen_names})
+            frozen = {key: weights[key] for key in self._frozen_names}
+            self._frozen_sha256 = weights_sha256(frozen, self.saved_dtype)
         return {"id": self.name, "revision": self.revision or "", "sha256": self._frozen_sha256}
 
     def persistent_state_dict(self) -> dict[str, Tensor]:
@@ -662,13 +705,15 @@ def build_qwen_prompt(
     cache_interval: int = 1,
     cache_pairs: int = CACHE_PAIRS,
     states_bytes: int | None = None,
+    read_tokens: int | None = None,
     mode: str = "full",
     revision: str | None = None,
+    weights: bool = True,
 ) -> QwenHybridPrompt:
     """Build the prompt module on ``device`` from ``auto``, ``tiny``, a folder or a hub id.
 
-    ``train``, ``offline``, ``dtype``, ``gradient_checkpointing`` and ``revision`` are settings of
-    `language_model.load_language_model`, the others those of QwenHybridPrompt.
+    ``train``, ``offline``, ``dtype``, ``gradient_checkpointing``, ``revision`` and ``weights`` are
+    settings of `language_model.load_language_model`, the others those of QwenHybridPrompt.
     Raises ModelError (a folder or hub that does not give a model), ValueError (settings).
     """
     device = torch.device(device)
@@ -682,6 +727,7 @@ def build_qwen_prompt(
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
         revision=revision,
+        weights=weights,
     )
     module = QwenHybridPrompt(
         language_model.backbone,
@@ -695,9 +741,16 @@ def build_qwen_prompt(
         cache_interval=cache_interval,
         cache_pairs=cache_pairs,
         states_bytes=states_bytes,
+        read_tokens=read_tokens,
         seed=seed,
         name=language_model.name,
         revision=language_model.revision,
+        saved_dtype=language_model.saved_dtype,
+        recompute=language_model.recompute,
         notes=language_model.notes,
     )
-    return module.to(device)
+    per_token = module.bytes_per_token()
+    if read_tokens is None and per_token:
+        room = READ_BYTES if device.type == "cpu" else int(READ_SHARE * memory_of(str(device)))
+        module.read_tokens = max(MAX_TOKENS, room // per_token)
+    return module.to(next(module.backbone.parameters()).device)

@@ -22,6 +22,7 @@ from typing import Any
 from command_line import (
     EXIT_DIVERGED,
     EXIT_DONE,
+    EXIT_MEMORY,
     EXIT_MISSING,
     EXIT_UNSAVED,
     Parser,
@@ -32,6 +33,7 @@ from command_line import (
     device_name,
     guarded,
     leave,
+    memory_message,
     no_bar,
     number,
     pick_device,
@@ -134,6 +136,9 @@ def build_parser() -> Parser:
              "arcagi2)")
     add("--batch_size", type=count,
         help="pairs per batch, whole tasks (default: 8 on CPU, 128 on a GPU)")
+    add("--batch_cells", type=count, metavar="N",
+        help="cells of the queries' canvases per batch at most, a larger task is a batch of its "
+             "own (default: none on CPU; on a GPU what its memory holds)")
     add("--grad_accum", type=count, default=1,
         help="batches per optimizer step (default: %(default)s)")
     add("--max_side", type=number(int, 1, 30), default=30,
@@ -328,6 +333,7 @@ from hypotheses import Fitter
 from language_model import resolve_qwen_model
 from loss_function import EFE_SHARE, combined_loss
 from loss_function import PARTS as EFE_PARTS
+from memory_plan import advice_for, cells_that_fit, fixed_needs, plan_of
 from model_persistence import ModelPersistence, StopSignals
 from optimizers import MuonAdamW, WeightAverage
 from persistence.find_run import point_latest_at
@@ -443,10 +449,20 @@ def run_training(args: argparse.Namespace, started: float) -> int:
     folder = located.folder
     if args.dry_run:
         banner(run, tasks, folder, located.notes)
+        for line in plan_of(run).lines():
+            run.log.say(line)
         return EXIT_DONE
+    if args.qwen_model != "tiny":
+        args.notes += plan_of(run).warnings()
     if folder is None:
         folder = new_run_folder(Path(args.runs_dir))
-    return run_in_folder(run, make_plan(args, tasks), folder, located)
+    try:
+        return run_in_folder(run, make_plan(args, tasks), folder, located)
+    except Exception as error:
+        message = memory_message(error, f"{advice_for(run)}; --dry_run shows what needs how much.")
+        if message is None:
+            raise
+        raise UserError(message, EXIT_MEMORY) from error
 
 
 def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
@@ -538,7 +554,7 @@ def set_up(args: argparse.Namespace, tasks: TaskSet, started: float) -> Run:
         stop_confidence=args.stop_confidence,
         seed=args.seed,
     )
-    system = build_system(config, device, offline=args.offline)
+    system = build_system(config, device, offline=args.offline, weights=not args.dry_run)
     args.qwen_train = system.qwen.train_mode  # "auto" may mean another thing on another device
     collator = Collator()
     groups = system.parameter_groups(
@@ -549,6 +565,11 @@ def set_up(args: argparse.Namespace, tasks: TaskSet, started: float) -> Run:
     )
     optimizer = MuonAdamW(groups, weight_decay=args.weight_decay)
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    average = WeightAverage(params, args.ema)
+    if args.batch_cells is None and device != "cpu":
+        fixed = fixed_needs(system, optimizer.param_groups, average, dtype, device)
+        args.batch_cells = cells_that_fit(system, fixed, args, dtype, device)
+        args.notes.append(f"Batches: {args.batch_cells} cells at most, what the GPU's memory holds")
     return Run(
         args=args,
         device=device,
@@ -556,11 +577,12 @@ def set_up(args: argparse.Namespace, tasks: TaskSet, started: float) -> Run:
         system=system,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.split(":")[0], enabled=scaling),
-        average=WeightAverage(params, args.ema),
+        average=average,
         stream=TrainingStream(
             seen_tasks(tasks, args.hold_out),
             seed=args.seed,
             batch_size=args.batch_size,
+            batch_cells=args.batch_cells,
             max_context=args.max_context,
             max_side=args.max_side,
             task_weights=lambda task: frequency(task, args.cost_power),
@@ -797,6 +819,7 @@ def evaluate(
             say=run.log.say,
             task_index=run.stream.task_table,
             batch_size=2 * args.batch_size,
+            batch_cells=None if args.batch_cells is None else 4 * args.batch_cells,
             device=run.device,
             dtype=run.dtype,
             seed=args.seed,

@@ -724,8 +724,10 @@ def test_a_checkpoint_of_the_version_before_this_table_resumes(copied, again, st
 
 def test_a_frozen_run_goes_on_bit_for_bit_though_its_kept_states_are_gone(train, monkeypatch):
     """Breaks: states that differ between a hit and a miss, or counts of them in a checkpoint."""
-    flags = ("--epochs", 2, *SHORT, "--max_batches", 2, "--qwen_train", "frozen")
-    flags += ("--save_every", 1, "--hypotheses", "off")
+    flags = (
+        "--epochs", 2, *SHORT, "--max_batches", 2, "--qwen_train", "frozen", "--save_every", 1,
+        "--hypotheses", "off",
+    )  # fmt: skip
     with monkeypatch.context() as patch:
         save_each(patch)
         whole = train(*flags, runs="whole")
