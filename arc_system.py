@@ -189,14 +189,19 @@ class System:
         return {name: [p for p in part if p.requires_grad] for name, part in parts.items()}
 
     def parameter_groups(
-        self, agent_lr: float, qwen_lr: float, task_lr_factor: float, muon: bool
+        self,
+        agent_lr: float,
+        qwen_lr: float,
+        task_lr_factor: float,
+        muon: bool,
+        eight_bit: bool = False,
     ) -> list[dict[str, Any]]:
         """The trained parts as groups for `MuonAdamW`, by learning rate and by kind of optimizer.
 
         Each has name, params, lr and base_lr; empty ones are left out. Task tokens learn
         `task_lr_factor` times as fast as the agent and do not decay. muon: the agent's hidden
         matrices (2D, inside blocks) are a group for Muon; embeddings, heads, gains and Qwen are
-        AdamW's.
+        AdamW's. eight_bit: Qwen's own weights with moments in eight bits.
         """
         parts = self.trained_parts()
         hidden = {
@@ -221,6 +226,8 @@ class System:
             {"name": "qwen_heads", "params": parts["qwen_heads"], "lr": qwen_lr},
             {"name": "qwen", "params": parts["qwen"], "lr": qwen_lr},
         ]
+        if eight_bit:
+            groups[-1]["eight_bit"] = True
         return [{**group, "base_lr": group["lr"]} for group in groups if group["params"]]
 
     def read(self, batch: Batch, keep_task: Tensor | None = None) -> Reading:

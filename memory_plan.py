@@ -325,6 +325,8 @@ def advice_for(run: Run) -> str:
             found.append(f"--qwen_train {other} ({gain})")
         if mode == "frozen" and hopeless:
             found.append("a smaller --qwen_model")
+        if mode == "full" and args.optimizer != "adamw8bit":
+            found.append(f"--optimizer adamw8bit (about {6 * n / GB:.1f} GB less)")
     if args.width > 96:
         found.append(f"--width {max(96, args.width // 128 * 64)} (now {args.width})")
     if not found:

@@ -177,8 +177,10 @@ def build_parser() -> Parser:
              "from nothing, 5e-5 for other models)")
     add("--task_lr_factor", type=real, default=10.0,
         help="task tokens learn this much faster (default: %(default)s)")
-    add("--optimizer", choices=("muon", "adamw"), default="muon",
-        help="for hidden matrices; the rest is AdamW (default: %(default)s)")
+    add("--optimizer", choices=("muon", "adamw", "adamw8bit"), default="muon",
+        help="for hidden matrices; the rest is AdamW; adamw8bit: as muon, and of Qwen's own "
+             "weights AdamW keeps its moments in 8 bits, 2 bytes a weight for 8 (pip install "
+             "bitsandbytes) (default: %(default)s)")
     add("--weight_decay", type=real, default=0.01,
         help="decoupled, per learning rate (default: %(default)s)")
     add("--warmup_batches", type=number(int, 0), default=50,
@@ -335,7 +337,7 @@ from loss_function import EFE_SHARE, combined_loss
 from loss_function import PARTS as EFE_PARTS
 from memory_plan import advice_for, cells_that_fit, fixed_needs, plan_of
 from model_persistence import ModelPersistence, StopSignals
-from optimizers import MuonAdamW, WeightAverage
+from optimizers import MuonAdamW, WeightAverage, eight_bit_functions
 from persistence.find_run import point_latest_at
 from persistence.from_drive import Located
 from resuming import (
@@ -532,6 +534,8 @@ def set_up(args: argparse.Namespace, tasks: TaskSet, started: float) -> Run:
     """
     device = args.device
     dtype, scaling = pick_precision(args.amp, device)
+    if args.optimizer == "adamw8bit":
+        eight_bit_functions()  # that they can be had
     args.qwen_model, _ = resolve_qwen_model(args.qwen_model, device)
     if args.qwen_lr is None:
         args.qwen_lr = 1e-3 if args.qwen_model == "tiny" else 5e-5
@@ -561,7 +565,8 @@ def set_up(args: argparse.Namespace, tasks: TaskSet, started: float) -> Run:
         agent_lr=args.agent_lr,
         qwen_lr=args.qwen_lr,
         task_lr_factor=args.task_lr_factor,
-        muon=args.optimizer == "muon",
+        muon=args.optimizer != "adamw",
+        eight_bit=args.optimizer == "adamw8bit",
     )
     optimizer = MuonAdamW(groups, weight_decay=args.weight_decay)
     params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -140,10 +140,11 @@ def test_the_language_models_activations_are_as_estimated(
     if (mode, case) == ("full", "bfloat16"):
         pytest.skip("what is trained is held in float32")
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    config = Qwen2Config(vocab_size=16, **dict(zip(names, shape, strict=False)))
-    config.num_key_value_heads = shape[4]
+    sizes: dict[str, Any] = dict(zip(names, shape, strict=False))
+    config = Qwen2Config(vocab_size=16, num_key_value_heads=shape[4], **sizes)
     dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
-    model: Any = Qwen2Model(config).to(dtype)
+    model: Any = Qwen2Model(config)
+    model.to(dtype)
     if case == "recomputed":
         recompute_activations(model)
     if mode == "lora":
@@ -234,7 +235,12 @@ def test_a_drawn_out_epoch_is_looked_at_in_part(
     whole = memory_plan.plan_of(run)
     looked: list[int] = []
     real = run.stream.load
-    monkeypatch.setattr(run.stream, "load", lambda e, p: looked.append(p) or real(e, p))
+
+    def load(epoch: int, position: int) -> Any:
+        looked.append(position)
+        return real(epoch, position)
+
+    monkeypatch.setattr(run.stream, "load", load)
     monkeypatch.setattr(memory_plan, "MOST_LOOKED_AT", 2)
     assert memory_plan.plan_of(run).n_cells <= whole.n_cells
     assert 1 < len(looked) <= 3
