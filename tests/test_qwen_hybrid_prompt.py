@@ -470,6 +470,64 @@ def test_cache_state_round_trip_continues_bit_for_bit(tmp_path: Path) -> None:
     assert second.n_pairs == whole.n_pairs
 
 
+# ---- parts ---------------------------------------------------------------------------------
+
+
+def test_a_batch_within_the_bound_is_read_as_ever_and_a_larger_one_in_parts() -> None:
+    """Breaks: a bound that is not kept, parts that forget a pair or mix them up, or gradients that
+    get lost in them."""
+    batch = make_batch([[((9, 9), (9, 9))] * 4, [((3, 3), (3, 3))] * 3])
+    modules = [tiny(read_tokens=most) for most in (None, 4 * 192 + 3 * 32, 400)]
+    losses, calls, grads = [], [], []
+    for module in modules:
+        seen: list[tuple[int, ...]] = []
+        module.backbone.register_forward_hook(
+            lambda _, args, kwargs, out, seen=seen: seen.append(tuple(kwargs["input_ids"].shape)),
+            with_kwargs=True,
+        )
+        loss = scalar(module, batch)
+        calls.append(list(seen))
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append([p.grad for p in module.parameters() if p.grad is not None])
+        if module is modules[2]:
+            assert len(seen) == 2 * len(calls[2]), "each part once more in the backward pass"
+    assert calls[0] == calls[1] == [(3, 32), (4, 192)]
+    assert calls[2] == [(3, 32), (2, 192), (2, 192)]
+    assert torch.equal(losses[0], losses[1])
+    torch.testing.assert_close(losses[2], losses[0], atol=1e-5, rtol=1e-5)
+    assert len(grads[2]) == len(grads[0]) > 0
+    for one, other in zip(grads[0], grads[2], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        modules[2](batch)
+
+
+def test_parts_keep_the_activations_of_one_part_only() -> None:
+    batch = make_batch([[((12, 12), (12, 12))] * 6])
+    kept = []
+    for most in (None, 400):
+        module, sizes = tiny(read_tokens=most), [0]
+
+        def pack(t: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes[0] += t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            module(batch)
+        kept.append(sizes[0])
+    assert kept[1] < 0.1 * kept[0]
+
+
+def test_the_default_bound_is_beyond_what_the_tiny_model_reads_on_a_cpu() -> None:
+    """So that no bit of a run with it changed by the bound: 16 queries a batch in evaluation, each
+    with six demonstrations of two 30 x 30 grids."""
+    module = tiny()
+    assert module.read_tokens is not None
+    assert module.read_tokens > 16 * 6 * 2048
+    assert tiny(train="frozen").read_tokens is None
+
+
 # ---- a frozen model's states ---------------------------------------------------------------
 
 
