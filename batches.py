@@ -687,7 +687,8 @@ class TrainingStream:
         return batch, train_targets(requests, batch)
 
     def load(self, epoch: int, position: int) -> Load:
-        """How large a batch is, without building it; of an overflow batch an upper bound."""
+        """How large a batch is, without building it; the canvas of an overflow batch may be larger,
+        where a size rule asks for more than the other demonstrations have."""
         planned = self._plan(epoch)[position]
         n_queries, sides, lengths = 0, (1, 1), []
         for task, time in planned.members:
@@ -697,7 +698,8 @@ class TrainingStream:
             lengths += [2 + sum(rows * (cols + 1) for rows, cols in both) for both in grids]
             room = self._capacities[task]
             if planned.query is not None:
-                room = (max(o[0] for _, o in grids), max(o[1] for _, o in grids))
+                rest = grids[: planned.query] + grids[planned.query + 1 :]
+                room = tuple(max(room[a], *(o[a] for _, o in rest)) for a in (0, 1))
             rows, cols = _swapped(room, self._view(epoch, task, time))
             sides = max(sides[0], rows), max(sides[1], cols)
         return Load(n_queries, n_queries * sides[0] * sides[1], tuple(lengths))
@@ -811,8 +813,9 @@ class TrainingStream:
         for (i, time), asked in sorted(rounds.items()):
             members = [member for _, member in sorted(asked)]
             most = self.batch_size
-            if self.batch_cells is not None:  # sides are of outputs, which may stand in any view
-                most = min(most, max(1, self.batch_cells // max(side for side, _ in asked) ** 2))
+            if self.batch_cells is not None:
+                sides = [max(side, *self._capacities[member[0]]) for side, member in asked]
+                most = min(most, max(1, self.batch_cells // max(sides) ** 2))
             for part, start in enumerate(range(0, len(members), most)):
                 chunk = tuple(members[start : start + most])
                 key = generator(_OVERFLOW_ORDER, self.seed, epoch, i, time, part).random()

@@ -45,6 +45,8 @@ PROBE_TIMEOUT_S = 4.0  # hard: DNS, connection, TLS and the answer together
 LARGEST_CPU_FULL = 50_000_000  # parameters a CPU is asked to train (guess)
 # Of a trained weight: itself, gradient, two Adam moments, average, and its copy in half precision.
 FULL_BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 2
+# In a checkpoint: weight, two moments, average. Larger ones would fill disks and Drives (guess).
+SAVED_BYTES_PER_PARAMETER, LARGEST_CHECKPOINT = 4 + 8 + 4, 8 * 10**9
 FITS_SHARE = 0.6  # of a GPU's memory, for that: the rest is for what a batch needs (guess)
 CHECKPOINTING_FROM = 500_000_000  # trained on a GPU from this size: activations recomputed (guess)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -165,8 +167,9 @@ def resolve_qwen_model(name: str, device: str | torch.device) -> tuple[str, str]
 def resolve_train_mode(
     train: str, n_parameters: int, device: str | torch.device
 ) -> tuple[str, str | None]:
-    """``auto`` -> full where it fits, else lora where peft can be had, else frozen; and why, in a
-    line for the banner: None for what was asked for, and for a model small enough for a CPU."""
+    """``auto`` -> full where it fits the GPU and its checkpoints a disk, else lora where peft can
+    be had, else frozen; and why, in a line for the banner: None for what was asked for, and for a
+    model small enough for a CPU."""
     if train not in TRAIN_MODES:
         raise ValueError(f"train must be one of {TRAIN_MODES}, got {train!r}")
     if train != "auto":
@@ -178,8 +181,11 @@ def resolve_train_mode(
             f"full training takes {needed / 1e9:.1f} GB, without what a batch needs, and this GPU "
             f"has {memory / 1e9:.1f} GB"
         )
-        if needed <= FITS_SHARE * memory:
+        saved = n_parameters * SAVED_BYTES_PER_PARAMETER
+        if needed <= FITS_SHARE * memory and saved <= LARGEST_CHECKPOINT:
             return "full", f"full, chosen as it fits: {figures}"
+        if needed <= FITS_SHARE * memory:
+            figures = f"each checkpoint of full training would take {saved / 1e9:.1f} GB"
         trouble = lora_trouble()
         if trouble is None:
             return "lora", f"lora, chosen as {figures}"

@@ -34,6 +34,7 @@ from command_line import (
     guarded,
     leave,
     memory_message,
+    memory_of,
     no_bar,
     number,
     pick_device,
@@ -166,7 +167,8 @@ def build_parser() -> Parser:
              "(default: %(default)s)")
     add("--offline", action="store_true", help="never ask a model hub")
     add("--width", type=number(int, 16),
-        help="channels of the agent (default: 96 on CPU, 512 on a GPU)")
+        help="channels of the agent (default: 96 on CPU, 512 on a GPU, 256 on one of less than "
+             "20 GB)")
     add("--blocks", type=count, help="blocks per planning step (default: 1; 2 on a GPU)")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -379,6 +381,7 @@ from run_state import (
 from time_budget import FINAL_RESERVE_S, Limits, note_time, out_of_time, plan_decay, share_time
 from trained_model import known_errors
 
+WIDE_FROM = 20 * 10**9  # bytes of a GPU: an agent of width 512 from there on (estimate)
 LOG_EVERY = 50  # batches between two batch lines
 MAX_SKIPPED_IN_A_ROW = 25  # non-finite batches in a row before the run counts as diverged
 # Weight of the first answer's loss where a second one followed (guess): those queries are mostly
@@ -473,7 +476,8 @@ def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
     if args.batch_size is None:
         args.batch_size = 8 if on_cpu else 128
     if args.width is None:
-        args.width = 96 if on_cpu else 512
+        wide = not on_cpu and memory_of(device) >= WIDE_FROM
+        args.width = 96 if on_cpu else (512 if wide else 256)
     if args.blocks is None:
         args.blocks = 1 if on_cpu else 2
     short = on_cpu and (args.time_budget is not None or args.schedule_batches is not None)

@@ -288,6 +288,19 @@ def test_a_t4_is_asked_for_bfloat16_without_emulation(monkeypatch: pytest.Monkey
         assert language_model.weight_dtype("full", "cuda") == torch.float32
 
 
+def test_a_small_model_is_trained_in_full_on_a_gpu_and_a_large_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(language_model, "memory_of", lambda device: 24 * 10**9)
+    monkeypatch.setattr(language_model, "lora_trouble", lambda: None)
+    chosen = {n: language_model.resolve_train_mode("auto", n, "cuda") for n in (10**8, 10**9)}
+    assert {n: mode for n, (mode, _) in chosen.items()} == {10**8: "full", 10**9: "lora"}
+    assert chosen[10**8][1] == (
+        "full, chosen as it fits: full training takes 2.2 GB, without what a batch needs, and this "
+        "GPU has 24.0 GB"
+    )
+
+
 def test_activations_are_recomputed_for_what_is_large_and_trained_on_a_gpu() -> None:
     n = language_model.CHECKPOINTING_FROM
     asked = [("full", n, "cuda"), ("lora", n, "cuda:1"), ("full", n - 1, "cuda"),
