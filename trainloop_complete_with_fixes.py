@@ -127,7 +127,9 @@ def build_parser() -> Parser:
     add("--threads", type=number(int, 1, 1024),
         help="CPU threads (default: cores; with a --time_budget below 8, one less: hypotheses "
              "want it)")
-    add("--dry_run", action="store_true", help="set everything up, print it, train nothing")
+    add("--dry_run", action="store_true",
+        help="set everything up, print it and the memory that the run takes, train nothing; of "
+             "Qwen only its config.json is loaded")
     add("--quiet", action="store_true", help="console: epoch lines and errors only")
 
     add = parser.add_argument_group("data").add_argument
@@ -163,8 +165,8 @@ def build_parser() -> Parser:
         help="what of Qwen is trained (default: %(default)s)")
     add("--qwen_cache_interval", type=count, default=1, metavar="N",
         help="1: Qwen reads each pair in its random view; N > 1: as the task has it, with "
-             "gradient every Nth time the pair comes up, and its reading is reused in between "
-             "(default: %(default)s)")
+             "gradient every Nth time the pair comes up, and its reading is reused in between; a "
+             "frozen Qwen reads each pair once anyway (default: %(default)s)")
     add("--offline", action="store_true", help="never ask a model hub")
     add("--width", type=number(int, 16),
         help="channels of the agent (default: 96 on CPU, 512 on a GPU, 256 on one of less than "
