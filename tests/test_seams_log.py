@@ -690,7 +690,7 @@ def test_memory_of_the_cpu_that_runs_out_exits_4_with_what_to_do(
     assert "Traceback" not in outcome.err
     line = last_line(outcome.err)
     assert line.startswith("error: out of memory")
-    assert "Use a smaller --batch_size" in line
+    assert "Use --batch_size 1 --grad_accum 3 (now 3); --dry_run shows" in line
     assert guarded(ask, "Use a smaller --batch_size.", known_errors) == EXIT_MEMORY
     assert "Use a smaller --batch_size." in capsys.readouterr().err
 
