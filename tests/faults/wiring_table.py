@@ -250,7 +250,7 @@ OTHERS = [
         "planning_steps=5",
         FLAG,
     ),
-    Mutant("1 --optimizer ignored", T, 'muon=args.optimizer == "muon"', "muon=True", FLAG),
+    Mutant("1 --optimizer ignored", T, 'muon=args.optimizer != "adamw"', "muon=True", FLAG),
     Mutant("1 --no_efe_extras ignored", T, "not args.no_efe_extras", "True", FLAG),
     Mutant("1 --no_hard_cells ignored", T, "not args.no_hard_cells", "True", FLAG),
     Mutant("1 --no_task_tokens ignored", T, "not args.no_task_tokens", "True", FLAG),
@@ -378,7 +378,7 @@ OTHERS = [
     Mutant(
         "5 a pair is known in one view only",
         QWEN,
-        "if self.cache.interval == 1:",
+        "if self.cache.interval == 1 and self.states is None:",
         "if True:",
         "wiring: cache_holds",
     ),
