@@ -1,8 +1,8 @@
 """A CUDA device that is pretended on the CPU: its tensors hold CPU memory that is marked.
 
-`with Pretended() as device:` makes the names `cuda` and `cuda:0` work. Memory made there is marked,
-and so is what is computed from it. As on a real GPU, an operation that mixes the two devices, a
-generator of the other one or `.numpy()` raises; and each call for which the CPU would wait for the
+`with Pretended() as device:` makes the names `cuda`, `cuda:0` and `cuda:1` work. Memory made there
+is marked, and so is what is computed from it. As on a real GPU, an operation that mixes devices, a
+generator of another one or `.numpy()` raises; and each call for which the CPU would wait for the
 device is noted in `device.waits`, with the line of the project it comes from. What product code
 catches is kept in `device.faults`, and raised at the end of the block. Autocast is the CPU's, with
 those operations in float32 that CUDA's keeps there, and none that only the CPU's does. No kernel of
@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-MEMORY_BYTES = 80 * 2**30
+N_DEVICES, MEMORY_BYTES = 2, 80 * 2**30
 REAL_AUTOCAST = torch.autocast
 REAL_GROUPS = torch._C._group_tensors_by_device_and_dtype
 REAL_BACKWARD = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
@@ -71,6 +71,12 @@ AS_GIVEN_ON_CUDA = frozenset(
 )
 
 
+def named(device: Any) -> torch.device:
+    """The device, with its number if it is a GPU."""
+    device = torch.device(device)
+    return CUDA if device.type == "cuda" and device.index is None else device
+
+
 class Wait(NamedTuple):
     """The CPU waited: in which file and function of the project, at which line, by what."""
 
@@ -90,7 +96,7 @@ class Generator(torch.Generator):
         return torch._C.Generator.__new__(cls, "cpu")  # type: ignore[call-arg]
 
     def __init__(self, device: Any = "cpu") -> None:
-        self.where = CUDA if torch.device(device).type == "cuda" else CPU
+        self.where = named(device)
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -116,17 +122,17 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def is_marked(x: Tensor) -> bool:
-    """Whether the tensor's memory is the device's."""
-    return getattr(x.untyped_storage(), "on_pretended_device", False)
+def home(x: Tensor) -> torch.device:
+    """The device whose memory the tensor has."""
+    return getattr(x.untyped_storage(), "pretended", CPU)
 
 
-def mark(result: Any, but: Sequence[Tensor] = ()) -> Any:
+def mark(result: Any, device: torch.device, but: Sequence[Tensor] = ()) -> Any:
     """The result, its tensors moved to the device but for those whose memory `but` has."""
     kept = {x.untyped_storage()._cdata for x in but}
     for x in tensors_in((result,)):
         if x.untyped_storage()._cdata not in kept:
-            x.untyped_storage().on_pretended_device = True  # type: ignore[attr-defined]
+            x.untyped_storage().pretended = device  # type: ignore[attr-defined]
     return result
 
 
@@ -137,7 +143,8 @@ class Pretended(TorchFunctionMode):
         super().__init__()
         self.waits: list[Wait] = []
         self.faults: list[str] = []
-        self.random_state = torch.zeros(16, dtype=torch.uint8)
+        self.random_states = [torch.zeros(16, dtype=torch.uint8) for _ in range(N_DEVICES)]
+        self.synchronised: list[torch.device] = []
         self._stack = contextlib.ExitStack()
         self._depth = 0
 
@@ -170,14 +177,14 @@ class Pretended(TorchFunctionMode):
         properties = SimpleNamespace(name="pretended", total_memory=MEMORY_BYTES)
         answers: dict[str, Callable[..., Any]] = {
             "is_available": lambda: True,
-            "device_count": lambda: 1,
+            "device_count": lambda: N_DEVICES,
             "current_device": lambda: 0,
             "get_device_name": lambda device=None: properties.name,
             "get_device_properties": lambda device=None: properties,
             "is_bf16_supported": lambda including_emulation=True: True,
-            "get_rng_state_all": lambda: [self.random_state.clone()],
+            "get_rng_state_all": lambda: [state.clone() for state in self.random_states],
             "set_rng_state": self._set_random_state,
-            "synchronize": lambda device=None: self._wait("synchronize"),
+            "synchronize": self._synchronise,
             "mem_get_info": lambda device=None: (MEMORY_BYTES, MEMORY_BYTES),
             "memory_allocated": lambda device=None: 0,
             "max_memory_allocated": lambda device=None: 0,
@@ -196,17 +203,18 @@ class Pretended(TorchFunctionMode):
         yield torch.autograd, "_engine_run_backward", self._backward
 
     def _set_random_state(self, state: Tensor, device: Any = 0) -> None:
-        if is_marked(state) or state.dtype != torch.uint8:
+        if home(state) != CPU or state.dtype != torch.uint8:
             self._fault("set_rng_state wants bytes on the CPU")
-        self.random_state = state.clone()
+        self.random_states[device] = state.clone()
+
+    def _synchronise(self, device: Any = None) -> None:
+        self._wait("synchronize")
+        self.synchronised.append(CUDA if device is None else named(device))
 
     def _groups(self, lists: Any, with_indices: bool = False) -> dict[Any, Any]:
         """torch's grouping of lists of tensors, with the device that the first list has."""
         groups: dict[Any, Any] = REAL_GROUPS(lists, with_indices)
-        return {
-            (CUDA if is_marked(group[0][0][0]) else CPU, key[1]): group
-            for key, group in groups.items()
-        }
+        return {(home(group[0][0][0]), key[1]): group for key, group in groups.items()}
 
     def _backward(self, *args: Any, **options: Any) -> Any:
         """torch's pass backward; what is computed anew there pretends, too."""
@@ -243,24 +251,25 @@ class Pretended(TorchFunctionMode):
         if name in MOVES:
             return self._moved(func, name, args, options)
         given = tensors_in((*args, *options.values()) if name != "__deepcopy__" else args[:1])
-        inside = [x for x in given if is_marked(x)]
-        outside = [x for x in given if not is_marked(x)]
+        homes = [home(x) for x in given]
+        inside = [x for x, at in zip(given, homes, strict=True) if at != CPU]
+        outside = [x for x, at in zip(given, homes, strict=True) if at == CPU]
         if name in TO_NUMPY and inside:
             self._fault(f"{name}() of a tensor on the device: use .cpu() first")
-        there = bool(inside)
+        there = home(inside[0]) if inside else CPU
         if "pin_memory" in options:
             options["pin_memory"] = False
         if options.get("device") is not None:
-            there = torch.device(options["device"]).type == "cuda"
+            there = named(options["device"])
             options["device"] = "cpu"
-            if name in ("tensor", "as_tensor") and there:
+            if name in ("tensor", "as_tensor") and there != CPU:
                 self._wait(f"{name}: data copied to the device")
         elif name in FACTORIES:
-            there = False
+            there = CPU
         if inside and name in FACTORIES:
             self._wait(f"{name} of a value on the device")
         generator = options.get("generator")
-        if generator is not None and (generator.device.type == "cuda") != there:
+        if generator is not None and generator.device != there:
             self._fault(f"{name}: the generator is on {generator.device}")
         if inside:
             self._check(func, args, options, inside, outside)
@@ -269,29 +278,29 @@ class Pretended(TorchFunctionMode):
             if inside and name in AS_GIVEN_ON_CUDA and torch.is_autocast_enabled("cpu"):
                 stack.enter_context(REAL_AUTOCAST("cpu", enabled=False))
             result = func(*args, **options)
-        return mark(result, outside) if there else result
+        return mark(result, there, outside) if there != CPU else result
 
     def _attribute(self, func: Any, args: Any) -> Any:
         """A property of a tensor, with the device it pretends to be on."""
         name = func.__self__.__name__
         if name in ("shape", "dtype", "requires_grad", "ndim", "is_leaf"):
             return func(*args)
-        there = is_marked(args[0])
+        there = home(args[0])
         if name == "device":
-            return CUDA if there else CPU
+            return there
         if name in ("is_cuda", "is_cpu"):
-            return there == (name == "is_cuda")
+            return (there != CPU) == (name == "is_cuda")
         result = func(*args)
-        return mark(result) if there and result is not None else result
+        return mark(result, there) if there != CPU else result
 
     def _moved(self, func: Any, name: str, args: Any, options: dict[str, Any]) -> Any:
         """Tensor.to and its kind."""
         x, rest = args[0], args[1:]
-        here = is_marked(x)
+        here = home(x)
         if name == "is_pinned":
             return False
         if name == "get_device":
-            return 0 if here else -1
+            return -1 if here == CPU else here.index
         if name == "pin_memory":
             return x.clone()
         no_wait = options.get("non_blocking", False)
@@ -299,21 +308,20 @@ class Pretended(TorchFunctionMode):
         if name == "to":
             copied = options.pop("copy", False)
             if rest and isinstance(rest[0], Tensor):
-                there, dtype = is_marked(rest[0]), rest[0].dtype
+                there, dtype = home(rest[0]), rest[0].dtype
             else:
                 device, dtype, no_wait, _ = torch._C._nn._parse_to(*rest, **options)
-                there = here if device is None else device.type == "cuda"
+                there = here if device is None else named(device)
         else:
-            copied, there = False, name == "cuda"
+            copied, there = False, named(rest[0] if rest else name)
         result = x.to(dtype=x.dtype if dtype is None else dtype, copy=copied)
         if here == there:
-            return mark(result) if here else result
-        if here:
-            self._wait(f"{name}: copied to the CPU")
-            return result.clone() if result is x or is_marked(result) else result
-        if not no_wait:
-            self._wait(f"{name}: copied to the device")
-        return mark(result.clone() if result.untyped_storage() is x.untyped_storage() else result)
+            return mark(result, here) if here != CPU else result
+        if here != CPU or not no_wait:
+            self._wait(f"{name}: copied to {there.type}")
+        if result.untyped_storage() is x.untyped_storage():
+            result = result.clone()
+        return mark(result, there) if there != CPU else result
 
     def _check(
         self,
@@ -334,6 +342,9 @@ class Pretended(TorchFunctionMode):
             if outside and not (options.get("non_blocking") or args[2:3] == (True,)):
                 self._wait(f"{name} between CPU and device")
             return
+        homes = {home(x) for x in inside}
+        if len(homes) > 1:
+            self._fault(f"{name}: {' meets '.join(sorted(map(str, homes)))}")
         odd = [x for x in outside if x.dim() or name in JOINING]
         if odd:
             self._fault(f"{name}: a tensor {tuple(odd[0].shape)} on the CPU meets the device's")
@@ -358,17 +369,17 @@ class Pretended(TorchFunctionMode):
             if isinstance(part, list | range | np.ndarray):
                 self._wait(f"{name}: a list of numbers copied to the device")
             elif isinstance(part, Tensor) and part.dim():
-                if not is_marked(whole) and is_marked(part):
-                    self._fault(f"{name}: a CPU tensor by an index on the device")
-                if is_marked(whole) and not is_marked(part):
+                if home(part) not in (CPU, home(whole)):
+                    self._fault(f"{name}: an index on another device")
+                if home(part) != home(whole):
                     self._wait(f"{name}: an index copied to the device")
                 number = len(args) > 2 and not isinstance(args[2], Tensor)
                 if part.dtype in (torch.bool, torch.uint8) and not number:
                     self._wait(f"{name} by a mask")
-            elif isinstance(part, Tensor) and is_marked(part) and part.dtype == torch.bool:
+            elif isinstance(part, Tensor) and home(part) != CPU and part.dtype == torch.bool:
                 self._wait(f"{name} by a mask")
         for value in (x for x in args[2:] if isinstance(x, Tensor)):
-            if is_marked(value) != is_marked(whole):
+            if home(value) != home(whole):
                 if value.dim() and any(isinstance(part, Tensor) for part in parts):
                     self._fault(f"{name}: the value is on the other device")
                 self._wait(f"{name}: the value copied between CPU and device")

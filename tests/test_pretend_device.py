@@ -1,8 +1,8 @@
 """The whole project on a pretended GPU: nothing mixes devices, and a training step waits for the
 device only where `ALLOWED` says so; and in half precision every part stays close to float32.
 
-`pretend_device.py` says how it is pretended, docs/GPU.md what that cannot show, and ten breakages
-that these tests notice: `python tests/faults/device_mutants.py`.
+`pretend_device.py` says how it is pretended, docs/GPU.md what that cannot show, and breakages
+that these tests notice: `python tests/faults/wiring_mutants.py device:`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ALLOWED: dict[tuple[str, str, str], tuple[int, str]] = {
     (LOOP, "train_step", "tolist"): (1, "all figures of the batch at once"),
 }
 ALLOWED_WITH_CACHE = {
-    (QWEN, "_readings", "cpu: copied to the CPU"): (1, "keys of what was read before"),
+    (QWEN, "_readings", "cpu: copied to cpu"): (1, "keys of what was read before"),
 }
 ALLOWED_WITH_SCALER = {
     (LOOP, "train_step", "item"): (1, "GradScaler: were all gradients finite?"),
@@ -93,6 +93,7 @@ MIXED: dict[str, Callable[[], Any]] = {
     "a generator that draws": lambda: x().multinomial(2, True, generator=torch.Generator()),
     "numpy": lambda: x().numpy(),
     "numpy, implicit": lambda: np.asarray(x()),
+    "two GPUs": lambda: x() + x().to("cuda:1"),
     "a gradient": lambda: setattr(nn.Parameter(x()), "grad", cpu()),
 }
 
@@ -100,7 +101,7 @@ MIXED: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("what", MIXED)
 def test_mixed_devices_are_an_error(what: str) -> None:
     with (
-        pytest.raises(AssertionError, match=r"CPU|device|generator"),
+        pytest.raises(AssertionError, match=r"CPU|device|generator|cuda:0 meets cuda:1"),
         Pretended(),
         contextlib.suppress(RuntimeError),  # what product code might catch is said at the end
     ):
@@ -159,6 +160,8 @@ def test_what_a_gpu_does_without_waiting_is_no_wait(device: Pretended) -> None:
     torch.optim.AdamW(layer.parameters()).step()
     nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
     assert not torch.zeros(2).is_cuda
+    assert moved.to("cuda:1").device.index == moved.to("cuda:1").get_device() == 1
+    device.take_waits()
     assert device.take_waits() == Counter()
 
 
@@ -190,7 +193,7 @@ def too_many(waits: Counter[Wait], *further: dict[tuple[str, str, str], tuple[in
 
 STEPS: dict[str, tuple[Sequence[Any], bool, tuple[Any, ...]]] = {
     # flags, whether hypotheses propose, what is allowed beside ALLOWED
-    "hypotheses": ((), True, ()),
+    "hypotheses": (("--device", "cuda:1"), True, ()),
     "no hypotheses": ((), False, ()),
     "fp16": (("--amp", "fp16", "--grad_accum", 2), True, (ALLOWED_WITH_SCALER,)),
     "bf16, policy off": (("--amp", "bf16", "--policy", "off"), True, ()),
@@ -207,7 +210,7 @@ def test_a_training_step_stays_on_the_device_and_waits_no_more_than_allowed(
     flags, proposing, further = STEPS[what]
     run = on_device("--amp", "off", *flags, proposing=proposing)
     for number in range(2):
-        batch, targets = (part.to("cuda") for part in run.stream.batch(0, number))
+        batch, targets = (part.to(run.device) for part in run.stream.batch(0, number))
         device.take_waits()
         figures = trainloop.train_step(run, batch, targets, last=bool(number))
         assert too_many(device.take_waits(), *further) == {}
@@ -241,15 +244,17 @@ def test_the_device_computes_what_the_cpu_does(train: Script) -> None:
 
 def test_a_run_trains_scores_saves_resumes_and_answers(device: Pretended, train: Script) -> None:
     """Set-up, validation, batches, checkpoints, final voting, --resume and predict.py."""
-    gpu = ("--device", "cuda", "--qwen_model", "tiny", "--eval_views", 1, "--max_batches", 2)
-    first = train(*gpu, "--blocks", 1, "--planning_steps", 2, "--amp", "fp16")
+    gpu = ("--device", "cuda:1", "--qwen_model", "tiny", "--eval_views", 1, "--max_batches", 2)
+    gpu += ("--blocks", 1, "--planning_steps", 2, "--qwen_cache_interval", 3)
+    first = train(*gpu, "--amp", "fp16")
     assert first.code == 0, first.err
-    before = device.random_state = torch.arange(16, dtype=torch.uint8)
+    device.random_states[1] = torch.ones(16, dtype=torch.uint8)
+    assert set(device.synchronised) == {torch.device("cuda:1")}  # before what is copied is written
     trained_model.load_model(first.folder, device="cuda", offline=True)
-    resumed = train("--resume", "--epochs", 2, "--device", "cuda")
+    resumed = train("--resume", "--epochs", 2, "--device", "cuda:1")
     assert resumed.code == 0, resumed.err
     assert "EXACT" in resumed.out + resumed.err
-    assert not torch.equal(device.random_state, before)
+    assert device.random_states[1].sum() == 0  # as it was saved
     file = resumed.checkpoint()
     assert file["extra"]["rng"]["cuda"][0].dtype == torch.uint8
     assert file["extra"]["in_use"]["device"] == "pretended"
