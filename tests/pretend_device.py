@@ -44,7 +44,15 @@ READS = frozenset(
 )
 MOVES = frozenset(("to", "cuda", "cpu", "pin_memory", "is_pinned", "get_device"))
 TO_NUMPY = ("numpy", "__array__")
-ANY_DEVICES = ("_has_compatible_shallow_copy_type", "is_same_size")
+# What is the same wherever a tensor is: properties and functions.
+PLAIN = frozenset(
+    (
+        *("shape", "dtype", "requires_grad", "ndim", "is_leaf", "is_meta", "layout"),
+        *("is_quantized", "grad_fn", "stride", "numel", "element_size", "dim", "size"),
+        *("data_ptr", "untyped_storage", "is_floating_point", "is_contiguous", "__len__"),
+        *("_set_grad_enabled", "_has_compatible_shallow_copy_type", "is_same_size"),
+    )
+)
 INDEXING = ("__getitem__", "__setitem__", "index_put", "index_put_")
 JOINING = frozenset(("stack", "cat", "concat", "concatenate", "hstack", "vstack"))
 FACTORIES = frozenset(
@@ -246,6 +254,8 @@ class Pretended(TorchFunctionMode):
     ) -> Any:
         options = dict(kwargs or {})
         name = func.__name__
+        if name in PLAIN:
+            return func(*args, **options)
         if name == "__get__":
             return self._attribute(func, args)
         if name in MOVES:
@@ -274,16 +284,17 @@ class Pretended(TorchFunctionMode):
         if inside:
             self._check(func, args, options, inside, outside)
             args, options = self._as_autocast(name, args, options)
-        with contextlib.ExitStack() as stack:
-            if inside and name in AS_GIVEN_ON_CUDA and torch.is_autocast_enabled("cpu"):
-                stack.enter_context(REAL_AUTOCAST("cpu", enabled=False))
+        if inside and name in AS_GIVEN_ON_CUDA and torch.is_autocast_enabled("cpu"):
+            with REAL_AUTOCAST("cpu", enabled=False):
+                result = func(*args, **options)
+        else:
             result = func(*args, **options)
         return mark(result, there, outside) if there != CPU else result
 
     def _attribute(self, func: Any, args: Any) -> Any:
         """A property of a tensor, with the device it pretends to be on."""
         name = func.__self__.__name__
-        if name in ("shape", "dtype", "requires_grad", "ndim", "is_leaf"):
+        if name in PLAIN:
             return func(*args)
         there = home(args[0])
         if name == "device":
@@ -336,7 +347,7 @@ class Pretended(TorchFunctionMode):
         if name in INDEXING:
             self._check_index(name, args)
             return
-        if name in ANY_DEVICES or (name == "__set__" and func.__self__.__name__ == "data"):
+        if name == "__set__" and func.__self__.__name__ == "data":
             return
         if name in ("copy_", "_foreach_copy_"):
             if outside and not (options.get("non_blocking") or args[2:3] == (True,)):

@@ -22,7 +22,7 @@ import trainloop_complete_with_fixes as trainloop
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FLAGS = ("--dry_run", "--device", "cuda", "--qwen_model", "tiny", "--blocks", 1)
-LARGEST_ERROR = {"bf16": 0.01, "fp16": 0.002}  # of a figure, relative to itself or to 0.1
+LARGEST_ERROR = {"bf16": 0.02, "fp16": 0.0025}  # of a figure, relative to itself or to 0.1
 LEAST_COSINE = {"bf16": 0.998, "fp16": 0.9995}  # of a part's gradient with that in float32
 LARGEST_NORM_ERROR = {"bf16": 0.07, "fp16": 0.02}  # of its length; not of single numbers
 COMPARED = (
@@ -38,13 +38,15 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     folder = tmp_path_factory.mktemp("half")
     script = Script(folder, write_tasks(Path(folder) / "training.json", make_tasks()))
 
+    proposer = Proposer()
+
     @lru_cache
     def measure(precision: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         with Pretended():
             run = script(*FLAGS, "--amp", "off", "--clip", 1e9).run
             stir(run.system)
             run.dtype = HALF.get(precision)
-            run.stream.proposals = Proposer()
+            run.stream.proposals = proposer
             bank = torch.randn(6, 32, generator=torch.Generator().manual_seed(1)).to("cuda")
             row = torch.arange(6, device="cuda")
             run.system.solver2.store(bank, row, torch.ones_like(bank[:, 0]), row >= 0)

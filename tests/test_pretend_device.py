@@ -27,6 +27,7 @@ from adaptation import adapt
 from batches import evaluation_views
 from rule_list import fit_task
 
+PROPOSER = Proposer()  # works each task out once
 LOOP, QWEN = "trainloop_complete_with_fixes.py", "qwen_hybrid_prompt.py"
 # (file, function, call) where a training step may wait for the device: how often, and why.
 ALLOWED: dict[tuple[str, str, str], tuple[int, str]] = {
@@ -61,7 +62,7 @@ def on_device(train: Script) -> Callable[..., Any]:
         outcome = train("--dry_run", "--device", "cuda", "--qwen_model", "tiny", *flags)
         assert outcome.code == 0, outcome.err
         stir(outcome.run.system)
-        outcome.run.stream.proposals = Proposer() if proposing else None
+        outcome.run.stream.proposals = PROPOSER if proposing else None
         return outcome.run
 
     return make
@@ -231,7 +232,7 @@ def test_the_device_computes_what_the_cpu_does(train: Script) -> None:
             options = ("--amp", "off", "--qwen_model", "tiny", "--blocks", 1)
             run = train("--dry_run", "--device", name, *options).run
             stir(run.system)
-            run.stream.proposals = Proposer()
+            run.stream.proposals = PROPOSER
             batch, targets = (part.to(run.device) for part in run.stream.batch(0, 0))
             figures.append(trainloop.train_step(run, batch, targets))
     assert figures[0].keys() == figures[1].keys()
@@ -244,8 +245,17 @@ def test_the_device_computes_what_the_cpu_does(train: Script) -> None:
 
 def test_a_run_trains_scores_saves_resumes_and_answers(device: Pretended, train: Script) -> None:
     """Set-up, validation, batches, checkpoints, final voting, --resume and predict.py."""
-    gpu = ("--device", "cuda:1", "--qwen_model", "tiny", "--eval_views", 1, "--max_batches", 2)
-    gpu += ("--blocks", 1, "--planning_steps", 2, "--qwen_cache_interval", 3)
+    gpu: tuple[Any, ...] = (
+        "--device",
+        "cuda:1",
+        "--qwen_model",
+        "tiny",
+        "--eval_views",
+        1,
+        "--max_batches",
+        2,
+    )
+    gpu += ("--blocks", 1, "--planning_steps", 2, "--qwen_cache_interval", 3, "--val_pairs", 1)
     first = train(*gpu, "--amp", "fp16")
     assert first.code == 0, first.err
     device.random_states[1] = torch.ones(16, dtype=torch.uint8)
