@@ -32,50 +32,39 @@ REAL_AUTOCAST = torch.autocast
 REAL_GROUPS = torch._C._group_tensors_by_device_and_dtype
 REAL_BACKWARD = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
-# What brings a value, or a shape that depends on values, to the CPU.
-READS = frozenset(
-    (
-        *("item", "tolist", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"),
-        *("__bool__", "__int__", "__float__", "__index__", "__format__", "__repr__", "is_nonzero"),
-        *("bincount", "histc", "equal", "allclose", "__contains__", "_unique2"),
-        # these report on the CPU whether all went well
-        *("cholesky", "linalg_cholesky", "linalg_inv", "inverse", "linalg_solve", "linalg_eigh"),
-    )
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What brings a value, or a shape that depends on values, to the CPU; the last ones ask whether all
+# went well.
+READS = words(
+    "item tolist nonzero argwhere masked_select unique unique_consecutive _unique2 bincount histc "
+    "__bool__ __int__ __float__ __index__ __format__ __repr__ __contains__ is_nonzero equal "
+    "allclose cholesky linalg_cholesky linalg_inv inverse linalg_solve linalg_eigh"
 )
-MOVES = frozenset(("to", "cuda", "cpu", "pin_memory", "is_pinned", "get_device"))
-TO_NUMPY = ("numpy", "__array__")
 # What is the same wherever a tensor is: properties and functions.
-PLAIN = frozenset(
-    (
-        *("shape", "dtype", "requires_grad", "ndim", "is_leaf", "is_meta", "layout"),
-        *("is_quantized", "grad_fn", "stride", "numel", "element_size", "dim", "size"),
-        *("data_ptr", "untyped_storage", "is_floating_point", "is_contiguous", "__len__"),
-        *("_set_grad_enabled", "_has_compatible_shallow_copy_type", "is_same_size"),
-    )
+PLAIN = words(
+    "shape dtype requires_grad ndim is_leaf is_meta layout is_quantized grad_fn stride numel "
+    "element_size dim size data_ptr untyped_storage is_floating_point is_contiguous __len__ "
+    "is_same_size _set_grad_enabled _has_compatible_shallow_copy_type"
 )
-INDEXING = ("__getitem__", "__setitem__", "index_put", "index_put_")
-JOINING = frozenset(("stack", "cat", "concat", "concatenate", "hstack", "vstack"))
-FACTORIES = frozenset(
-    (
-        *("zeros", "ones", "empty", "full", "arange", "linspace", "logspace", "eye", "rand"),
-        *("randn", "randint", "randperm", "tensor", "as_tensor", "scalar_tensor"),
-    )
+FACTORIES = words(
+    "zeros ones empty full arange linspace logspace eye rand randn randint randperm tensor "
+    "as_tensor scalar_tensor"
 )
-# Under autocast CUDA computes these in float32, the CPU in what it is given (`aten` operations with
-# a kernel for AutocastCUDA and none for AutocastCPU) ...
-FLOAT32_ON_CUDA = frozenset(
-    (
-        *("softmax", "log_softmax", "exp", "expm1", "log", "log1p", "log2", "log10", "pow"),
-        *("__pow__", "rsqrt", "reciprocal", "sum", "cumsum", "cumprod", "norm", "vector_norm"),
-        *("linalg_vector_norm", "layer_norm", "rms_norm", "logsumexp", "softplus"),
-    )
+MOVES = words("to cuda cpu pin_memory is_pinned get_device")
+INDEXING = words("__getitem__ __setitem__ index_put index_put_")
+JOINING = words("stack cat concat concatenate hstack vstack")
+# Under autocast CUDA computes these in float32, the CPU in what it is given ...
+FLOAT32_ON_CUDA = words(
+    "softmax log_softmax exp expm1 log log1p log2 log10 pow __pow__ rsqrt reciprocal sum cumsum "
+    "cumprod norm linalg_vector_norm layer_norm rms_norm logsumexp softplus"
 )
 # ... and these in what it is given, the CPU in float32 or in the widest type among them.
-AS_GIVEN_ON_CUDA = frozenset(
-    (
-        *("linalg_cholesky_ex", "cholesky_solve", "linalg_solve", "index_copy", "cross_entropy"),
-        *("cross_entropy_loss", "triangular_solve", "quantile", "trace"),
-    )
+AS_GIVEN_ON_CUDA = words(
+    "linalg_cholesky_ex cholesky_solve linalg_solve triangular_solve index_copy quantile"
 )
 
 
@@ -264,7 +253,7 @@ class Pretended(TorchFunctionMode):
         homes = [home(x) for x in given]
         inside = [x for x, at in zip(given, homes, strict=True) if at != CPU]
         outside = [x for x, at in zip(given, homes, strict=True) if at == CPU]
-        if name in TO_NUMPY and inside:
+        if name in ("numpy", "__array__") and inside:
             self._fault(f"{name}() of a tensor on the device: use .cpu() first")
         there = home(inside[0]) if inside else CPU
         if "pin_memory" in options:
@@ -361,12 +350,10 @@ class Pretended(TorchFunctionMode):
             self._fault(f"{name}: a tensor {tuple(odd[0].shape)} on the CPU meets the device's")
         if name == "where" and outside:
             self._wait("where: a number in a CPU tensor copied to the device")
-        reads = name in READS
-        reads |= name == "where" and len(args) + len(options) == 1
-        reads |= name == "one_hot" and len(args) + len(options) == 1
-        reads |= name == "multinomial" and not options.get("replacement", False)
-        if name == "repeat_interleave":
-            reads = len(inside) > 1 and options.get("output_size") is None
+        given = (*args[1:], *options.values())
+        reads = name in READS or (name in ("where", "one_hot") and not given)
+        reads |= name == "multinomial" and (True not in given[1:] or given[0] == 1)
+        reads |= name == "repeat_interleave" and len(inside) > 1 and "output_size" not in options
         if reads:
             self._wait(name)
 

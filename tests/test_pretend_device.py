@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Proposer, Script, lively_system, stir
-from pretend_device import CUDA, Pretended, Wait
+from pretend_device import AS_GIVEN_ON_CUDA, CUDA, FLOAT32_ON_CUDA, Pretended, Wait
 from torch import Tensor, nn
 
 import evaluation
@@ -176,6 +176,24 @@ def test_autocast_is_that_of_cuda(device: Pretended) -> None:
         with torch.autocast("cuda", enabled=False):
             assert half.softmax(-1).dtype == torch.bfloat16
     device.faults.clear()
+
+
+def test_the_lists_of_autocast_are_those_of_this_torch() -> None:
+    """Which operations have a kernel for autocast on CUDA, on the CPU: torch's own table."""
+    named: dict[str, set[str]] = {}
+    for overload in torch._C._dispatch_get_all_op_names():
+        if overload.startswith("aten::"):
+            keys = named.setdefault(overload[6:].split(".")[0], set())
+            has = torch._C._dispatch_has_kernel_for_dispatch_key
+            keys |= {k for k in ("AutocastCUDA", "AutocastCPU") if has(overload, k)}
+    for name in FLOAT32_ON_CUDA - {"__pow__"}:
+        assert named[name] == {"AutocastCUDA"}, name
+    for name in AS_GIVEN_ON_CUDA:
+        assert named[name] == {"AutocastCPU"}, name
+    for name in ("linear", "matmul", "conv2d", "scaled_dot_product_attention", "cdist"):
+        assert named[name] == {"AutocastCUDA", "AutocastCPU"}, name
+    for name in ("embedding_bag", "index_add", "gather", "silu"):
+        assert named[name] == set(), name
 
 
 # ---------------------------------------------------------------- training
