@@ -671,11 +671,11 @@ class BackwardModel(nn.Module):
         """The rule from output to input (Q, R, N_BACKWARD_POINTERS) float32 of each query's
         demonstrations; 0 for a query without any."""
         output, canvas = batch.demo_output, (batch.demo_input.shape[1], batch.demo_input.shape[2])
-        size = batch.demo_output_size
-        cut = torch.tensor(output.shape[1:], device=size.device)
+        rows, cols = batch.demo_output_size.unbind(1)
+        shown_size = rows.clamp(max=output.shape[1]), cols.clamp(max=output.shape[2])
         _, shown, features = self.see(
             F.one_hot(output.clamp(min=0), COLOURS).float(),
-            torch.minimum(size, cut),
+            torch.stack(shown_size, 1),
             batch.demo_input_size,
             canvas,
         )

@@ -530,7 +530,7 @@ def arms_right(batch: Batch, prints: Tensor, right: Tensor) -> tuple[Tensor, Ten
     def total(x: Tensor) -> Tensor:
         return torch.zeros(n, x.shape[1], device=x.device).index_add(0, index, x.float())
 
-    n_queries = torch.bincount(index, minlength=n).clamp(min=1)[:, None]
+    n_queries = total(torch.ones_like(index)[:, None]).clamp(min=1)
     tried = total(there)
     share = torch.where(tried > 0, total(hit) / tried.clamp(min=1), -1.0)
     owner = torch.full((n,), -1, dtype=torch.long, device=index.device)

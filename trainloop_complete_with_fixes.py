@@ -918,7 +918,7 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         # 1. Task view -> prompt. Half of the tasks go without their own tokens, so that unseen
         #    tasks, which have none, are no surprise.
         chance = torch.rand(batch.n_tasks, generator=generator_for("cpu", *place, 1))
-        keep_task = (chance < 0.5).to(run.device)[batch.query_task]
+        keep_task = (chance < 0.5).to(run.device, non_blocking=True)[batch.query_task]
         reading = system.read(batch, keep_task)
 
         # 2. The agent's first answer. Where no proposal is taken it stands, and learns. In a batch
@@ -1043,9 +1043,9 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
     # 9. Memory: tasks above the threshold are kept; at the epoch's end it follows the accuracy.
     accuracy = cell_accuracy(shown, target, size_right)
     exact = exact_match(shown, target, size_right).float()
-    counts = torch.bincount(batch.query_task, minlength=batch.n_tasks).clamp(min=1)
-    by_task = torch.zeros(batch.n_tasks, device=run.device)
-    by_task = by_task.index_add(0, batch.query_task, accuracy) / counts
+    none = torch.zeros(batch.n_tasks, device=run.device)
+    counts = none.index_add(0, batch.query_task, torch.ones_like(accuracy)).clamp(min=1)
+    by_task = none.index_add(0, batch.query_task, accuracy) / counts
     summary = torch.zeros(batch.n_tasks, reading.summary.shape[1], device=run.device)
     summary = summary.index_add(0, batch.query_task, reading.summary.detach().float())
     owner = torch.zeros(batch.n_tasks, dtype=torch.long, device=run.device)
@@ -1072,7 +1072,7 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         "size": size_right.float().mean(),
         "stored": keep.sum(),
         "fits_frac": targets.fits.float().mean(),
-        "change": refinement.info.change_frac if refinement is not None else torch.zeros(()),
+        "change": none[0] if refinement is None else refinement.info.change_frac,
         **norms,
         **{ours: health[theirs] for theirs, ours in POLICY_FIGURES.items() if health},
         **choosing,
