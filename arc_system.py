@@ -189,14 +189,19 @@ class System:
         return {name: [p for p in part if p.requires_grad] for name, part in parts.items()}
 
     def parameter_groups(
-        self, agent_lr: float, qwen_lr: float, task_lr_factor: float, muon: bool
+        self,
+        agent_lr: float,
+        qwen_lr: float,
+        task_lr_factor: float,
+        muon: bool,
+        eight_bit: bool = False,
     ) -> list[dict[str, Any]]:
         """The trained parts as groups for `MuonAdamW`, by learning rate and by kind of optimizer.
 
         Each has name, params, lr and base_lr; empty ones are left out. Task tokens learn
         `task_lr_factor` times as fast as the agent and do not decay. muon: the agent's hidden
         matrices (2D, inside blocks) are a group for Muon; embeddings, heads, gains and Qwen are
-        AdamW's.
+        AdamW's. eight_bit: Qwen's own weights with moments in eight bits.
         """
         parts = self.trained_parts()
         hidden = {
@@ -221,6 +226,8 @@ class System:
             {"name": "qwen_heads", "params": parts["qwen_heads"], "lr": qwen_lr},
             {"name": "qwen", "params": parts["qwen"], "lr": qwen_lr},
         ]
+        if eight_bit:
+            groups[-1]["eight_bit"] = True
         return [{**group, "base_lr": group["lr"]} for group in groups if group["params"]]
 
     def read(
@@ -620,8 +627,13 @@ def answer_stats(output: AgentOutput) -> Tensor:
     )
 
 
-def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = False) -> System:
-    """Build the modules; weights are a pure function of `config.seed`. Raises ModelError."""
+def build_system(
+    config: SystemConfig, device: Any = "cpu", *, offline: bool = False, weights: bool = True
+) -> System:
+    """Build the modules; weights are a pure function of `config.seed`. Raises ModelError.
+
+    weights=False: shapes alone, all on torch's device "meta", unless the language model is `tiny`.
+    """
     qwen_mode = "null" if config.demonstrations == "off" else config.prompt
     qwen = build_qwen_prompt(
         config.qwen_model,
@@ -633,7 +645,9 @@ def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = F
         seed=config.seed,
         cache_interval=config.qwen_cache_interval,
         mode=qwen_mode,
+        weights=weights,
     )
+    device = qwen.start_token.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         agent = ArcAgent(
@@ -654,6 +668,6 @@ def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = F
         policy_rl = RefinedPolicy(config.width, generator=generator)
     efe_loss = EFELoss(hard_cells=config.hard_cells, extras=config.efe_extras)
     modules = (agent, solver2, efe_loss, policy_rl)
-    for module in (*modules, qwen):
+    for module in modules:
         module.to(device)
     return System(config, agent, qwen, solver2, efe_loss, policy_rl)

@@ -126,6 +126,7 @@ def predict_tasks(
     *,
     task_index: dict[str, int] | None = None,
     batch_size: int = 32,
+    batch_cells: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     max_context: int = 6,
@@ -143,7 +144,8 @@ def predict_tasks(
     """Predict every test input of `tasks` once per view, and collect the votes.
 
     Returns predictions by (task id, number of the test input). task_index: row of the task table by
-    task id (tasks without one are unseen); batch_size: queries; dtype: of autocast, None = off;
+    task id (tasks without one are unseen); batch_size: queries; batch_cells: about so many cells of
+    answers at most, None = no bound; dtype: of autocast, None = off;
     max_context: demonstrations that a query sees; only: the queries wanted (default all); deadline:
     time.monotonic() after which no further batch is started, except in the first view. Small
     tasks come first: each gets up to N_EARLY_VIEWS views, then each the others. max_batches:
@@ -169,6 +171,7 @@ def predict_tasks(
                 some,
                 view,
                 batch_size=batch_size,
+                batch_cells=batch_cells,
                 task_table=task_index,
                 max_context=max_context,
                 collator=collator,

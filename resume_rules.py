@@ -34,6 +34,7 @@ RULES = {
     # data
     "data": SAME,
     "batch_size": SAME,
+    "batch_cells": SAME,
     "grad_accum": SAME,
     "max_side": SAME,
     "cost_power": SAME,
