@@ -51,7 +51,7 @@ LIGHT: Mapping[str, frozenset[str]] = {
     "hypotheses.py": frozenset({"numpy"}),
 }
 # Benchmarks that measure the script itself.
-MEASURE_THE_SCRIPT = {"benchmarks/bench_resume_position.py"}
+MEASURE_THE_SCRIPT = {"benchmarks/bench_resume_position.py", "benchmarks/bench_step.py"}
 
 
 class Use(NamedTuple):
