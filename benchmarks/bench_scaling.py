@@ -13,7 +13,8 @@ number, both as logarithms. Tasks are made up: grids of random colours, outputs 
     batch           CPU s a pair, of the pairs in a batch
     processes       s a task until its hypotheses are fitted, of the processes that fit them
     tasks           s, CPU s and MB from the command to the end of the first batch, of how many
-                    tasks --data has: the real script, with the untrained model's evaluation
+                    tasks --data has: the real script, with the untrained model's evaluation on 8
+                    outputs; what it takes beyond the smallest number of tasks
 
 Medians of --repeats, in turn. Within a process the trainer's own step and stream are measured; on a
 GPU seconds take the place of CPU seconds.
@@ -49,7 +50,7 @@ from command_line import (  # noqa: E402 - the scripts are no package
 )
 
 # What each exponent is to be at most.
-BOUNDS = {"pairs": 1.1, "cells": 1.2, "demonstrations": 1.0, "batch": 0.0, "tasks": 1.0}
+BOUNDS = {"pairs": 1.1, "cells": 1.2, "demonstrations": 1.0, "batch": 0.0, "tasks": 1.1}
 SIDES = (5, 8, 12, 18, 24, 30)
 DEMONSTRATIONS = (2, 3, 4, 6, 8)
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -68,8 +69,8 @@ def build_parser() -> Parser:
     # fmt: off
     add("--axes", nargs="+", choices=AXES, default=list(AXES), help="default: all")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    add("--tasks", nargs="+", type=whole, default=[1000, 10_000, 100_000],
-        help="numbers of tasks (default: 1000 10000 100000)")
+    add("--tasks", nargs="+", type=whole, default=[1000, 10_000, 30_000, 100_000],
+        help="numbers of tasks (default: 1000 10000 30000 100000)")
     add("--folder", action="store_true", help="tasks as one file each (default: one file)")
     add("--repeats", type=whole, default=3, help="default: %(default)s; tasks: once each")
     add("--largest", type=whole, default=30,
@@ -96,7 +97,11 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as scratch:
         for axis in args.axes:
             for name, points in MEASURES[axis](args, Path(scratch)).items():
-                found[name] = {"points": points, "exponent": exponent(points)}
+                # A start has a fixed cost: what comes on top of it is what grows.
+                grown = (
+                    [(x, y - points[0][1]) for x, y in points[1:]] if axis == "tasks" else points
+                )
+                found[name] = {"points": points, "exponent": exponent(grown)}
                 print_axis(name, found[name], BOUNDS.get(axis))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -284,8 +289,9 @@ MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, Points]]] = {
 
 
 def exponent(points: Points) -> float | None:
-    """The slope of log cost over log x by least squares; None for less than two points."""
-    if len(points) < 2:
+    """The slope of log cost over log x by least squares; None for less than two points, or where
+    one costs nothing."""
+    if len(points) < 2 or min(cost for _, cost in points) <= 0:
         return None
     xs, ys = ([math.log(v) for v in values] for values in zip(*points, strict=True))
     x0, y0 = statistics.mean(xs), statistics.mean(ys)
