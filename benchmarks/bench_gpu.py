@@ -76,7 +76,8 @@ QWEN2_5_1_5B = {  # the published config.json of Qwen/Qwen2.5-1.5B
 }
 SMALLER = {  # what a rehearsal changes
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 2048,
+    "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 2048, "bos_token_id": 1,
+    "eos_token_id": 2,
 }  # fmt: skip
 LIMITS_S = {
     "first": 300, "epoch": 400, "lora_8": 110, "lora_16": 110, "resume": 180, "score": 300,
@@ -357,7 +358,9 @@ def epoch(args: argparse.Namespace) -> Figures:
     decoder = run.system.qwen.transformer
     table = decoder.get_input_embeddings().weight.numel()
     weights = sum(p.numel() for p in decoder.parameters()) - table
-    recomputed = bool(getattr(decoder, "is_gradient_checkpointing", False))
+    # renamed in transformers 5; asking for the old name warns there
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    recomputed = next((getattr(decoder, name) for name in names if hasattr(decoder, name)), False)
     done = 6 * weights * tokens  # forward and backward; what is recomputed is no progress
     peak = measured_peak(args.device, run.dtype or torch.float32, 256 if args.rehearse else MATRIX)
     file = max((run.folder / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_size)
@@ -366,7 +369,7 @@ def epoch(args: argparse.Namespace) -> Figures:
         "saving_s": times["saving"],
         "tokens": tokens,
         "weights": weights,
-        "recomputed": recomputed,
+        "recomputed": bool(recomputed),
         "tflops_s": done / took / 1e12,
         "peak_tflops_s": peak / 1e12,
         "share_of_peak": done / took / peak,

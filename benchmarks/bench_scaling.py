@@ -169,7 +169,9 @@ def training(
         n = max(4, math.ceil(n_batches * batch_size / per_task))
         path = scratch / "training.json"
         write_file(path, made_up(n, seed=args.seed, **made_with))
-        flags = argparse.Namespace(**vars(args), qwen_model="auto", batch_size=batch_size)
+        flags = argparse.Namespace(
+            **vars(args), qwen_model="auto", batch_size=batch_size, width=None
+        )
         benches[x] = Bench(flags, load_tasks(path)), n_batches
     clock: Callable[[], float] = time.process_time if args.device == "cpu" else time.monotonic
     taken: dict[float, list[float]] = {x: [] for x in benches}

@@ -68,6 +68,7 @@ def build_parser() -> Parser:
     )
     add("--repeats", type=number(int, 1), default=3, help="default: %(default)s")
     add("--batch_size", type=number(int, 1), help="pairs (default: the trainer's)")
+    add("--width", type=number(int, 16), help="channels of the agent (default: the trainer's)")
     add("--qwen_model", default="auto", help="as of the trainer (default: %(default)s)")
     add("--data", default="arcagi2", help="as of the trainer (default: %(default)s)")
     add("--threads", type=number(int, 1, 1024), default=1, help="CPU threads (default: 1)")
@@ -103,8 +104,9 @@ class Bench:
             "--device", args.device, "--threads", str(args.threads), "--seed", str(args.seed),
             "--qwen_model", args.qwen_model, "--prompt", prompt, "--quiet", "--offline",
         ]  # fmt: skip
-        if args.batch_size:
-            flags += ["--batch_size", str(args.batch_size)]
+        for flag in ("batch_size", "width"):
+            if getattr(args, flag):
+                flags += [f"--{flag}", str(getattr(args, flag))]
         settings = script.parse_arguments(flags)
         script.fill_device_defaults(settings, args.device)
         settings.data_sha256 = tasks.sha256
