@@ -274,6 +274,23 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory_of(device: str) -> int:
+    """Bytes of memory of a device as it was built: of a GPU, or the RAM that this process may use,
+    by the machine and by the limit of its container. Raises nothing for the CPU."""
+    if device != "cpu":
+        import torch
+
+        return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        total = 8 << 30  # Windows: not known without a package
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no limit: not there, or the word "max"
+            total = min(total, int(Path(limit).read_text()))
+    return total
+
+
 def no_bar(quiet: bool) -> bool:
     """Progress bars on a terminal only; plain lines elsewhere."""
     return quiet or sys.stderr is None or not sys.stderr.isatty()  # None: closed

