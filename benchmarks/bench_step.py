@@ -110,24 +110,15 @@ class Bench:
         settings = script.parse_arguments(flags)
         script.fill_device_defaults(settings, args.device)
         settings.data_sha256 = tasks.sha256
-        self.script, self.tasks = script, tasks
+        self.script = script
         self.run: Any = script.set_up(settings, tasks, time.monotonic())
 
     def forget(self, proposals: Any = None) -> None:
-        """A stream that has no analysis of any grid yet, as at the start of a run."""
-        from batches import Collator, TrainingStream
+        """The stream keeps no analysis of any grid any more, as at the start of a run."""
+        from batches import Collator
 
-        self.run.progress.batch = 0
-        settings = self.run.args
-        self.run.stream = TrainingStream(
-            self.tasks.train,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            max_context=settings.max_context,
-            max_side=settings.max_side,
-            collator=Collator(),
-            proposals=proposals,
-        )
+        self.run.stream.collator = Collator()
+        self.run.stream.proposals = proposals
         self.run.stream.n_batches(0)  # the plan of the epoch is made once, not in a batch
 
     def steps(self, positions: Sequence[int]) -> int:
