@@ -185,18 +185,14 @@ class Batch(_Movable):
 
     @property
     def n_queries(self) -> int:
-        return len(self.pair_ids)
+        return len(self.task_index)
 
     def select(self, queries: torch.Tensor) -> Batch:
         """The batch of these queries (n,) long alone, in this order; the demonstrations stay.
 
-        Waits for the device: `pair_ids` and `views` are selected here.
+        `pair_ids` and `views` are empty: to select them here would wait for the device.
         """
-        numbers = queries.tolist()
-        selected: dict[str, Any] = {
-            "pair_ids": [self.pair_ids[q] for q in numbers],
-            "views": [self.views[q] for q in numbers],
-        }
+        selected: dict[str, Any] = {"pair_ids": [], "views": []}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, torch.Tensor) and not f.name.startswith(("demo_", "own_")):

@@ -236,6 +236,8 @@ def _ballots(
     sizes, taken = own.size.tolist(), own.n_steps.tolist()
     later, later_sizes = after.grids().cpu().numpy(), after.size.tolist()
     choice = answered.refinement.choice if answered.refinement is not None else None
+    chances = choice.chance.tolist() if choice is not None else []
+    numbers = choice.taken.tolist() if choice is not None else []
     proposed, proposed_size = batch.proposed.numpy(), batch.proposed_size.tolist()
     for row in range(batch.n_queries):
 
@@ -248,8 +250,7 @@ def _ballots(
         for age, grids_then in enumerate(earlier, start=1):
             ballot.add(mine(grids_then, sizes[row]), EARLIER_WEIGHT / age, votes=0)
         if choice is not None:
-            chance = choice.chance[row].tolist()
-            number = int(choice.taken[row])
+            chance, number = chances[row], numbers[row]
             both = Prediction(views=1, steps=taken[row])
             weights: dict[tuple[Any, ...], tuple[Grid, float]] = {}
 

@@ -92,7 +92,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PairSymbols:
-    """``symbols`` [C, S] long (PAD behind the text), ``lengths`` [C], ``truncated`` [C] bool."""
+    """``symbols`` [C, S] long (PAD behind the text; S follows from the grids' canvases alone),
+    ``lengths`` [C], ``truncated`` [C] bool."""
 
     symbols: Tensor
     lengths: Tensor
@@ -137,13 +138,11 @@ def encode_pairs(
         parts += [cells.new_full((n_pairs, 1), mark), cells.flatten(1)]
         real += [shown.new_ones((n_pairs, 1)), shown.flatten(1)]
     flat, is_real = torch.cat(parts, 1), torch.cat(real, 1)
-    lengths = is_real.sum(1)
-    longest = int(lengths.max()) if n_pairs else 0
-    symbols = flat.new_full((n_pairs, longest), PAD)
-    position = is_real.cumsum(1) - 1
-    pair = torch.arange(n_pairs, device=device)[:, None].expand_as(position)
-    symbols[pair[is_real], position[is_real]] = flat[is_real]
-    return PairSymbols(symbols, lengths, rows_kept < sides)
+    n_places = flat.shape[1]
+    # What is not real goes to one place more, which is cut off.
+    position = (is_real.cumsum(1) - 1).masked_fill(~is_real, n_places)
+    symbols = flat.new_full((n_pairs, n_places + 1), PAD).scatter(1, position, flat)
+    return PairSymbols(symbols[:, :n_places], is_real.sum(1), rows_kept < sides)
 
 
 def bucket_of(length: int) -> int:
@@ -487,16 +486,17 @@ class QwenHybridPrompt(nn.Module):
     def _readings(self, batch: Batch) -> Tensor:
         """Pooled hidden states of each pair, [C, n_qwen_tokens, D] float32, cached or fresh."""
         text = self._text(batch)
-        lengths = text.lengths.tolist()
+        # the one wait for the device: which pairs are read together is decided here
+        lengths, truncated = torch.stack([text.lengths, text.truncated.long()]).tolist()
         self.n_pairs += len(lengths)
-        self.n_truncated += int(text.truncated.sum())
+        self.n_truncated += sum(truncated)
         if self.states is not None:
             return self._from_states(self.states, text.symbols, lengths)
         readings: list[Tensor | None] = [None] * len(lengths)
         keys: list[bytes] = []
         if self.training and self.cache.interval > 1:
-            rows = text.symbols.cpu()
-            keys = [self.cache.key(row[:n]) for row, n in zip(rows, lengths, strict=True)]
+            on_cpu = text.symbols.cpu()
+            keys = [self.cache.key(row[:n]) for row, n in zip(on_cpu, lengths, strict=True)]
             readings = [self.cache.get(key) for key in keys]
         groups: dict[int, list[int]] = {}
         for pair, length in enumerate(lengths):
@@ -504,7 +504,8 @@ class QwenHybridPrompt(nn.Module):
                 groups.setdefault(bucket_of(length), []).append(pair)
         fresh: dict[int, Tensor] = {}
         for members, bucket, again in self._parts(groups):
-            pooled = self._run(text.symbols[members], text.lengths[members], bucket, again)
+            rows = torch.tensor(members).to(text.symbols.device, non_blocking=True)
+            pooled = self._run(text.symbols[rows], text.lengths[rows], bucket, again)
             fresh.update(zip(members, pooled.unbind(0), strict=True))
         self._n_fresh = len(fresh)
         for pair, reading in fresh.items():

@@ -87,6 +87,7 @@ RULES = {
     "no_hard_cells": SAME,
     "no_reward": SAME,
     "planning_steps": SAME,
+    "draw_steps": SAME,
 }
 # The same data may have another path, the same precision another word: what they do is compared.
 BY_EFFECT = ("data", "amp")

@@ -52,7 +52,11 @@ LIGHT: Mapping[str, frozenset[str]] = {
     "hypotheses.py": frozenset({"numpy"}),
 }
 # Benchmarks that measure the script itself.
-MEASURE_THE_SCRIPT = {"benchmarks/bench_resume_position.py"}
+MEASURE_THE_SCRIPT = {
+    "benchmarks/bench_resume_position.py",
+    "benchmarks/bench_step.py",
+    "benchmarks/bench_gpu.py",
+}
 
 
 class Use(NamedTuple):
