@@ -323,3 +323,15 @@ def test_voting_and_test_time_training_answer_as_on_the_cpu(task_set: Any) -> No
                 assert all(p.is_cuda for p in adapted.system.agent.parameters())
                 assert adapted.n_batches >= 3
     assert answers[0] == answers[1]
+
+
+def test_a_frozen_models_kept_states_go_to_the_device(device: Pretended, train: Script) -> None:
+    """Breaks: states that stay in the RAM where they are pooled, or on the device where they are
+    kept."""
+    flags = ("--device", "cuda", "--qwen_model", "tiny", "--qwen_train", "frozen", "--epochs", 2)
+    done = train(*flags, "--max_batches", 1, "--val_pairs", 1, "--eval_views", 1)
+    assert done.code == 0, done.err
+    states = done.run.system.qwen.states
+    assert states.hits > 0
+    assert all(kept.device.type == "cpu" for kept in states._entries.values())
+    assert done.run.args.batch_cells > 0
