@@ -41,7 +41,12 @@ def settle_threads() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with a suggestion for a misspelt flag."""
+    """argparse with a suggestion for a misspelt flag. Of the processes that torchrun starts, all
+    with the same flags, the first one speaks."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
+            super()._print_message(message, file)
 
     def error(self, message: str) -> Any:
         if message.startswith("unrecognized arguments:"):
@@ -75,6 +80,11 @@ def check_device_name(parser: Parser, device: str) -> None:
     """auto, cpu, cuda or cuda:N; whether it is there is `pick_device`'s question."""
     if device in ("auto", "cpu", "cuda"):
         return
+    if device == "mps":
+        parser.error(
+            "--device mps: this program was never run on an Apple GPU, so it does not claim to "
+            "work there; use --device cpu"
+        )
     if not (device.startswith("cuda:") and device[5:].isdecimal()):
         parser.error(f"--device {device}: use auto, cpu, cuda or cuda:N")
 

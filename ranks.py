@@ -391,14 +391,20 @@ def joined_ranks() -> Iterator[Ranks]:
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     if on_gpus and ranks.local < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=PATIENCE))
+    # After a restart the store still holds what those before have left there.
+    store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=PATIENCE
+    )
     try:
         yield ranks
     except PeerLost:
         raise UserError("", EXIT_UNEXPECTED) from None
     except Exception as error:
         silent = isinstance(error, UserError) and not str(error)  # the first process says it
-        if not silent and not _first_to_fail(ranks):
+        if not silent and not _first_to_fail(store, ranks.rank):
             code = error.code if isinstance(error, UserError) else EXIT_UNEXPECTED
             raise UserError("", code) from None
         raise
@@ -406,11 +412,10 @@ def joined_ranks() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _first_to_fail(ranks: Ranks) -> bool:
+def _first_to_fail(store: dist.Store, rank: int) -> bool:
     """Whether this process is the first of this start that has an error to tell."""
     try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.compare_set("failed", "", str(ranks.rank)) == str(ranks.rank).encode()
+        return bool(store.compare_set("failed", "", str(rank)) == str(rank).encode())
     except RuntimeError:
         return True  # nobody can be asked: better said twice than never
 
