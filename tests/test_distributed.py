@@ -21,10 +21,10 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import CLOCKS, MODULES, Script, differing, environment, make_tasks, write_tasks
 
 import trainloop_complete_with_fixes as trainloop
 from command_line import UserError
-from conftest import CLOCKS, MODULES, Script, differing, environment, make_tasks, write_tasks
 from distributed import check_flags
 from persistence.run_guard import StopSignals
 from ranks import ALONE, Part, Ranks, part_of, split
@@ -35,18 +35,19 @@ Job = Callable[..., list[dict[str, Any]]]
 SEVERAL = Path(__file__).with_name("faults") / "several.py"
 TINY = (
     "--width", "16", "--threads", "1", "--device", "cpu", "--batch_size", "9", "--val_pairs", "4",
-    "--eval_views", "2", "--warmup_batches", "4", "--save_every", "2", "--max_batches", "5",
+    "--eval_views", "1", "--warmup_batches", "4", "--save_every", "2", "--max_batches", "3",
+    "--hypotheses", "off",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tasks of two to five demonstrations, so that parts are unlike."""
-    rules = ("flip", "turn", "recolour")
+    rules = ("flip", "recolour")
     tasks = {
         f"{n}{name}": task
-        for n in (2, 3, 4, 5)
-        for name, task in make_tasks(rules, seed=n, n_demonstrations=n, sides=(2, 4)).items()
+        for n in (2, 3, 5)
+        for name, task in make_tasks(rules, seed=n, n_demonstrations=n, sides=(2, 3)).items()
     }
     return write_tasks(tmp_path_factory.mktemp("data") / "training.json", tasks)
 
@@ -107,7 +108,7 @@ def well(ended: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def two(job: Job, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of two epochs by two processes, with hypotheses; read it only."""
+    """An undisturbed run of two epochs by two processes; read it only."""
     runs = tmp_path_factory.mktemp("two")
     well(job(2, "script", "--data", data, "--runs_dir", runs, *TINY, "--epochs", 2))
     return runs
@@ -162,17 +163,21 @@ def test_one_process_gets_back_what_it_gives() -> None:
 
 @pytest.mark.parametrize(
     ("n", "proposing", "flags"),
-    [(2, True, ()), (3, False, ("--grad_accum", 2)), (4, True, ("--batch_size", 4))],
+    [
+        (2, True, ()),
+        (3, False, ("--grad_accum", 2)),
+        pytest.param(4, True, ("--batch_size", 4), marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_figures_and_weights_are_those_of_one_process(
     n: int, proposing: bool, flags: tuple[Any, ...], job: Job, data: Path, tmp_path: Path
 ) -> None:
     """In float64, where rounding leaves room to see it: in float32 a fitted rule magnifies it."""
-    arguments = ("--data", data, "--runs_dir", tmp_path, *TINY, "--hypotheses", "off", *flags)
+    arguments = ("--data", data, "--runs_dir", tmp_path, *TINY, *flags)
     found = []
     for many in (1, n):
         out = tmp_path / str(many)
-        more = {"out": str(out), "steps": 6, "proposing": proposing}
+        more = {"out": str(out), "steps": 2 if proposing else 4, "proposing": proposing}
         ended = job(many, "gradients", *arguments, **more)
         assert {one["code"] for one in ended} == {0}, ended
         found.append(torch.load(out, weights_only=True))
@@ -202,8 +207,9 @@ def test_two_processes_train_as_one_does(one: Path, two: Path) -> None:
     for mine, theirs in zip(rows(one), rows(two), strict=True):
         assert mine["pairs"] == theirs["pairs"]
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-3)
+    theirs = state(two)["agent"]
     for name, w in state(one)["agent"].items():
-        torch.testing.assert_close(state(two)["agent"][name], w, rtol=1e-2, atol=1e-3, msg=name)
+        torch.testing.assert_close(theirs[name], w, rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_the_first_process_alone_writes(one: Path, two: Path) -> None:
@@ -216,13 +222,15 @@ def test_the_first_process_alone_writes(one: Path, two: Path) -> None:
 
 
 def test_votes_and_hypotheses_of_two_processes_are_those_of_one(
-    job: Job, two: Path, tmp_path: Path
+    job: Job, data: Path, tmp_path: Path
 ) -> None:
-    results = []
+    first, results = tmp_path / "first", []
+    start = ("--data", data, "--runs_dir", first, *TINY[:-2], "--max_batches", 1)
+    well(job(2, "script", *start))
     for n in (1, 2):
         runs = tmp_path / str(n)
-        shutil.copytree(two, runs, symlinks=True)
-        well(job(n, "script", "--resume", "--runs_dir", runs, "--eval_views", 3, *TINY[4:6]))
+        shutil.copytree(first, runs, symlinks=True)
+        well(job(n, "script", "--resume", "--runs_dir", runs, "--eval_views", 3, *TINY[2:6]))
         results.append(json.loads((the_run(runs) / "results.json").read_text()))
         assert results[-1].pop("minutes") > 0
         assert results[-1]["views"] == 3
@@ -268,7 +276,7 @@ def test_a_process_that_is_killed_ends_the_others_and_all_start_again(
 def test_an_error_of_one_process_is_said_once_and_ends_all(
     job: Job, data: Path, tmp_path: Path
 ) -> None:
-    flags = ("--data", data, "--runs_dir", tmp_path, *TINY, "--hypotheses", "off")
+    flags = ("--data", data, "--runs_dir", tmp_path, *TINY)
     ended = job(2, "script", *flags, fault="memory", at=2)
     assert [one["code"] for one in ended] == [1, 4]
     assert ended[1]["err"].count("\n") == 1
@@ -279,7 +287,7 @@ def test_an_error_of_one_process_is_said_once_and_ends_all(
 def test_a_loss_that_is_not_finite_in_one_process_skips_the_step_of_all(
     job: Job, data: Path, tmp_path: Path
 ) -> None:
-    flags = ("--data", data, "--runs_dir", tmp_path, *TINY, "--hypotheses", "off")
+    flags = ("--data", data, "--runs_dir", tmp_path, *TINY)
     ended = job(2, "script", *flags, fault="nan", at=0, bad_batches=3)
     assert [one["code"] for one in ended] == [5, 5], ended
     assert ended[0]["err"].count("\n") == 1

