@@ -297,10 +297,10 @@ def test_a_loss_that_is_not_finite_in_one_process_skips_the_step_of_all(
 
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_worker_again(data: Path, two: Path, tmp_path: Path) -> None:
-    start = ["--data", data, "--runs_dir", tmp_path, *TINY, "--epochs", 2, "--resume", "auto"]
+    runs, log = tmp_path / "runs", tmp_path / "log"
+    start = ["--data", data, "--runs_dir", runs, *TINY, "--epochs", 2, "--resume", "auto"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "--max-restarts", "3", str(trainloop.__file__)]
-    log = tmp_path / "log"
     with log.open("w") as file:
         torchrun = subprocess.Popen(
             [*command, *map(str, start)],
@@ -309,8 +309,9 @@ def test_torchrun_starts_a_killed_worker_again(data: Path, two: Path, tmp_path: 
             env=environment(tmp_path / "configuration"),
         )
         try:
-            while "[Batch    0]" not in log.read_text() and torchrun.poll() is None:
-                time.sleep(0.05)
+            while not list(runs.glob("arc_complete_2*/checkpoints/checkpoint_*.pt")):
+                assert torchrun.poll() is None, log.read_text()
+                time.sleep(0.01)
             found = subprocess.run(
                 ["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True, check=True
             )
@@ -319,10 +320,7 @@ def test_torchrun_starts_a_killed_worker_again(data: Path, two: Path, tmp_path: 
         finally:
             torchrun.terminate()
             torchrun.wait(60)
-    runs = tmp_path / "runs_alone"
-    runs.mkdir()
-    for folder in tmp_path.glob("arc_complete_2*"):
-        shutil.move(folder, runs / folder.name)
+    assert log.read_text().count("Resume: EXACT") == 1
     assert differing(state(runs), state(two)) == []
 
 
