@@ -32,6 +32,7 @@ from loss_function import EFELoss, expected_steps
 from policy_refined import PolicyInfo, RefinedPolicy
 from proposal_policy import ARM_FACTS, Choice, acceptable, candidates_of
 from qwen_hybrid_prompt import Prompt, QwenHybridPrompt, build_qwen_prompt, context_of_next_task
+from ranks import Draws
 from reward_shaping import Scores
 from size_rules import N_INPUT_CANDIDATES, N_SIZE_CANDIDATES
 from solver2 import Solver2
@@ -275,7 +276,7 @@ class System:
         self,
         reading: Reading,
         before: AgentOutput,
-        generator: torch.Generator | None,
+        generator: Draws | None,
         *,
         deterministic: bool = False,
         allowed: Tensor | None = None,
@@ -318,7 +319,7 @@ class System:
     def answer_twice(
         self,
         reading: Reading,
-        generator: torch.Generator | None,
+        generator: Draws | None,
         *,
         prompt_alone: bool = True,
         deterministic: bool = False,

@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from itertools import repeat
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from grid_features import CELL_FEATURE_BINS, N_CELL_FEATURES, N_CONTROL
 from grid_parts import COLOURS, MAX_SIDE, OUTSIDE
 from grid_transforms import N_SOURCES
 from hypotheses import N_PROPOSAL_FACTS, Proposals
+from ranks import ALONE, Part, Ranks
 from size_rules import (
     DEMONSTRATION_RULE_INDEX,
     N_INPUT_CANDIDATES,
@@ -182,6 +184,7 @@ class Batch(_Movable):
     n_tasks: int
     pair_ids: list[PairId] = field(default_factory=list)  # of the queries
     views: list[View] = field(default_factory=list)  # of the queries
+    part: Part | None = None  # of a larger batch, where several processes train; None: it is whole
 
     @property
     def n_queries(self) -> int:
@@ -595,7 +598,8 @@ class TrainingStream:
     (of its largest canvas, for each query), a task beyond it a batch of its own; None: no bound.
     task_weights: how often a task appears in an epoch on average
     (default 1), by task id or by a function of the task. task_table: task id -> task_index, by
-    default the given order of all tasks, skipped ones included.
+    default the given order of all tasks, skipped ones included. ranks: where several processes
+    train, `batch` gives this one's part of the batch: whole tasks, on the canvas of all.
     """
 
     def __init__(
@@ -613,6 +617,7 @@ class TrainingStream:
         augment: bool = True,
         collator: Collator | None = None,
         proposals: Proposer | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if batch_size < 1 or max_context < 1:
             raise ValueError("batch_size and max_context must be at least 1")
@@ -626,6 +631,7 @@ class TrainingStream:
         self.augment = augment
         self.collator = collator or Collator()
         self.proposals = proposals
+        self.ranks = ranks
         if task_table is None:
             task_table = {task.task_id: i for i, task in enumerate(tasks)}
         self.task_table = task_table
@@ -669,17 +675,21 @@ class TrainingStream:
         planned = plan[position]
         if self.proposals is not None:
             soon = plan[position : position + 1 + _ASKED_AHEAD]
-            self.proposals.ask([self.tasks[t] for coming in soon for t, _ in coming.members])
-        requests = [self._request(epoch, planned, *member) for member in planned.members]
+            self.proposals.ask([self.tasks[t] for coming in soon for t, _ in self._mine(coming)])
+        requests = [self._request(epoch, planned, *member) for member in self._mine(planned)]
         canvas = None
         if planned.query is None:
+            views = [request.view for request in requests]
+            if self.ranks.many:
+                views = [self._view(epoch, *member) for member in planned.members]
             shapes = [
-                _swapped(self._capacities[task], request.view)
-                for (task, _), request in zip(planned.members, requests, strict=True)
+                _swapped(self._capacities[task], view)
+                for (task, _), view in zip(planned.members, views, strict=True)
             ]
             rows, cols = (max(s) for s in zip(*shapes, strict=True))
             canvas = (rows, cols)
         batch = self.collator.collate(requests, canvas)
+        batch.part = self._part(planned)
         return batch, train_targets(requests, batch)
 
     def load(self, epoch: int, position: int) -> Load:
@@ -699,6 +709,23 @@ class TrainingStream:
             rows, cols = _swapped(room, self._view(epoch, task, time))
             sides = max(sides[0], rows), max(sides[1], cols)
         return Load(n_queries, n_queries * sides[0] * sides[1], tuple(lengths))
+
+    def _part(self, planned: _Planned) -> Part | None:
+        """This process's part of a batch; None where it has all of it."""
+        if not self.ranks.many:
+            return None
+        sizes, partners = [], []
+        for task, _ in planned.members:
+            n = len(self.tasks[task].demonstrations)
+            n_shown = n if planned.query is None else min(n - 1, self.max_context)
+            sizes.append(len(self._asked(task, planned.query)))
+            partners.append(n_shown if n_shown > 1 else 0)
+        return self.ranks.part(sizes, partners)
+
+    def _mine(self, planned: _Planned) -> Sequence[tuple[int, int]]:
+        """The members of a batch that this process works on."""
+        part = self._part(planned)
+        return planned.members if part is None else planned.members[part.tasks]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Batch, Targets]]:
         """The batches of an epoch from a position on."""
@@ -894,6 +921,7 @@ def evaluation_batches(
     task_table: Mapping[str, int] | None = None,
     collator: Collator | None = None,
     proposals: Mapping[tuple[str, int], Proposals] | None = None,
+    turns: Iterator[bool] | None = None,
 ) -> Iterator[Batch]:
     """Batches whose queries are the tasks' test inputs; test outputs are not read (may be None).
 
@@ -901,8 +929,10 @@ def evaluation_batches(
     ordered by the size that their inputs and demonstrations call for; a batch holds at most
     batch_size queries, and cells of that size at most batch_cells (None: no bound). task_table:
     task id -> task_index; without an entry a task is unseen (-1). proposals: by task id and number
-    of the test input.
+    of the test input. turns: asked before each batch whether it is wanted; one that is not is left
+    out, unmade.
     """
+    wanted: Iterator[bool] = repeat(True) if turns is None else turns
     chosen = [View()] if views is None else [views] if isinstance(views, View) else list(views)
     if batch_size < 1 or max_context < 1:
         raise ValueError("batch_size and max_context must be at least 1")
@@ -938,11 +968,12 @@ def evaluation_batches(
             n = filled + len(request.queries)
             wide = batch_cells is not None and n * side**2 > batch_cells
             if pack and (n > batch_size or wide):
-                yield collator.collate(pack)
+                if next(wanted):
+                    yield collator.collate(pack)
                 pack, filled = [], 0
             pack.append(request)
             filled += len(request.queries)
-        if pack:
+        if pack and bool(next(wanted)):
             yield collator.collate(pack)
 
 

@@ -41,7 +41,12 @@ def settle_threads() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with a suggestion for a misspelt flag."""
+    """argparse with a suggestion for a misspelt flag. Of the processes that torchrun starts, all
+    with the same flags, the first one speaks."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
+            super()._print_message(message, file)
 
     def error(self, message: str) -> Any:
         if message.startswith("unrecognized arguments:"):
@@ -71,10 +76,53 @@ def number(kind: type, low: float, high: float = float("inf")) -> Any:
     return parse
 
 
+def batch_pair(text: str) -> tuple[int, ...]:
+    """An argparse type: A:B or A:B:C, whole numbers with A < B and 0 < C <= B."""
+    parts = text.split(":")
+    numbers = tuple(int(part) for part in parts if part.isdigit())
+    fits = len(numbers) == len(parts) in (2, 3) and numbers[0] < numbers[1]
+    if not fits or not 0 < numbers[-1] <= numbers[1]:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not A:B or A:B:C with whole numbers A < B and 0 < C <= B"
+        )
+    return numbers
+
+
+def task_counts(text: str) -> tuple[int, int]:
+    """An argparse type: N or N:M, whole numbers with 0 <= N <= M."""
+    parts = text.split(":")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    if len(numbers) != len(parts) or len(parts) > 2 or numbers[0] > numbers[-1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or N:M with whole numbers N <= M")
+    return numbers[0], numbers[-1]
+
+
+def named_folder(text: str) -> str:
+    """An argparse type: a folder's path, made absolute: a resume may run in another folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "names no folder; a fresh run without the flag has no backup, a resumed one keeps its "
+            "own"
+        )
+    return str(Path(text).expanduser().absolute())
+
+
+def checkpoint_name(text: str) -> int | str:
+    """An argparse type: the number of a checkpoint, or "best"."""
+    if text != "best" and not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a checkpoint's number nor best")
+    return text if text == "best" else int(text)
+
+
 def check_device_name(parser: Parser, device: str) -> None:
     """auto, cpu, cuda or cuda:N; whether it is there is `pick_device`'s question."""
     if device in ("auto", "cpu", "cuda"):
         return
+    if device == "mps":
+        parser.error(
+            "--device mps: this program was never run on an Apple GPU, so it does not claim to "
+            "work there; use --device cpu"
+        )
     if not (device.startswith("cuda:") and device[5:].isdecimal()):
         parser.error(f"--device {device}: use auto, cpu, cuda or cuda:N")
 

@@ -30,6 +30,7 @@ from grid_accuracy_loss import copied_share, pick_colour, weighted_cell_mean
 from grid_parts import COLOURS
 from hypotheses import Fitter, Proposals, proposals_of, verdict_name
 from proposal_policy import PRIOR
+from ranks import ALONE, Ranks
 from reward_shaping import REWARD_WEIGHTS, beyond_copying
 from rule_list import Explained, Hypothesis, Verdict
 
@@ -140,6 +141,7 @@ def predict_tasks(
     own_scores: Mapping[str, float] | None = None,
     accept: bool = True,
     whole_first: bool = True,
+    ranks: Ranks = ALONE,
 ) -> dict[Key, Prediction]:
     """Predict every test input of `tasks` once per view, and collect the votes.
 
@@ -153,18 +155,26 @@ def predict_tasks(
     done. proposals: what the policy may choose from; own_scores: by task id, how well the system
     does on the demonstrations without them (`demonstration_scores`); accept=False: see
     `System.predict`; whole_first=False: the deadline and max_batches hold in the first view, too,
-    small tasks first; what is not reached has no prediction. Raises ValueError if a test output is
-    in sight.
+    small tasks first; what is not reached has no prediction. ranks: processes that take the batches
+    in turn and all have all predictions in the end; progress then hears of 0 queries meanwhile, and
+    of the batches at the end. Raises ValueError if a test output is in sight.
     """
     if any(pair.output is not None for task in tasks for pair in task.tests):
         raise ValueError("predict_tasks must not see test outputs: pass without_outputs(tasks)")
     kind = device.split(":")[0]
     found: dict[Key, Prediction] = {}
-    n_batches = 0
-    was_training = system.agent.training
-    system.train(False)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    try:
+    turns = _Turns(ranks)
+
+    def take(cast: Ballots) -> None:
+        for key, ballot in cast:
+            if only is None or key in only:
+                found.setdefault(key, Prediction()).take(ballot)
+        if progress is not None:
+            progress(len(cast))
+
+    def ballots() -> Iterator[Ballots]:
+        """Of each batch that is this process's, until time or batches are spent."""
+        generator = torch.Generator(device=device).manual_seed(seed)
         hurried = deadline is not None or max_batches is not None
         for number, view, some in _work(tasks, views, N_COST_GROUPS if hurried else 1):
             for batch in evaluation_batches(
@@ -176,12 +186,12 @@ def predict_tasks(
                 max_context=max_context,
                 collator=collator,
                 proposals=proposals,
+                turns=turns,
             ):
                 late = deadline is not None and time.monotonic() > deadline
-                spent = late or (max_batches is not None and n_batches >= max_batches)
+                spent = late or (max_batches is not None and turns.n >= max_batches)
                 if spent and (number or not whole_first):
-                    return found
-                n_batches += 1
+                    return
                 on_device = batch.to(device)
                 with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
                     answered = system.predict(
@@ -190,18 +200,51 @@ def predict_tasks(
                         own_score=_by_query(batch, own_scores).to(device),
                         accept=accept,
                     )
-                ballots = _ballots(batch, on_device, answered, view)
-                for (task_id, _, number_in_task), ballot in zip(
-                    batch.pair_ids, ballots, strict=True
-                ):
-                    key = (task_id, number_in_task)
-                    if only is None or key in only:
-                        found.setdefault(key, Prediction()).take(ballot)
+                keys = [(task_id, number) for task_id, _, number in batch.pair_ids]
+                of_view = _ballots(batch, on_device, answered, view)
+                yield list(zip(keys, of_view, strict=True))
+
+    was_training = system.agent.training
+    system.train(False)
+    try:
+        if not ranks.many:
+            for some in ballots():
+                take(some)
+            return found
+
+        def mine() -> dict[int, Ballots]:
+            made = {}
+            for some in ballots():
+                made[turns.n] = some
                 if progress is not None:
-                    progress(batch.n_queries)
+                    progress(0)
+            return made
+
+        by_number = {n: some for part in ranks.gather_made(mine) for n, some in part.items()}
+        for n in range(len(by_number)):
+            if n not in by_number:  # time was up for who had that one: it is the end
+                break
+            take(by_number[n])
     finally:
         system.train(was_training)
     return found
+
+
+Ballots = list[tuple[Key, "Prediction"]]
+
+
+class _Turns:
+    """Whose turn each batch is: those of the processes in turn. n: number of the last batch."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.n = ranks, -1
+
+    def __iter__(self) -> Iterator[bool]:
+        return self
+
+    def __next__(self) -> bool:
+        self.n += 1
+        return self.n % self.ranks.world == self.ranks.rank
 
 
 def _by_query(batch: Batch, scores: Mapping[str, float] | None) -> torch.Tensor:
@@ -725,7 +768,7 @@ def evaluate(
         def step(n: int) -> None:
             nonlocal n_done, n_batches
             n_done += n
-            n_batches += 1
+            n_batches += n > 0
             bar.update(n)
             heed_stop()
 

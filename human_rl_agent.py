@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ranks import Draws, draw_normal
+
 ACTION_WIDTH = 16
 REWARD_SCALE = 5.0  # the user's: stronger signal for the policy
 REWARD_LIMIT = (
@@ -215,7 +217,7 @@ class HumanRLAgent(nn.Module):
     def act(
         self,
         state: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Draws | None = None,
         *,
         deterministic: bool = False,
     ) -> PolicyStep:
@@ -367,14 +369,6 @@ def explained_variance(value: Tensor, returns: Tensor) -> Tensor:
     left = (returns - value).var(unbiased=False)
     share = 1.0 - left / spread.clamp(min=1e-8)
     return torch.where(spread > 1e-8, share, torch.zeros_like(share))
-
-
-def draw_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers shaped like `like`, drawn where the generator lives and moved to
-    `like`.
-    """
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device).to(like.device)
 
 
 def _std_logit(std: float) -> float:

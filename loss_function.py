@@ -111,6 +111,7 @@ class EFELoss(nn.Module):
         inp: Tensor | None = None,
         pair_summary: Tensor | None = None,
         task_ids: Tensor | None = None,
+        prompt_weight: float = 1.0,
     ) -> dict[str, Tensor]:
         """All parts (unweighted), "total" (weighted) and "mask_ratio" (no gradient) as scalars.
 
@@ -128,6 +129,8 @@ class EFELoss(nn.Module):
         model finds for the predicted output; backward_logits_true: for the true output.
         inp (batch, input rows, input cols): the input that it should find.
         pair_summary (pairs, width) and task_ids (pairs,): pooled prompts of demonstration pairs.
+        prompt_weight: a factor on their part, which is a mean over other things than the queries:
+        1 unless the batch is part of a larger one.
 
         Parts whose tensors are not given are 0.
         """
@@ -167,7 +170,7 @@ class EFELoss(nn.Module):
 
             parts = {name: value.mean() for name, value in pairs.items()}
             if self.extras and pair_summary is not None and task_ids is not None:
-                parts["prompt"] = prompt_inconsistency(pair_summary, task_ids)
+                parts["prompt"] = prompt_weight * prompt_inconsistency(pair_summary, task_ids)
 
             lambdas = {name: getattr(self, f"lambda_{name}") for name in PARTS}
             lambdas["size"] = lambdas["size"] * size_weight

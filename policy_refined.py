@@ -21,8 +21,9 @@ from torch.nn import functional
 
 from grid_accuracy_loss import OUTSIDE_GRID, exact_match, grid_sizes, resize_grids
 from grid_parts import COLOURS
-from human_rl_agent import ACTION_WIDTH, INITIAL_STD, HumanRLAgent, PolicyStep, draw_normal
+from human_rl_agent import ACTION_WIDTH, INITIAL_STD, HumanRLAgent, PolicyStep
 from proposal_policy import Choice, ProposalPolicy
+from ranks import Draws, draw_normal
 from reward_shaping import Scores, hard_scores, shaped_reward, soft_scores
 
 Mode = Literal["on", "off", "random"]
@@ -135,7 +136,7 @@ class RefinedPolicy(nn.Module):
         mask: Tensor,
         summary: Tensor,
         stats: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Draws | None = None,
         mode: str = "on",
         *,
         deterministic: bool = False,

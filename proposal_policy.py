@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from grid_parts import COLOURS
 from hypotheses import N_PROPOSAL_FACTS, PROPOSAL_FACTS
+from ranks import Draws, draw_numbers
 
 RELATION = (
     "is_kept", "same_size", "same_cells", "same_grid", "log_probability", "own_probability",
@@ -188,7 +189,7 @@ class ProposalPolicy(nn.Module):
     def choose(
         self,
         candidates: Candidates,
-        generator: torch.Generator | None = None,
+        generator: Draws | None = None,
         *,
         mode: str = "on",
         deterministic: bool = False,
@@ -217,9 +218,7 @@ class ProposalPolicy(nn.Module):
         else:
             if generator is None:
                 raise ValueError("sampling needs a torch.Generator (or deterministic=True)")
-            chance = log_p.softmax(-1).to(generator.device)
-            drawn = chance.multinomial(N_GROUP, replacement=True, generator=generator)
-            drawn = drawn.to(log_p.device)
+            drawn = draw_numbers(log_p.softmax(-1), N_GROUP, generator)
         return Choice(candidates, drawn, sure.sigmoid())
 
     def learn(self, choice: Choice, rewards: Tensor, exact: Tensor) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from persistence.drive import configured_drive_backup, refuse_runs_folder
 from persistence.files import read_json
 from persistence.find_run import find_latest_run, run_of
 from persistence.from_drive import Located, locate_run
+from ranks import Ranks
 from resume_rules import (
     OF_THE_VOTE,
     PROCESS,
@@ -183,7 +184,10 @@ def resume(run: Run, persistence: ModelPersistence) -> None:
         if not isinstance(extra, dict) or not isinstance(extra.get("progress"), dict):
             raise unknown_position(metadata)
         now = {**other_flags(run), **run_config(run), "in_use": in_use(run)}
-        changes = compare({**settings_of(extra), "in_use": extra.get("in_use")}, now)
+        used = extra.get("in_use")
+        if isinstance(used, dict):
+            used = {"processes": "1", **used}  # older versions knew one only
+        changes = compare({**settings_of(extra), "in_use": used}, now)
         if changes.refused and not args.allow_mismatch:
             raise UserError(
                 "--resume: this run was started with other settings: "
@@ -340,8 +344,9 @@ def resume_command(run: Run, *flags: str) -> str:
     """The command that goes on with this run, with some flags more, for a shell in any folder."""
     args = run.args
     script = Path(__file__).resolve().with_name(SCRIPT)
-    words = ["python", str(script), "--resume", str(run.folder.resolve()), *flags]
-    words += ["--device", args.device]
+    words = [*start_of_command(run.ranks), str(script)]
+    words += ["--resume", str(run.folder.resolve()), *flags]
+    words += ["--device", args.device.split(":")[0] if run.ranks.many else args.device]
     words += ["--threads", str(args.threads)] if args.threads else []
     words += ["--drive_backup", str(Path(args.drive_backup).resolve())] if args.drive_backup else []
     words += [flag for flag in ("--offline", "--quiet") if getattr(args, flag[2:])]
@@ -350,6 +355,15 @@ def resume_command(run: Run, *flags: str) -> str:
     if all(Path(path).is_absolute() for path in relative):
         return shlex.join(words)
     return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"  # its paths start here
+
+
+def start_of_command(ranks: Ranks) -> list[str]:
+    """What starts as many processes again; on several machines it also needs where they meet."""
+    if not ranks.many:
+        return ["python"]
+    machines = ranks.world // ranks.local_world
+    where = ["--standalone"] if machines == 1 else ["--nnodes", str(machines)]
+    return ["torchrun", *where, "--nproc_per_node", str(ranks.local_world)]
 
 
 def newest_where(folder: Path, fits: Callable[[dict[str, Any]], bool]) -> str | None:

@@ -40,7 +40,8 @@ def banner(run: Run, tasks: TaskSet, folder: Path | None, found: list[str]) -> N
     say(
         f"Agent:  {n_agent / 1e6:.2f} M parameters, width {args.width}, {args.planning_steps} steps"
     )
-    say(f"Device: {run.device}, {precision}, {torch.get_num_threads()} threads")
+    several = f", {run.ranks.world} processes" if run.ranks.many else ""
+    say(f"Device: {run.device}, {precision}, {torch.get_num_threads()} threads{several}")
     say(f"Run:    {folder}" if folder is not None else "Run:    nothing is written (--dry_run)")
     for note in args.notes:
         say(note)

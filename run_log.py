@@ -358,6 +358,26 @@ class RunLog:
             self.board = None
 
 
+class MutedLog(RunLog):
+    """The log of a process beside the one that writes: it says nothing and writes nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        super().__init__(None, quiet=True)
+        self.folder = folder
+
+    def _print(self, text: str, stream: Any) -> None:
+        pass
+
+    def write_json(self, name: str, content: Any) -> bool:
+        return True
+
+    def last_batch(self) -> tuple[int, int] | None:
+        return None
+
+    def rewind(self, epoch: int, batch: int) -> None:
+        pass
+
+
 def listener(log: RunLog) -> Callable[[str], None]:
     """Where saving and the Drive backup report: trouble is shown whatever --quiet says."""
     troubled = False

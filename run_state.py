@@ -40,6 +40,7 @@ from model_persistence import (
 from optimizers import MuonAdamW, WeightAverage
 from persistence.checkpoint_file import SixObjects
 from persistence.restoring import version_of_package
+from ranks import ALONE, Ranks
 from resume_rules import APPLIED, BY_EFFECT, FREE, SAME, VERDICT, plain, with_meaning
 from reward_shaping import REWARD_WEIGHTS
 from run_log import RunLog
@@ -76,6 +77,8 @@ VALIDATED = ("n", "exact_at_1", "size_accuracy", "cell_accuracy")
 
 class StopRequested(Exception):
     """A signal came while an evaluation was running; nothing of the training state is half done."""
+
+    shared = True  # where one process raises it, all do
 
 
 @dataclass
@@ -165,6 +168,7 @@ class Run:
     log: RunLog
     clock: Clock
     started: float  # time.monotonic() of the process's start
+    ranks: Ranks = ALONE  # the processes that train it together
     train_started: float = 0.0  # time.monotonic() of this process's first batch
     resumed_at: int = 0  # batches that were done before this process
     stop: StopSignals | None = None  # while they are caught
@@ -186,6 +190,14 @@ class Run:
         """The context of a forward pass: mixed precision where it is on."""
         kind = self.device.split(":")[0]
         return torch.autocast(kind, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def stopping(self) -> bool:
+        """Whether a signal has come, to this process or another one: all learn of it here."""
+        if self.stop is None:
+            return False
+        if signum := self.ranks.highest(self.stop.signum or 0):
+            self.stop.learn(signum)
+        return self.stop.requested
 
     def place(self) -> Place:
         """Which state a checkpoint made now holds."""
@@ -353,6 +365,7 @@ def in_use(run: Run) -> dict[str, str | None]:
         "precision": str(run.dtype or torch.float32).removeprefix("torch."),
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "program": (commit_hash() or "")[:12] or None,
+        "processes": str(run.ranks.world),
     }
 
 
@@ -420,10 +433,12 @@ def save(
     metrics: dict[str, float] | None = None,
 ) -> None:
     """Write a checkpoint (and best_model.pt, if `best_of` names the metric that rose). A disk that
-    refuses is said; training goes on.
+    refuses is said; training goes on. Of several processes the first alone saves.
 
     wait: until it is on the disk; for saves that must not be skipped.
     """
+    if not run.ranks.first:
+        return
     progress = run.progress
     extra = checkpoint_extra(run)
     where: dict[str, Any] = {"epoch": progress.last_epoch, "batch": progress.last_batch}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from ranks import ALONE, Ranks
 from run_state import Run
 
 # All but the first are guesses.
@@ -29,6 +30,7 @@ class Limits:
 
     train_until: float | None = None  # training has to end
     deadline: float | None = None  # the process should be done
+    ranks: Ranks = ALONE  # the first one's clock decides for all
 
 
 def share_time(run: Run, limits: Limits, n_queries: int, views: int) -> None:
@@ -62,7 +64,10 @@ def share_time(run: Run, limits: Limits, n_queries: int, views: int) -> None:
 
 def out_of_time(limits: Limits) -> bool:
     """Whether training has to end by the clock."""
-    return limits.train_until is not None and time.monotonic() >= limits.train_until
+    if limits.train_until is None:
+        return False
+    ranks, late = limits.ranks, time.monotonic() >= limits.train_until
+    return bool(ranks.highest(int(ranks.first and late)))
 
 
 def note_time(run: Run, limits: Limits) -> None:
@@ -79,9 +84,15 @@ def plan_decay(run: Run, limits: Limits) -> None:
     now = time.monotonic()
     left = limits.train_until - now
     here = progress.total - run.resumed_at  # batches of this process
-    if here < SPEED_BATCHES or left > run.args.decay_frac * (limits.train_until - run.started):
+    if here < SPEED_BATCHES:
         return
     per_batch_s = (now - run.train_started) / here
+    fit = max(1, int(DECAY_MARGIN * left / per_batch_s))
+    if left > run.args.decay_frac * (limits.train_until - run.started):
+        fit = 0
+    fit = run.ranks.of_first(fit)
+    if not fit:
+        return
     schedule.decay_start = progress.total
-    schedule.stop_at = progress.total + max(1, int(DECAY_MARGIN * left / per_batch_s))
+    schedule.stop_at = progress.total + fit
     run.log.say(f"Learning rate falls to 0 from batch {schedule.decay_start} to {schedule.stop_at}")

@@ -28,17 +28,21 @@ from command_line import (
     Parser,
     UserError,
     answer_early,
+    batch_pair,
     check_device_name,
+    checkpoint_name,
     cores,
     device_name,
     guarded,
     leave,
     memory_message,
     memory_of,
+    named_folder,
     no_bar,
     number,
     pick_device,
     pick_precision,
+    task_counts,
 )
 from persistence.run_guard import DRIVE_HURRY_S
 
@@ -52,44 +56,6 @@ MEMORY_ADVICE = (
 # ---------------------------------------------------------------------------------------------
 # The flags (standard library only: --help must not wait for torch)
 # ---------------------------------------------------------------------------------------------
-
-
-def batch_pair(text: str) -> tuple[int, ...]:
-    """An argparse type: A:B or A:B:C, whole numbers with A < B and 0 < C <= B."""
-    parts = text.split(":")
-    numbers = tuple(int(part) for part in parts if part.isdigit())
-    fits = len(numbers) == len(parts) in (2, 3) and numbers[0] < numbers[1]
-    if not fits or not 0 < numbers[-1] <= numbers[1]:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not A:B or A:B:C with whole numbers A < B and 0 < C <= B"
-        )
-    return numbers
-
-
-def task_counts(text: str) -> tuple[int, int]:
-    """An argparse type: N or N:M, whole numbers with 0 <= N <= M."""
-    parts = text.split(":")
-    numbers = [int(part) for part in parts if part.isdigit()]
-    if len(numbers) != len(parts) or len(parts) > 2 or numbers[0] > numbers[-1]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not N or N:M with whole numbers N <= M")
-    return numbers[0], numbers[-1]
-
-
-def named_folder(text: str) -> str:
-    """An argparse type: a folder's path, made absolute: a resume may run in another folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(
-            "names no folder; a fresh run without the flag has no backup, a resumed one keeps its "
-            "own"
-        )
-    return str(Path(text).expanduser().absolute())
-
-
-def checkpoint_name(text: str) -> int | str:
-    """An argparse type: the number of a checkpoint, or "best"."""
-    if text != "best" and not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a checkpoint's number nor best")
-    return text if text == "best" else int(text)
 
 
 def build_parser() -> Parser:
@@ -333,6 +299,7 @@ from curriculum import (
     gradient_norm,
 )
 from dataset_arc import Task, TaskSet, default_data, load_tasks, slices_of
+from distributed import check_data, check_flags, nothing_saved, share_state, shared_fitter
 from evaluation import Key
 from grid_accuracy_loss import (
     cell_accuracy,
@@ -348,6 +315,7 @@ from model_persistence import ModelPersistence, StopSignals
 from optimizers import MuonAdamW, WeightAverage, eight_bit_functions
 from persistence.find_run import point_latest_at
 from persistence.from_drive import Located
+from ranks import ALONE, Part, Ranks, joined_ranks
 from resuming import (
     after_divergence,
     drive_folder,
@@ -360,7 +328,7 @@ from resuming import (
     unsaved_line,
 )
 from run_lines import banner, how_to_repeat, log_batch, say_epoch, say_results
-from run_log import RunLog, listener
+from run_log import MutedLog, RunLog, listener
 from run_state import (
     GRADIENT_FIGURES,
     POLICY_FIGURES,
@@ -407,8 +375,14 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
     started: time.monotonic() from which a --time_budget counts; default: now.
     """
     begun = time.monotonic() if started is None else started
+
+    def action() -> int:
+        with joined_ranks() as ranks:
+            args = parse_arguments(argv) if ranks.first else argparse.Namespace()
+            return run_training(ranks.of_first(args), begun, ranks)
+
     # Ctrl+C before training: nothing to save; a restore is finished by the next --resume.
-    return guarded(lambda: run_training(parse_arguments(argv), begun), MEMORY_ADVICE, known_errors)
+    return guarded(action, MEMORY_ADVICE, known_errors)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -437,19 +411,21 @@ def explicit_arguments(argv: list[str] | None) -> set[str]:
     return set(vars(parser.parse_args(argv)))
 
 
-def run_training(args: argparse.Namespace, started: float) -> int:
+def run_training(args: argparse.Namespace, started: float, ranks: Ranks = ALONE) -> int:
     """From parsed arguments to the exit code: data, modules, run folder; then the run itself."""
-    args.device = pick_device(args.device)
-    fill_device_defaults(args, args.device)
+    args.device = pick_device(ranks.device(args.device))
+    check_flags(args, ranks)
+    fill_device_defaults(args, args.device, ranks.local_world)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
 
     # Data, model, then a folder: nothing is written for a run that cannot start.
     tasks = load_data(args)
+    check_data(args, ranks)
     drive_folder(args, Path(args.runs_dir))
     located = run_to_resume(args)
-    run = set_up(args, tasks, started)  # its log begins once the run is locked
+    run = set_up(args, tasks, started, ranks)  # its log begins once the run is locked
     if run.stream.n_batches(0) == 0:
         raise UserError(
             f"{tasks.name}: no task to train on: {run.stream.n_skipped_single} of "
@@ -465,9 +441,11 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         return EXIT_DONE
     if args.qwen_model != "tiny":
         args.notes += plan_of(run).warnings()
-    if folder is None:
-        folder = new_run_folder(Path(args.runs_dir))
     try:
+        if not ranks.first:
+            return run_beside(run, make_plan(args, tasks))
+        if folder is None:
+            folder = new_run_folder(Path(args.runs_dir))
         return run_in_folder(run, make_plan(args, tasks), folder, located)
     except Exception as error:
         message = memory_message(error, f"{advice_for(run)}; --dry_run shows what needs how much.")
@@ -476,8 +454,9 @@ def run_training(args: argparse.Namespace, started: float) -> int:
         raise UserError(message, EXIT_MEMORY) from error
 
 
-def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
-    """Defaults that depend on the device (measured on CPU; guesses on a GPU, see docs/LOG.md)."""
+def fill_device_defaults(args: argparse.Namespace, device: str, n_processes: int = 1) -> None:
+    """Defaults that depend on the device (measured on CPU; guesses on a GPU, see docs/LOG.md).
+    n_processes: that share this machine's cores."""
     on_cpu = device == "cpu"
     if args.batch_size is None:
         args.batch_size = 8 if on_cpu else 128
@@ -495,7 +474,7 @@ def fill_device_defaults(args: argparse.Namespace, device: str) -> None:
     if args.acceptance is None:
         timed = args.time_budget is not None or args.schedule_batches is not None
         args.acceptance = "full" if timed else "demonstrations"
-    n_cores = cores()
+    n_cores = max(1, cores() // n_processes)
     args.workers = 1 if n_cores <= 4 else min(4, n_cores // 4)
     if args.threads is None and on_cpu and args.hypotheses == "on" and brief:
         args.threads = max(1, n_cores - args.workers)  # they are fitted until the end
@@ -537,7 +516,7 @@ def run_to_resume(args: argparse.Namespace) -> Located:
     return Located(None, [], located.skipped)
 
 
-def set_up(args: argparse.Namespace, tasks: TaskSet, started: float) -> Run:
+def set_up(args: argparse.Namespace, tasks: TaskSet, started: float, ranks: Ranks = ALONE) -> Run:
     """Build every object of the loop; its log writes no files.
 
     Weights and the order of batches depend on --seed alone.
@@ -603,6 +582,7 @@ def set_up(args: argparse.Namespace, tasks: TaskSet, started: float) -> Run:
             task_weights=lambda task: frequency(task, args.cost_power),
             augment=args.views == "on",
             collator=collator,
+            ranks=ranks,
         ),
         collator=collator,
         schedule=Schedule(
@@ -612,9 +592,12 @@ def set_up(args: argparse.Namespace, tasks: TaskSet, started: float) -> Run:
         curriculum=SizeWarmupCurriculum(),
         threshold=DynamicMemoryThreshold(),
         monitor=GradientMonitor(),
-        log=RunLog(None, quiet=args.quiet, report_to=args.report_to),
+        log=RunLog(None, quiet=args.quiet, report_to=args.report_to)
+        if ranks.first
+        else MutedLog(None),
         clock=Clock(),
         started=started,
+        ranks=ranks,
     )
 
 
@@ -686,9 +669,7 @@ def run_in_folder(run: Run, plan: Plan, folder: Path, located: Located) -> int:
                 if is_finished(run):
                     run.log.say(nothing_left(run), important=True)
                     over = results_stand(run)
-            if not over:
-                if args.time_budget:  # of all processes of the run together
-                    plan.limits.deadline = run.started + 60 * args.time_budget
+            if not share_state(run, over):
                 run.log.write_json("config.json", full_config(run, plan.tasks))
                 slices = slices_in(plan, args.hold_out)
                 train_and_score(run, plan, persistence, slices)
@@ -696,6 +677,7 @@ def run_in_folder(run: Run, plan: Plan, folder: Path, located: Located) -> int:
             drive_s = DRIVE_WAIT_S if args.drive_wait is None else args.drive_wait
             failed = False
         except StopRequested:
+            run.stopping()
             code = leave_early(run, persistence)
             failed = False
         except UserError as error:
@@ -719,7 +701,26 @@ def run_in_folder(run: Run, plan: Plan, folder: Path, located: Located) -> int:
                     run.log.say(unsaved, important=True)
                 elif unsaved is not None:
                     run.log.warn(unsaved)
+        run.ranks.wait()  # who ends before has the others ended, too
         return code if unsaved is None else EXIT_UNSAVED
+
+
+def run_beside(run: Run, plan: Plan) -> int:
+    """A process that writes nothing: it does its part of all work. Exit code."""
+    code = EXIT_DONE
+    with StopSignals() as stop:
+        run.stop = stop
+        try:
+            if not share_state(run):
+                train_and_score(run, plan, nothing_saved(), {})
+        except StopRequested:
+            run.stopping()
+            code = stop.exit_code
+        finally:
+            if run.fitter is not None:
+                run.fitter.close()
+        run.ranks.wait()
+    return code
 
 
 Slices = Mapping[str, AbstractSet[Key]]
@@ -738,6 +739,9 @@ def slices_in(plan: Plan, hold_out: int | None) -> Slices:
 def train_and_score(run: Run, plan: Plan, persistence: ModelPersistence, slices: Slices) -> None:
     """Untrained accuracy, the loop, the final evaluation with voting, results.json."""
     args = run.args
+    plan.limits.ranks = run.ranks
+    if args.time_budget:  # of all processes of the run, one after another, together
+        plan.limits.deadline = run.started + 60 * args.time_budget
     if args.hypotheses == "on":  # they need nothing that is trained, and no test output
         start_fitting(run, plan)
     score_untrained(run, plan, persistence)
@@ -755,7 +759,7 @@ def start_fitting(run: Run, plan: Plan) -> None:
     args = run.args
     ids = {task_id for task_id, _ in plan.final}
     some = [task for task in plan.tasks.train if task.task_id in ids]
-    run.fitter = Fitter(evaluation.without_outputs(some), args.workers)
+    run.fitter = shared_fitter(evaluation.without_outputs(some), args.workers, run.ranks)
     if args.policy != "off" and args.demonstrations == "on":  # else the ablation would leak
         run.stream.proposals = run.fitter
 
@@ -815,7 +819,7 @@ def evaluate(
         if run.stop is not None and run.stop.requested:
             raise StopRequested
 
-    with run.average.applied():
+    def scored() -> dict[str, Any]:
         return evaluation.evaluate(
             run.system,
             tasks.train,
@@ -840,7 +844,12 @@ def evaluate(
             dtype=run.dtype,
             seed=args.seed,
             collator=run.collator,
+            # its draws are of one stream over all batches
+            ranks=ALONE if args.policy == "random" else run.ranks,
         )
+
+    with run.average.applied():
+        return run.ranks.gather_made(scored)[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -901,7 +910,8 @@ def train_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
             bar.update()
             plan_decay(run, plan.limits)
             if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise UserError(after_divergence(run, persistence), EXIT_DIVERGED)
+                why = after_divergence(run, persistence) if run.ranks.first else ""
+                raise UserError(why, EXIT_DIVERGED)
             if progress.total == run.resumed_at + 1:
                 # Memory for the copy that a save takes, before the first save has to wait for it.
                 persistence.prepare(*run.saved_objects(), extra=checkpoint_extra(run))
@@ -912,7 +922,7 @@ def train_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
                 run.log.flush()
                 save(run, persistence, metrics=checkpoint_metrics(figures))
                 due = False
-            if run.stop is not None and run.stop.requested:
+            if run.stopping():
                 raise StopRequested
             if done_by_schedule(run) or out_of_time(plan.limits):
                 break
@@ -929,7 +939,7 @@ def batches_of_epoch(run: Run, n_batches: int) -> Iterator[tuple[Batch, Targets]
     epoch = run.progress.epoch
     positions = range(run.progress.batch, n_batches)
     for batch, targets in prefetch(lambda p: run.stream.batch(epoch, p), positions, depth=3):
-        yield batch.to(run.device), targets.to(run.device)
+        yield run.ranks.level(batch.to(run.device)), targets.to(run.device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -945,13 +955,14 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
     of the batches whose gradients make one update (--grad_accum). A loss or gradient that is not
     finite raises nothing: the update is skipped, counted and said.
     """
-    args, system, progress = run.args, run.system, run.progress
+    args, system, progress, ranks = run.args, run.system, run.progress, run.ranks
     place = (args.seed, progress.epoch, progress.batch)
+    part = batch.part or Part(slice(None), slice(None), batch.n_tasks, batch.n_queries)
 
     with run.autocast():
         # 1. Task view -> prompt. Half of the tasks go without their own tokens, so that unseen
         #    tasks, which have none, are no surprise.
-        chance = torch.rand(batch.n_tasks, generator=generator_for("cpu", *place, 1))
+        chance = torch.rand(part.n_tasks, generator=generator_for("cpu", *place, 1))[part.tasks]
         keep_task = (chance < 0.5).to(run.device, non_blocking=True)[batch.query_task]
         reading = system.read(batch, keep_task)
 
@@ -960,7 +971,8 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         # 3. The policy chooses among the ways to explain the demonstrations and changes the prompt;
         #    the agent answers again where it chose one.
         steps = drawn_steps(args.planning_steps, *place, 3) if args.draw_steps == "on" else None
-        passed = system.answer_twice(reading, generator_for(run.device, *place, 2), steps=steps)
+        draws = ranks.draws(generator_for(run.device, *place, 2), part)
+        passed = system.answer_twice(reading, draws, steps=steps)
         before, after, again = passed.before, passed.after, passed.again
         refinement = passed.refinement
         backward_before, backward_after = system.backward_both(reading, passed)
@@ -989,6 +1001,7 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         inp=inp,
         pair_summary=reading.pair_summary,
         task_ids=batch.demo_task,
+        prompt_weight=part.prompt_weight,
     )
     loss = combined_loss(efe["total"], torch.zeros_like(soft) if args.no_reward else soft)
     if len(again):
@@ -1013,11 +1026,12 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
     factor = run.schedule.factor(progress.total)
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    run.scaler.scale(loss / args.grad_accum).backward()
+    run.scaler.scale(loss * part.share / args.grad_accum).backward()
+    params = [p for group in run.optimizer.param_groups for p in group["params"]]
+    ranks.sum_gradients(params)
     unscale = 1.0
     if last:
         run.scaler.unscale_(run.optimizer)
-        params = [p for group in run.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
     else:
         unscale = 1.0 / run.scaler.get_scale()
@@ -1028,8 +1042,11 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         name: unscale * gradient_norm((p for part in parts for p in trained[part]), run.device)
         for name, parts in GRADIENT_FIGURES.items()
     }
-    if last:
-        healthy = bool(torch.isfinite(norm) & torch.isfinite(loss))
+    if not last:
+        ranks.keep_sums_once(params)
+    else:
+        whole_loss = ranks.sum(loss * part.share)
+        healthy = bool(torch.isfinite(norm) & torch.isfinite(whole_loss))
         if healthy or run.scaler.is_enabled():  # the scaler skips by itself and lowers its scale
             run.scaler.step(run.optimizer)
             run.scaler.update()
@@ -1041,22 +1058,23 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
             progress.skipped += 1
             progress.skipped_in_a_row += 1
             run.log.say(
-                f"[Batch {progress.batch:4d}] skipped: loss {float(loss.detach()):.4g}, gradient "
-                f"norm {float(norm):.4g} (not finite; {progress.skipped} so far)"
+                f"[Batch {progress.batch:4d}] skipped: loss {float(whole_loss.detach()):.4g}, "
+                f"gradient norm {float(norm):.4g} (not finite; {progress.skipped} so far)"
             )
 
     # 8. The policy learns from the hard reward: after the main step, own graph, own optimizer. The
     #    choice learns from what each of its group of proposals would have earned.
     health: dict[str, Any] = {}
     choosing: dict[str, Any] = {}
+    proposed: dict[str, Any] = {}
     if refinement is not None:
         after_state = system.policy_rl.state(reading.prompt.summary, answer_stats(after))
-        if passed.everyone:
-            health = system.policy_rl.update(refinement.info, reward, after_state)
-        elif len(again):  # the others' prompt was not changed
-            health = system.policy_rl.update(
-                refinement.info.of(again), reward[again], after_state[again]
-            )
+        learned = refinement.info, reward, after_state
+        if not passed.everyone:  # the others' prompt was not changed
+            learned = refinement.info.of(again), reward[again], after_state[again]
+        learned = ranks.join(learned, part)
+        if len(learned[1]):
+            health = system.policy_rl.update(*learned)
         rewards, right = system.policy_rl.proposal_rewards(
             before.grids(),
             batch.proposed,
@@ -1067,8 +1085,10 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
             target_size=targets.size,
         )
         if args.policy == "on" and batch.proposed.shape[1]:
-            choosing = system.policy_rl.learn_choice(refinement.choice, rewards, right)
-        choosing |= {
+            judged = ranks.join((refinement.choice, rewards, right), part)
+            choosing = system.policy_rl.learn_choice(*judged)
+        ranks.align([system.policy_rl.rl, system.policy_rl.proposals])
+        proposed = {
             "proposed_frac": (batch.proposed_size > 0).all(-1).any(1).float().mean(),
             "proposal_taken_frac": (refinement.choice.taken > 0).float().mean(),
             "proposal_exact": right[:, 1:].any(1).float().mean(),
@@ -1085,11 +1105,12 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
     owner = torch.zeros(batch.n_tasks, dtype=torch.long, device=run.device)
     owner[batch.query_task] = batch.task_index
     keep = by_task > run.threshold.get_threshold()
+    kept = ranks.join((summary / counts[:, None], owner, by_task, keep), part)
     if system.solver2.use_memory:
-        system.solver2.store(summary / counts[:, None], owner, by_task, keep)
+        system.solver2.store(*kept)
         if refinement is not None and batch.proposed.shape[1]:
             known = arms_right(batch, refinement.fingerprint, right[:, 1:])
-            system.solver2.store_arms(*known)
+            system.solver2.store_arms(*ranks.join(known, part))
 
     # 10. The figures of the batch, waited for once.
     shown_figures = {
@@ -1104,15 +1125,21 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         "accuracy": accuracy.mean(),
         "exact": exact.mean(),
         "size": size_right.float().mean(),
-        "stored": keep.sum(),
         "fits_frac": targets.fits.float().mean(),
         "change": none[0] if refinement is None else refinement.info.change_frac,
+        **proposed,
+    }
+    common = {
+        "stored": kept[3].sum(),
         **norms,
         **{ours: health[theirs] for theirs, ours in POLICY_FIGURES.items() if health},
         **choosing,
     }
-    values = [value.detach().float().to(run.device) for value in shown_figures.values()]
-    result = dict(zip(shown_figures, torch.stack(values).tolist(), strict=True))
+    shown_figures, common = (
+        {name: value.to(run.device) for name, value in some.items()}
+        for some in (shown_figures, common)
+    )
+    result = ranks.means(shown_figures, part, {"change": reading.prompt.mask.sum()}, common)
     progress.memory_updates += int(result["stored"]) if system.solver2.use_memory else 0
     return result | {
         "qwen_grad": qwen_grad,
@@ -1120,7 +1147,7 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         **learning_rates(run.optimizer),
         "size_weight": size_weight,
         "threshold": run.threshold.get_threshold(),
-        "pairs": len(targets.size),
+        "pairs": part.n_queries,
     }
 
 

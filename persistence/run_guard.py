@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -159,9 +160,15 @@ class StopSignals:
             return 0
         return 130 if self.signum == signal.SIGINT else 143
 
+    def learn(self, signum: int) -> None:
+        """A process that works with this one was told to stop: so was this one. A signal that is
+        still to come here is the first."""
+        if self.signum is None:
+            self.signum, self._first_s = signum, math.inf
+
     def _handle(self, signum: int, _frame: object) -> None:
         now = time.monotonic()
-        if self.signum is None:
+        if self.signum is None or self._first_s == math.inf:
             self.signum, self._first_s = signum, now
         elif now - self._first_s >= self._settle_s:
             with contextlib.suppress(OSError):
