@@ -57,6 +57,7 @@ RULES = {
     "schedule": SAME,
     "schedule_batches": SAME,
     "decay_frac": SAME,
+    "draw_steps": SAME,
     "clip": APPLIED,
     "ema": SAME,
     "amp": VERDICT,
@@ -87,7 +88,6 @@ RULES = {
     "no_hard_cells": SAME,
     "no_reward": SAME,
     "planning_steps": SAME,
-    "draw_steps": SAME,
 }
 # The same data may have another path, the same precision another word: what they do is compared.
 BY_EFFECT = ("data", "amp")
