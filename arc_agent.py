@@ -14,11 +14,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batches import Batch, bare_batch
+from batches import Batch, bare_batch, generator
+from fast_math import bag_sum, positive_solver, rms_norm
 from grid_accuracy_loss import resize_turned, size_mask
 from grid_features import CELL_FEATURE_BINS, N_CELL_FEATURES
 from grid_parts import COLOURS, MAX_SIDE, OUTSIDE
@@ -175,8 +177,7 @@ class RmsNorm(nn.RMSNorm):
     """RMSNorm whose gain follows the input's precision under autocast (no mixed-type kernel)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, tuple(self.normalized_shape), weight, self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class CellEmbedding(nn.Module):
@@ -213,7 +214,7 @@ class CellEmbedding(nn.Module):
         features = cells.flatten(2).transpose(1, 2).to(torch.int32)
         index = torch.cat([planes, relation.to(torch.int32), features], dim=-1)
         index = index + self.offsets.to(torch.int32)  # type: ignore[operator]
-        bag = F.embedding_bag(index.flatten(0, 1), self.table.weight, mode="sum")
+        bag = bag_sum(index.flatten(0, 1), self.table.weight)
         return bag.view(n, planes.shape[1], -1)
 
 
@@ -569,17 +570,15 @@ class RuleFit(nn.Module):
             weighted = (seen * weight).transpose(1, 2)
             moments = weighted @ seen
             ridge = self.log_ridge.exp().clamp(min=RIDGE_FLOOR)
-            # _ex: the other one waits for the device to report whether all went well
-            factor, failed = torch.linalg.cholesky_ex(
-                moments + ridge * torch.eye(seen.shape[-1], device=seen.device)
-            )
-            rule = torch.cholesky_solve(weighted @ right, factor) * self.gain
+            eye = torch.eye(seen.shape[-1], device=seen.device)
+            solve, failed = positive_solver(moments + ridge * eye)
+            rule = solve(weighted @ right) * self.gain
             # then steps on the likelihood that a right pointer is chosen, whichever it is
             wrong = torch.where(right > 0, 0.0, -1e4)
             for step_size in self.step_size:
                 belief = seen @ rule + self.prior
                 error = (belief + wrong).softmax(-1) - belief.softmax(-1)
-                rule = rule + step_size * torch.cholesky_solve(weighted @ error, factor)
+                rule = rule + step_size * solve(weighted @ error)
             score = query @ rule + self.prior
         fitted = mask.any(-1) & (failed == 0)
         return torch.where(fitted.view(-1, 1, 1), score, 0.0)
@@ -672,11 +671,11 @@ class BackwardModel(nn.Module):
         """The rule from output to input (Q, R, N_BACKWARD_POINTERS) float32 of each query's
         demonstrations; 0 for a query without any."""
         output, canvas = batch.demo_output, (batch.demo_input.shape[1], batch.demo_input.shape[2])
-        size = batch.demo_output_size
-        cut = torch.tensor(output.shape[1:], device=size.device)
+        rows, cols = batch.demo_output_size.unbind(1)
+        shown_size = rows.clamp(max=output.shape[1]), cols.clamp(max=output.shape[2])
         _, shown, features = self.see(
             F.one_hot(output.clamp(min=0), COLOURS).float(),
-            torch.minimum(size, cut),
+            torch.stack(shown_size, 1),
             batch.demo_input_size,
             canvas,
         )
@@ -693,13 +692,13 @@ class BackwardModel(nn.Module):
             weighted = (features * weight.unsqueeze(-1)).transpose(1, 2)
             ridge = self.log_ridge.exp().clamp(min=RIDGE_FLOOR)
             eye = torch.eye(features.shape[-1], device=features.device)
-            factor, failed = torch.linalg.cholesky_ex(weighted @ features + ridge * eye)
-            rule = torch.cholesky_solve(weighted @ right, factor) * self.gain
+            solve, failed = positive_solver(weighted @ features + ridge * eye)
+            rule = solve(weighted @ right) * self.gain
             wrong = right.clamp(min=1e-6).log()
             for step_size in self.step_size:
                 belief = features @ rule + self.to_pointer.bias
                 error = (belief + wrong).softmax(-1) - belief.softmax(-1)
-                rule = rule + step_size * torch.cholesky_solve(weighted @ error, factor)
+                rule = rule + step_size * solve(weighted @ error)
         fitted = seen.any(-1) & (failed == 0)
         return torch.where(fitted.view(-1, 1, 1), rule, 0.0)
 
@@ -826,6 +825,7 @@ class ArcAgent(nn.Module):
         sight: Sight,
         prompt: Any,
         *,
+        steps: int | None = None,
         stop: float | None = None,
         proposal: Proposal | None = None,
     ) -> AgentOutput:
@@ -836,6 +836,8 @@ class ArcAgent(nn.Module):
         queries, from `look`. `prompt` has tokens (Q, L, width), mask (Q, L) bool and summary
         (Q, width). The size is decided first, from the prompt and the size rules; then each step
         looks at the prompt and at its own cells, points, and feeds its answer back.
+
+        `steps`, for training: the answers of the first so many steps alone (None: of all).
 
         `stop` in (0, 1], for prediction: a query whose confidence reaches it takes no further step,
         its answer stands and is repeated in the steps that follow. Not differentiable through the
@@ -870,7 +872,8 @@ class ArcAgent(nn.Module):
         n_steps = torch.zeros_like(size[:, 0])
         going = torch.arange(n, device=mask.device)  # the queries that still plan
         sources, outside, evidence = sight.sources, sight.outside, sight.evidence
-        for step in range(self.config.n_steps):
+        n_planned = self.config.n_steps if steps is None else steps
+        for step in range(n_planned):
             x = x + self.step_token[step]
             for block, keys in zip(self._planning_blocks(), prompt_keys, strict=True):
                 x = block(x, mask, keys, table, rows, cols)
@@ -890,7 +893,7 @@ class ArcAgent(nn.Module):
             else:
                 all_logits.append(logits)
                 all_confidence.append(confidence)
-            if stop is None or step + 1 == self.config.n_steps:
+            if stop is None or step + 1 == n_planned:
                 continue
             on = (confidence.sigmoid() < stop).nonzero().squeeze(-1)
             if not len(on):
@@ -901,10 +904,10 @@ class ArcAgent(nn.Module):
                 prompt_keys = [(k[on], v[on], seen[on]) for k, v, seen in prompt_keys]
                 if proposed is not None:
                     proposed = proposed[0][on], proposed[1][on]
-        left = self.config.n_steps - len(all_logits)
+        left = n_planned - len(all_logits)
         logits = torch.stack(all_logits + all_logits[-1:] * left)
         confidence = torch.stack(all_confidence + all_confidence[-1:] * left)
-        logits = logits.view(self.config.n_steps, n, rows, cols, COLOURS)
+        logits = logits.view(n_planned, n, rows, cols, COLOURS)
         return AgentOutput(logits, size_logits, size, confidence, n_steps)
 
     def _with_proposed_size(self, size_logits: Tensor, proposal: Proposal) -> Tensor:
@@ -972,6 +975,16 @@ def choose_size(size_logits: Tensor, canvas: Tensor) -> Tensor:
     """Most probable rows and cols (Q, 2) int64 that fit each query's canvas (Q, 2)."""
     side = torch.arange(1, MAX_SIDE + 1, device=size_logits.device)
     return size_logits.masked_fill(side > canvas.unsqueeze(-1), -1e9).argmax(-1) + 1
+
+
+def drawn_steps(n_steps: int, *key: int) -> int:
+    """How many of `n_steps` planning steps a training batch takes, by its key (seed, epoch, ...).
+
+    Number k has odds 1 / k, so that every number costs the same share of the time: 2.2 of 5 on
+    average. Each step's answer is trained, so any number of them may be taken at prediction.
+    """
+    odds = 1.0 / np.arange(1, n_steps + 1)
+    return int(generator(*key).choice(n_steps, p=odds / odds.sum())) + 1
 
 
 def sureness(logits: Tensor, previous: Tensor | None, mask: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Reading:
     sight: Sight
     summary: Tensor  # (Q, width) of the demonstrations' own prompt, before memory and task tokens
     pair_summary: Tensor | None  # (C, width) each demonstration's tokens, pooled
-    inverse: Tensor  # (Q, R, pointers) rule from output to input, fitted to the demonstrations
+    inverse: Tensor | None  # (Q, R, pointers) rule from output to input; None: not fitted
 
 
 @dataclass
@@ -190,14 +190,19 @@ class System:
         return {name: [p for p in part if p.requires_grad] for name, part in parts.items()}
 
     def parameter_groups(
-        self, agent_lr: float, qwen_lr: float, task_lr_factor: float, muon: bool
+        self,
+        agent_lr: float,
+        qwen_lr: float,
+        task_lr_factor: float,
+        muon: bool,
+        eight_bit: bool = False,
     ) -> list[dict[str, Any]]:
         """The trained parts as groups for `MuonAdamW`, by learning rate and by kind of optimizer.
 
         Each has name, params, lr and base_lr; empty ones are left out. Task tokens learn
         `task_lr_factor` times as fast as the agent and do not decay. muon: the agent's hidden
         matrices (2D, inside blocks) are a group for Muon; embeddings, heads, gains and Qwen are
-        AdamW's.
+        AdamW's. eight_bit: Qwen's own weights with moments in eight bits.
         """
         parts = self.trained_parts()
         hidden = {
@@ -222,10 +227,15 @@ class System:
             {"name": "qwen_heads", "params": parts["qwen_heads"], "lr": qwen_lr},
             {"name": "qwen", "params": parts["qwen"], "lr": qwen_lr},
         ]
+        if eight_bit:
+            groups[-1]["eight_bit"] = True
         return [{**group, "base_lr": group["lr"]} for group in groups if group["params"]]
 
-    def read(self, batch: Batch, keep_task: Tensor | None = None) -> Reading:
-        """Demonstrations -> prompt and encoded cells. keep_task (Q,) bool: use the task tokens."""
+    def read(
+        self, batch: Batch, keep_task: Tensor | None = None, *, backwards: bool = True
+    ) -> Reading:
+        """Demonstrations -> prompt and encoded cells. keep_task (Q,) bool: use the task tokens;
+        backwards: fit the rule from output to input, too, without which no `backward` is made."""
         batch = self._ablate(batch)
         prompt = self.qwen(batch)
         summary, prompt_of_pairs = prompt.summary, prompt.pairs
@@ -237,7 +247,7 @@ class System:
         prompt = prompt.extended(tokens.to(prompt.tokens.dtype), mask)
         pairs = prompt_of_pairs.mean(1) if prompt_of_pairs is not None else None
         sight = self.agent.look(batch, self.agent.read_demonstrations(batch))
-        inverse = self.agent.backward_model.fit(batch)
+        inverse = self.agent.backward_model.fit(batch) if backwards else None
         return Reading(batch, prompt, sight, summary, pairs, inverse)
 
     def answer(
@@ -245,10 +255,12 @@ class System:
         reading: Reading,
         refinement: Refinement | None = None,
         *,
+        steps: int | None = None,
         stop: float | None = None,
     ) -> AgentOutput:
-        """The agent's planning steps, after a refinement if one is given; `stop` is the
-        confidence at which a query's planning ends (prediction only; None: all steps)."""
+        """The agent's planning steps, after a refinement if one is given. steps: so many (training;
+        None: all); stop: the confidence at which a query's planning ends (prediction; None: not
+        before the last)."""
         prompt, proposal = reading.prompt, None
         if refinement is not None:
             proposal = refinement.proposal
@@ -256,7 +268,9 @@ class System:
             if proposal is not None:  # what is proposed is said in the prompt, too
                 token = self.agent.proposal_token(proposal.facts).unsqueeze(1)
                 prompt = prompt.extended(token.to(prompt.tokens.dtype), proposal.given[:, None])
-        return self.agent.plan(reading.batch, reading.sight, prompt, stop=stop, proposal=proposal)
+        return self.agent.plan(
+            reading.batch, reading.sight, prompt, steps=steps, stop=stop, proposal=proposal
+        )
 
     def refine(
         self,
@@ -310,11 +324,13 @@ class System:
         prompt_alone: bool = True,
         deterministic: bool = False,
         allowed: Tensor | None = None,
+        steps: int | None = None,
         stop: float | None = None,
     ) -> Pass:
         """The one pass: the agent answers, the policy refines, who took a proposal answers again.
 
-        generator, deterministic and allowed (Q, A) bool: of `refine`; stop: of `answer`.
+        generator, deterministic and allowed (Q, A) bool: of `refine`; steps and stop: of `answer`,
+        for both answers.
         prompt_alone: what happens in a batch without any proposal. True (training): every query
         answers again with its changed prompt, and the first answer has no gradient, as the second
         one learns for it. False (prediction): the first answers stand. Elsewhere a first answer
@@ -324,7 +340,7 @@ class System:
         refining = self.config.policy != "off"
         everyone = prompt_alone and refining and not reading.batch.proposed.shape[1]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not everyone):
-            before = self.answer(reading, stop=stop)
+            before = self.answer(reading, steps=steps, stop=stop)
         nobody = torch.zeros(0, dtype=torch.long, device=before.size.device)
         if not refining:
             return Pass(before, before, None, nobody, everyone)
@@ -332,7 +348,7 @@ class System:
             reading, before, generator, deterministic=deterministic, allowed=allowed
         )
         if everyone:
-            after = self.answer(reading, refinement, stop=stop)
+            after = self.answer(reading, refinement, steps=steps, stop=stop)
             return Pass(before, after, refinement, nobody, everyone)
         again = nobody
         if refinement.proposal is not None:
@@ -340,7 +356,7 @@ class System:
         if not len(again):
             return Pass(before, before, refinement, nobody, everyone)
         asked = rows_of(reading, again)
-        second = self.answer(asked, rows_of(refinement, again), stop=stop)
+        second = self.answer(asked, rows_of(refinement, again), steps=steps, stop=stop)
         return Pass(before, put_rows(before, again, second), refinement, again, everyone, asked)
 
     def backward(self, reading: Reading, output: AgentOutput) -> Tensor:
@@ -357,6 +373,7 @@ class System:
         return self._backward(reading, colours, size, learn=True)
 
     def _backward(self, reading: Reading, colours: Tensor, size: Tensor, *, learn: bool) -> Tensor:
+        assert reading.inverse is not None, "read with backwards=True"
         summary = reading.prompt.summary
         return self.agent.backward_logits(
             reading.batch, colours, size, summary, reading.inverse, learn=learn
@@ -457,7 +474,7 @@ class System:
         each predicted from the others, NaN = not measured; accept=False takes what the policy
         prefers without asking the demonstrations.
         """
-        reading = self.read(batch)
+        reading = self.read(batch, backwards=False)  # few answer again: fitted for those
         allowed = acceptable(batch.proposed_facts, own_score) if accept else None
         stop = self.config.stop_confidence if self.config.stop_confidence < 1 else None
         passed = self.answer_twice(
@@ -466,6 +483,7 @@ class System:
         answered = Answered(**vars(passed))
         again = passed.again
         if passed.asked is not None:
+            passed.asked.inverse = self.agent.backward_model.fit(passed.asked.batch)
             answered.backward_before, answered.backward_after = (
                 self.backward_of(passed.asked, a.grids(), a.size)
                 for a in (rows_of(passed.before, again), rows_of(passed.after, again))
@@ -520,7 +538,7 @@ def arms_right(batch: Batch, prints: Tensor, right: Tensor) -> tuple[Tensor, Ten
     def total(x: Tensor) -> Tensor:
         return torch.zeros(n, x.shape[1], device=x.device).index_add(0, index, x.float())
 
-    n_queries = torch.bincount(index, minlength=n).clamp(min=1)[:, None]
+    n_queries = total(torch.ones_like(index)[:, None]).clamp(min=1)
     tried = total(there)
     share = torch.where(tried > 0, total(hit) / tried.clamp(min=1), -1.0)
     owner = torch.full((n,), -1, dtype=torch.long, device=index.device)
@@ -566,7 +584,8 @@ def rows_of(
         return dataclasses.replace(x, tokens=x.tokens[rows], mask=x.mask[rows], proposal=some)
     sight = Sight(*(getattr(x.sight, f.name)[rows] for f in dataclasses.fields(Sight)))
     prompt = Prompt(x.prompt.tokens[rows], x.prompt.mask[rows])
-    return Reading(x.batch.select(rows), prompt, sight, x.summary[rows], None, x.inverse[rows])
+    inverse = None if x.inverse is None else x.inverse[rows]
+    return Reading(x.batch.select(rows), prompt, sight, x.summary[rows], None, inverse)
 
 
 def put_rows(whole: AgentOutput, rows: Tensor, some: AgentOutput) -> AgentOutput:
@@ -609,8 +628,13 @@ def answer_stats(output: AgentOutput) -> Tensor:
     )
 
 
-def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = False) -> System:
-    """Build the modules; weights are a pure function of `config.seed`. Raises ModelError."""
+def build_system(
+    config: SystemConfig, device: Any = "cpu", *, offline: bool = False, weights: bool = True
+) -> System:
+    """Build the modules; weights are a pure function of `config.seed`. Raises ModelError.
+
+    weights=False: shapes alone, all on torch's device "meta", unless the language model is `tiny`.
+    """
     qwen_mode = "null" if config.demonstrations == "off" else config.prompt
     qwen = build_qwen_prompt(
         config.qwen_model,
@@ -622,7 +646,9 @@ def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = F
         seed=config.seed,
         cache_interval=config.qwen_cache_interval,
         mode=qwen_mode,
+        weights=weights,
     )
+    device = qwen.start_token.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         agent = ArcAgent(
@@ -643,6 +669,6 @@ def build_system(config: SystemConfig, device: Any = "cpu", *, offline: bool = F
         policy_rl = RefinedPolicy(config.width, generator=generator)
     efe_loss = EFELoss(hard_cells=config.hard_cells, extras=config.efe_extras)
     modules = (agent, solver2, efe_loss, policy_rl)
-    for module in (*modules, qwen):
+    for module in modules:
         module.to(device)
     return System(config, agent, qwen, solver2, efe_loss, policy_rl)

@@ -188,18 +188,14 @@ class Batch(_Movable):
 
     @property
     def n_queries(self) -> int:
-        return len(self.pair_ids)
+        return len(self.task_index)
 
     def select(self, queries: torch.Tensor) -> Batch:
         """The batch of these queries (n,) long alone, in this order; the demonstrations stay.
 
-        Waits for the device: `pair_ids` and `views` are selected here.
+        `pair_ids` and `views` are empty: to select them here would wait for the device.
         """
-        numbers = queries.tolist()
-        selected: dict[str, Any] = {
-            "pair_ids": [self.pair_ids[q] for q in numbers],
-            "views": [self.views[q] for q in numbers],
-        }
+        selected: dict[str, Any] = {"pair_ids": [], "views": []}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, torch.Tensor) and not f.name.startswith(("demo_", "own_")):
@@ -598,7 +594,9 @@ class TrainingStream:
 
     tasks: training tasks; those with one demonstration are skipped (n_skipped_single), as are those
     with a demonstration above max_side (n_skipped_large). batch_size: queries a batch at most; a
-    larger task is a batch of its own. task_weights: how often a task appears in an epoch on average
+    larger task is a batch of its own. batch_cells: cells of its queries' canvases a batch at most
+    (of its largest canvas, for each query), a task beyond it a batch of its own; None: no bound.
+    task_weights: how often a task appears in an epoch on average
     (default 1), by task id or by a function of the task. task_table: task id -> task_index, by
     default the given order of all tasks, skipped ones included. ranks: where several processes
     train, `batch` gives this one's part of the batch: whole tasks, on the canvas of all.
@@ -610,6 +608,7 @@ class TrainingStream:
         seed: int,
         batch_size: int,
         *,
+        batch_cells: int | None = None,
         max_context: int = 4,
         max_side: int | None = None,
         task_weights: Mapping[str, float] | Callable[[Task], float] | None = None,
@@ -626,6 +625,7 @@ class TrainingStream:
             raise ValueError(f"seed {seed}: must not be negative")
         self.seed = seed
         self.batch_size = batch_size
+        self.batch_cells = batch_cells
         self.max_context = max_context
         self.overflow = overflow
         self.augment = augment
@@ -691,6 +691,24 @@ class TrainingStream:
         batch = self.collator.collate(requests, canvas)
         batch.part = self._part(planned)
         return batch, train_targets(requests, batch)
+
+    def load(self, epoch: int, position: int) -> Load:
+        """How large a batch is, without building it; the canvas of an overflow batch may be larger,
+        where a size rule asks for more than the other demonstrations have."""
+        planned = self._plan(epoch)[position]
+        n_queries, sides, lengths = 0, (1, 1), []
+        for task, time in planned.members:
+            pairs = self.tasks[task].demonstrations
+            n_queries += len(self._asked(task, planned.query))
+            grids = [(p.input.shape, p.output.shape) for p in pairs if p.output is not None]
+            lengths += [2 + sum(rows * (cols + 1) for rows, cols in both) for both in grids]
+            room = self._capacities[task]
+            if planned.query is not None:
+                rest = grids[: planned.query] + grids[planned.query + 1 :]
+                room = tuple(max(room[a], *(o[a] for _, o in rest)) for a in (0, 1))
+            rows, cols = _swapped(room, self._view(epoch, task, time))
+            sides = max(sides[0], rows), max(sides[1], cols)
+        return Load(n_queries, n_queries * sides[0] * sides[1], tuple(lengths))
 
     def _part(self, planned: _Planned) -> Part | None:
         """This process's part of a batch; None where it has all of it."""
@@ -785,14 +803,16 @@ class TrainingStream:
 
         order = sorted(range(len(appearing)), key=bucket)
         batches: list[list[tuple[int, int]]] = []
-        filled = self.batch_size
+        filled, sides = self.batch_size, (0, 0)
         for k in order:
             n = len(self.tasks[appearing[k][0]].demonstrations)
-            if filled + n > self.batch_size:
+            rows, cols = size[appearing[k]]
+            wider = max(sides[0], rows), max(sides[1], cols)
+            if filled + n > self.batch_size or self._exceeds(filled + n, wider):
                 batches.append([])
-                filled = 0
+                filled, wider = 0, (rows, cols)
             batches[-1].append(appearing[k])
-            filled += n
+            filled, sides = filled + n, wider
         keyed = [
             (key, _Planned(tuple(b)))
             for key, b in zip(rng.random(len(batches)), batches, strict=True)
@@ -800,6 +820,10 @@ class TrainingStream:
         if self.overflow:
             keyed += self._overflow_plan(epoch, appearing)
         return [planned for _, planned in sorted(keyed, key=lambda item: item[0])]
+
+    def _exceeds(self, n_queries: int, sides: tuple[int, int]) -> bool:
+        """Whether so many queries on a canvas of (rows, cols) are beyond batch_cells."""
+        return self.batch_cells is not None and n_queries * sides[0] * sides[1] > self.batch_cells
 
     def _overflow_plan(
         self, epoch: int, appearing: Sequence[tuple[int, int]]
@@ -811,11 +835,25 @@ class TrainingStream:
         keyed = []
         for (i, time), asked in sorted(rounds.items()):
             members = [member for _, member in sorted(asked)]
-            for part, start in enumerate(range(0, len(members), self.batch_size)):
-                chunk = tuple(members[start : start + self.batch_size])
+            most = self.batch_size
+            if self.batch_cells is not None:
+                sides = [max(side, *self._capacities[member[0]]) for side, member in asked]
+                most = min(most, max(1, self.batch_cells // max(sides) ** 2))
+            for part, start in enumerate(range(0, len(members), most)):
+                chunk = tuple(members[start : start + most])
                 key = generator(_OVERFLOW_ORDER, self.seed, epoch, i, time, part).random()
                 keyed.append((float(key), _Planned(chunk, i)))
         return keyed
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a training batch asks for: queries, the cells of their canvases, padding included, and
+    the length of each of its demonstrations as text, in tokens."""
+
+    n_queries: int
+    n_cells: int
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -878,6 +916,7 @@ def evaluation_batches(
     views: View | Sequence[View] | None = None,
     batch_size: int = 16,
     *,
+    batch_cells: int | None = None,
     max_context: int = 6,
     task_table: Mapping[str, int] | None = None,
     collator: Collator | None = None,
@@ -888,9 +927,10 @@ def evaluation_batches(
 
     The context is the first max_context demonstrations. Every view is gone through in turn, tasks
     ordered by the size that their inputs and demonstrations call for; a batch holds at most
-    batch_size queries. task_table: task id -> task_index; without an entry a task is unseen (-1).
-    proposals: by task id and number of the test input. turns: asked before each batch whether it is
-    wanted; one that is not is left out, unmade.
+    batch_size queries, and cells of that size at most batch_cells (None: no bound). task_table:
+    task id -> task_index; without an entry a task is unseen (-1). proposals: by task id and number
+    of the test input. turns: asked before each batch whether it is wanted; one that is not is left
+    out, unmade.
     """
     wanted: Iterator[bool] = repeat(True) if turns is None else turns
     chosen = [View()] if views is None else [views] if isinstance(views, View) else list(views)
@@ -924,8 +964,10 @@ def evaluation_batches(
             keyed.append((key, replace(request, view=view)))
         pack: list[Request] = []
         filled = 0
-        for _, request in sorted(keyed, key=lambda item: item[0]):
-            if pack and filled + len(request.queries) > batch_size:
+        for (side, *_), request in sorted(keyed, key=lambda item: item[0]):
+            n = filled + len(request.queries)
+            wide = batch_cells is not None and n * side**2 > batch_cells
+            if pack and (n > batch_size or wide):
                 if next(wanted):
                     yield collator.collate(pack)
                 pack, filled = [], 0

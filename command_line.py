@@ -76,6 +76,44 @@ def number(kind: type, low: float, high: float = float("inf")) -> Any:
     return parse
 
 
+def batch_pair(text: str) -> tuple[int, ...]:
+    """An argparse type: A:B or A:B:C, whole numbers with A < B and 0 < C <= B."""
+    parts = text.split(":")
+    numbers = tuple(int(part) for part in parts if part.isdigit())
+    fits = len(numbers) == len(parts) in (2, 3) and numbers[0] < numbers[1]
+    if not fits or not 0 < numbers[-1] <= numbers[1]:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not A:B or A:B:C with whole numbers A < B and 0 < C <= B"
+        )
+    return numbers
+
+
+def task_counts(text: str) -> tuple[int, int]:
+    """An argparse type: N or N:M, whole numbers with 0 <= N <= M."""
+    parts = text.split(":")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    if len(numbers) != len(parts) or len(parts) > 2 or numbers[0] > numbers[-1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or N:M with whole numbers N <= M")
+    return numbers[0], numbers[-1]
+
+
+def named_folder(text: str) -> str:
+    """An argparse type: a folder's path, made absolute: a resume may run in another folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "names no folder; a fresh run without the flag has no backup, a resumed one keeps its "
+            "own"
+        )
+    return str(Path(text).expanduser().absolute())
+
+
+def checkpoint_name(text: str) -> int | str:
+    """An argparse type: the number of a checkpoint, or "best"."""
+    if text != "best" and not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a checkpoint's number nor best")
+    return text if text == "best" else int(text)
+
+
 def check_device_name(parser: Parser, device: str) -> None:
     """auto, cpu, cuda or cuda:N; whether it is there is `pick_device`'s question."""
     if device in ("auto", "cpu", "cuda"):
@@ -282,6 +320,23 @@ def device_name(device: str) -> str:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_of(device: str) -> int:
+    """Bytes of memory of a device as it was built: of a GPU, or the RAM that this process may use,
+    by the machine and by the limit of its container. Raises nothing for the CPU."""
+    if device != "cpu":
+        import torch
+
+        return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        total = 8 << 30  # Windows: not known without a package
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no limit: not there, or the word "max"
+            total = min(total, int(Path(limit).read_text()))
+    return total
 
 
 def no_bar(quiet: bool) -> bool:

@@ -127,6 +127,7 @@ def predict_tasks(
     *,
     task_index: dict[str, int] | None = None,
     batch_size: int = 32,
+    batch_cells: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     max_context: int = 6,
@@ -145,7 +146,8 @@ def predict_tasks(
     """Predict every test input of `tasks` once per view, and collect the votes.
 
     Returns predictions by (task id, number of the test input). task_index: row of the task table by
-    task id (tasks without one are unseen); batch_size: queries; dtype: of autocast, None = off;
+    task id (tasks without one are unseen); batch_size: queries; batch_cells: about so many cells of
+    answers at most, None = no bound; dtype: of autocast, None = off;
     max_context: demonstrations that a query sees; only: the queries wanted (default all); deadline:
     time.monotonic() after which no further batch is started, except in the first view. Small
     tasks come first: each gets up to N_EARLY_VIEWS views, then each the others. max_batches:
@@ -179,6 +181,7 @@ def predict_tasks(
                 some,
                 view,
                 batch_size=batch_size,
+                batch_cells=batch_cells,
                 task_table=task_index,
                 max_context=max_context,
                 collator=collator,
@@ -276,6 +279,8 @@ def _ballots(
     sizes, taken = own.size.tolist(), own.n_steps.tolist()
     later, later_sizes = after.grids().cpu().numpy(), after.size.tolist()
     choice = answered.refinement.choice if answered.refinement is not None else None
+    chances = choice.chance.tolist() if choice is not None else []
+    numbers = choice.taken.tolist() if choice is not None else []
     proposed, proposed_size = batch.proposed.numpy(), batch.proposed_size.tolist()
     for row in range(batch.n_queries):
 
@@ -288,8 +293,7 @@ def _ballots(
         for age, grids_then in enumerate(earlier, start=1):
             ballot.add(mine(grids_then, sizes[row]), EARLIER_WEIGHT / age, votes=0)
         if choice is not None:
-            chance = choice.chance[row].tolist()
-            number = int(choice.taken[row])
+            chance, number = chances[row], numbers[row]
             both = Prediction(views=1, steps=taken[row])
             weights: dict[tuple[Any, ...], tuple[Grid, float]] = {}
 

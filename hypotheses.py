@@ -141,6 +141,7 @@ class Fitter:
         self.failed: str | None = None  # why the last child ended before its work was done
         ordered = by_size(tasks)
         self._order = [task.task_id for task in ordered]
+        self._n_gapless = 0  # of the order's first: done, none left out
         self._later = deque((t.task_id, pairs_of(t), [p.input for p in t.tests]) for t in ordered)
         self._asked: deque[str] = deque()
         self._pairs: dict[str, Pairs] = {}
@@ -175,35 +176,33 @@ class Fitter:
         shown = 0
         while True:
             with self._changed:
-                done = len(self._first(wanted))
+                done = self._n_first(wanted)
                 if done == shown and done < wanted and self.failed is None:
                     left = None if deadline is None else deadline - time.monotonic()
                     if left is not None and left <= 0:
                         break
                     self._changed.wait(0.2 if left is None else min(0.2, left))
-                done = len(self._first(wanted))
+                done = self._n_first(wanted)
             if done > shown and waiting is not None:
                 waiting(done)
             shown = done
             if done >= wanted or self.failed is not None:
                 break
         with self._changed:
-            kept = self._first(wanted)
+            kept = self._order[: self._n_first(wanted)]
             return {(name, i): e for name in kept for i, e in enumerate(self.done[name])}
 
     def n_first(self) -> int:
         """How many of the smallest tasks are fitted without a gap."""
         with self._changed:
-            return len(self._first(self.n_tasks))
+            return self._n_first(self.n_tasks)
 
-    def _first(self, n: int) -> list[str]:
-        """The tasks done without a gap in the order of sizes, at most n: what n_tasks repeats."""
-        kept = []
-        for task_id in self._order[:n]:
-            if task_id not in self.done:
-                break
-            kept.append(task_id)
-        return kept
+    def _n_first(self, n: int) -> int:
+        """How many tasks are done without a gap in the order of sizes, at most n: what n_tasks
+        repeats. Goes on where it stopped: it is asked once a task."""
+        while self._n_gapless < len(self._order) and self._order[self._n_gapless] in self.done:
+            self._n_gapless += 1
+        return min(n, self._n_gapless)
 
     # ---- demonstrations, for training
 

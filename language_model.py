@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import json
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from command_line import memory_of
 
 TINY = "tiny"
 HUB_DEFAULT = "Qwen/Qwen2.5-1.5B"
@@ -41,8 +43,13 @@ N_SYMBOLS = len(SYMBOL_NAMES)
 MAX_TOKENS = 2048  # a pair of two 30 x 30 grids is 1862 tokens: nothing is cropped by default
 PROBE_TIMEOUT_S = 4.0  # hard: DNS, connection, TLS and the answer together
 LARGEST_CPU_FULL = 50_000_000  # parameters a CPU is asked to train (guess)
-FULL_BYTES_PER_PARAMETER = 24  # fp32 weight, gradient, two Adam moments, half as much activations
+# Of a trained weight: itself, gradient, two Adam moments, average, and its copy in half precision.
+FULL_BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 2
+# In a checkpoint: weight, two moments, average. Larger ones would fill disks and Drives (guess).
+SAVED_BYTES_PER_PARAMETER, LARGEST_CHECKPOINT = 4 + 8 + 4, 8 * 10**9
+FITS_SHARE = 0.6  # of a GPU's memory, for that: the rest is for what a batch needs (guess)
 CHECKPOINTING_FROM = 500_000_000  # trained on a GPU from this size: activations recomputed (guess)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # no pickles
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -160,22 +167,77 @@ def resolve_qwen_model(name: str, device: str | torch.device) -> tuple[str, str]
 def resolve_train_mode(
     train: str, n_parameters: int, device: str | torch.device
 ) -> tuple[str, str | None]:
-    """``auto`` -> full where it fits, else lora where peft is installed, else frozen; and why."""
+    """``auto`` -> full where it fits the GPU and its checkpoints a disk, else lora where peft can
+    be had, else frozen; and why, in a line for the banner: None for what was asked for, and for a
+    model small enough for a CPU."""
     if train not in TRAIN_MODES:
         raise ValueError(f"train must be one of {TRAIN_MODES}, got {train!r}")
     if train != "auto":
         return train, None
     device = torch.device(device)
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        if n_parameters * FULL_BYTES_PER_PARAMETER <= memory:
-            return "full", None
-        if importlib.util.find_spec("peft") is not None:
-            return "lora", "full training does not fit this GPU's memory: LoRA"
-        return "frozen", "full training does not fit this GPU's memory and peft is missing: frozen"
+        memory, needed = memory_of(str(device)), n_parameters * FULL_BYTES_PER_PARAMETER
+        figures = (
+            f"full training takes {needed / 1e9:.1f} GB, without what a batch needs, and this GPU "
+            f"has {memory / 1e9:.1f} GB"
+        )
+        saved = n_parameters * SAVED_BYTES_PER_PARAMETER
+        if needed <= FITS_SHARE * memory and saved <= LARGEST_CHECKPOINT:
+            return "full", f"full, chosen as it fits: {figures}"
+        if needed <= FITS_SHARE * memory:
+            figures = f"each checkpoint of full training would take {saved / 1e9:.1f} GB"
+        trouble = lora_trouble()
+        if trouble is None:
+            return "lora", f"lora, chosen as {figures}"
+        return "frozen", f"frozen, chosen as {figures}, and LoRA {trouble}"
     if n_parameters <= LARGEST_CPU_FULL:
         return "full", None
-    return "frozen", "too large to be trained on a CPU: frozen"
+    return "frozen", (
+        f"frozen, chosen as more than {LARGEST_CPU_FULL / 1e6:.0f} M parameters are too slow to "
+        "train on a CPU"
+    )
+
+
+def weight_dtype(train_mode: str, device: str | torch.device) -> torch.dtype:
+    """In which dtype the weights are held: float32 where they are trained and on a CPU, else
+    bfloat16 where the GPU has it natively (a T4 only emulates it, and is asked accordingly)."""
+    if torch.device(device).type != "cuda" or train_mode == "full":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def recomputes(train_mode: str, n_parameters: int, device: str | torch.device) -> bool:
+    """Whether activations are recomputed in the backward pass: no number changes, memory falls."""
+    large = n_parameters >= CHECKPOINTING_FROM and train_mode != "frozen"
+    return torch.device(device).type == "cuda" and large
+
+
+def activation_bytes(
+    config: Any, train_mode: str, *, half: bool, recompute: bool, dtype: torch.dtype
+) -> int:
+    """Bytes that reading one token leaves for the backward pass; an estimate.
+
+    Counted on paper for a decoder of SwiGLU blocks, D = hidden_size, I = intermediate_size, L
+    layers, V = the width of its values: L * (4 I + 9 D + 2 V) floats where all of it is trained,
+    L * (3 I + 5.5 D + 2 V) under LoRA, 0 where it is frozen. Half precision saves 30%, 20% with
+    weights in bfloat16: norms and their inputs stay float32. recompute: the L + 2 inputs of the
+    layers in `dtype`, and one layer as above. Within a factor of 1.25 of what autograd saves, for
+    small models on a CPU (tests/test_memory_plan.py).
+    """
+    if train_mode == "frozen":
+        return 0
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    heads = getattr(config, "num_attention_heads", 1)
+    values = hidden * (getattr(config, "num_key_value_heads", None) or heads) / heads
+    layer = 4 * inner + 9 * hidden + 2 * values
+    if train_mode == "lora":
+        layer = 3 * inner + 5.5 * hidden + 2 * values
+    bytes_each = 3.2 if dtype != torch.float32 else (2.8 if half else 4.0)
+    if not recompute:
+        return int(layers * layer * bytes_each)
+    return int((layers + 2) * hidden * dtype.itemsize + layer * bytes_each)
 
 
 @dataclass(frozen=True)
@@ -184,8 +246,9 @@ class LanguageModel:
 
     backbone: a transformers decoder without LM head, on its device; tokenizer: None where the model
     came without one; name, revision: as asked for, and a hub model's commit; train_mode: one of
-    TRAIN_MODES, not `auto` (for `lora`, `with_lora` has still to add the adapters); notes: what its
-    user has to be told, a line each.
+    TRAIN_MODES, not `auto` (for `lora`, `with_lora` has still to add the adapters); saved_dtype: of
+    the weights in their files; recompute: activations are recomputed in the backward pass; notes:
+    what its user has to be told, a line each.
     """
 
     backbone: nn.Module
@@ -193,6 +256,8 @@ class LanguageModel:
     name: str
     revision: str | None
     train_mode: str
+    saved_dtype: torch.dtype
+    recompute: bool
     notes: tuple[str, ...]
 
 
@@ -206,13 +271,14 @@ def load_language_model(
     dtype: torch.dtype | None = None,
     gradient_checkpointing: bool | None = None,
     revision: str | None = None,
+    weights: bool = True,
 ) -> LanguageModel:
     """Build ``tiny`` or load a folder or hub id, on ``device``; ``auto`` picks by the device.
 
-    ``dtype`` is that of the weights: default float32, and bfloat16 for a frozen or LoRA base on a
-    GPU that has it natively. ``gradient_checkpointing`` defaults to on for a large model that is
-    trained on a GPU. ``offline``: a hub id is taken from the local cache only. ``seed`` decides the
-    weights of ``tiny``.
+    ``dtype`` is that of the weights, default `weight_dtype`. ``gradient_checkpointing``: default
+    `recomputes`. ``offline``: a hub id is taken from the local cache only. ``seed`` decides the
+    weights of ``tiny``. ``weights=False`` needs config.json alone: shapes without numbers, on
+    torch's device "meta", and the tokenizer of ``tiny``; ``tiny`` itself is built all the same.
     Raises ModelError (a folder or hub that does not give a model), ValueError (settings).
     """
     device = torch.device(device)
@@ -220,28 +286,37 @@ def load_language_model(
     notes: list[str] = []
     if name == TINY:
         backbone, tokenizer = build_tiny(seed)
+    elif not weights:
+        folder, revision = locate_config(name, offline=offline, revision=revision)
+        backbone, tokenizer = build_meta(folder, name), character_tokenizer()
     else:
         folder, revision = locate_model(name, offline=offline, revision=revision)
         backbone, tokenizer = load_folder(folder, name)
-        if _is_bare(folder):
-            notes.append("RANDOM WEIGHTS: the folder holds nothing but config.json")
+    if name != TINY and _is_bare(folder):
+        notes.append("RANDOM WEIGHTS: the folder holds nothing but config.json")
     n_parameters = sum(p.numel() for p in backbone.parameters())
+    saved_dtype = next(backbone.parameters()).dtype
     train_mode, note = resolve_train_mode(train, n_parameters, device)
     if note:
         notes.append(note)
-    on_gpu = device.type == "cuda"
-    if dtype is None:
-        half = on_gpu and train_mode != "full"
-        native = half and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if native else torch.float32
-    backbone.to(device).to(dtype)
+    dtype = dtype or weight_dtype(train_mode, device)
+    meta = next(backbone.parameters()).is_meta
+    backbone.to("meta" if meta else device).to(dtype)
     if gradient_checkpointing is None:
-        gradient_checkpointing = (
-            on_gpu and train_mode != "frozen" and n_parameters >= CHECKPOINTING_FROM
-        )
+        gradient_checkpointing = recomputes(train_mode, n_parameters, device)
     if gradient_checkpointing:
         recompute_activations(backbone)
-    return LanguageModel(backbone, tokenizer, name, revision, train_mode, tuple(notes))
+        notes.append("activations are recomputed in the backward pass, which saves memory")
+    return LanguageModel(
+        backbone,
+        tokenizer,
+        name,
+        revision,
+        train_mode,
+        saved_dtype,
+        gradient_checkpointing,
+        tuple(notes),
+    )
 
 
 def build_tiny(seed: int | torch.Generator = 0) -> tuple[nn.Module, Any]:
@@ -309,6 +384,20 @@ def load_folder(folder: Path, name: str) -> tuple[nn.Module, Any | None]:
     return backbone, tokenizer
 
 
+def build_meta(folder: Path, name: str) -> nn.Module:
+    """The model of a config.json without numbers, on torch's device "meta", in the dtype that the
+    file names. Raises ModelError where it describes no model that transformers can build."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"), _quiet_transformers():
+            return AutoModel.from_config(config)
+    except Exception as error:
+        why = " ".join(str(error).split())[:300]
+        raise ModelError(f"{name}: no model can be built from its config.json ({why})") from error
+
+
 def _is_bare(folder: Path) -> bool:
     """Whether a model folder holds config.json and nothing else."""
     return [path.name for path in folder.iterdir()] == ["config.json"]
@@ -326,7 +415,7 @@ def locate_model(
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder, None
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or name.startswith((".", "/", "~")):
+    if not HUB_ID.fullmatch(name):
         raise ModelError(
             f"{name!r} is neither 'auto', 'tiny', an existing folder nor a hub id "
             "(owner/name): correct --qwen_model"
@@ -357,7 +446,7 @@ def locate_model(
     except errors.RepositoryNotFoundError as error:  # a gated model is one of these
         raise ModelError(_ways_out(name, "does not exist on the hub, or needs a token")) from error
     except Exception as error:
-        why = " ".join(str(error).split())[:160] or type(error).__name__
+        why = _short(error) or type(error).__name__
         raise ModelError(
             _ways_out(name, f"cannot be had: the hub is out of reach ({why})")
         ) from error
@@ -366,12 +455,42 @@ def locate_model(
             name, revision=info.sha, allow_patterns=list(HUB_FILES), etag_timeout=PROBE_TIMEOUT_S
         )
     except Exception as error:
-        why = " ".join(str(error).split())[:160] or type(error).__name__
+        why = _short(error) or type(error).__name__
         raise ModelError(_ways_out(name, f"could not be downloaded ({why})")) from error
     lacking = _lacking_files(Path(path))
     if lacking:
         raise ModelError(_ways_out(name, f"is incomplete on the hub ({lacking})"))
     return Path(path), info.sha
+
+
+def locate_config(
+    name: str, *, offline: bool = False, revision: str | None = None
+) -> tuple[Path, str | None]:
+    """A folder with the model's config.json, and the revision: as `locate_model`, but of a hub
+    model nothing else is downloaded. Raises ModelError as that does."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if Path(name).expanduser().is_dir() or not HUB_ID.fullmatch(name):
+        return locate_model(name, offline=offline, revision=revision)
+    ask = huggingface_hub.hf_hub_download
+    try:
+        path = ask(name, "config.json", revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        if offline or constants.HF_HUB_OFFLINE:
+            return locate_model(name, offline=True, revision=revision)  # says the ways out
+        try:
+            path = _with_deadline(
+                lambda: ask(name, "config.json", revision=revision, etag_timeout=PROBE_TIMEOUT_S),
+                PROBE_TIMEOUT_S,
+            )
+        except Exception as error:
+            why = _short(error) or type(error).__name__
+            raise ModelError(
+                _ways_out(name, f"cannot be had: no config.json from the hub ({why})")
+            ) from error
+    folder = Path(path).parent
+    return folder, folder.name
 
 
 def _ways_out(name: str, problem: str) -> str:
@@ -419,22 +538,48 @@ def _with_deadline(call: Callable[[], Any], limit_s: float) -> Any:
     return box["result"]
 
 
+def lora_trouble() -> str | None:
+    """Why there is no LoRA here, and what to do; None where there is. Imports peft."""
+    try:
+        importlib.import_module("peft")
+    except ModuleNotFoundError as error:
+        if error.name == "peft":
+            return "needs the package peft, which is not installed: pip install peft"
+        return f"has peft, but not the package {error.name}: pip install {error.name}"
+    except ImportError as error:
+        return f"has a peft that cannot be imported ({_short(error)}): pip install -U peft"
+    try:
+        # peft asks for it when it adds adapters, and raises for an old one (Colab has had such).
+        importlib.import_module("peft.import_utils").is_torchao_available()
+    except ImportError as error:
+        return (
+            f"is refused by peft because of another package ({_short(error)}): "
+            "pip install -U torchao, or pip uninstall torchao"
+        )
+    except AttributeError:
+        pass  # a peft that does not ask
+    return None
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
 def with_lora(backbone: nn.Module) -> nn.Module:
     """``backbone`` frozen, with trained rank-16 adapters on its attention projections."""
-    try:
-        peft = importlib.import_module("peft")
-    except ImportError as error:
-        raise ModelError(
-            "--qwen_train lora needs the package peft, which is not installed: "
-            "pip install peft, or use --qwen_train full or frozen"
-        ) from error
+    trouble = lora_trouble()
+    if trouble is not None:
+        raise ModelError(f"--qwen_train lora {trouble}; or use --qwen_train full or frozen")
+    peft = importlib.import_module("peft")
     config = peft.LoraConfig(
         r=16,
         lora_alpha=32,
         lora_dropout=0.0,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
     )
-    return peft.get_peft_model(backbone, config)
+    with warnings.catch_warnings():  # peft asks transformers for a property by its old name
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        return peft.get_peft_model(backbone, config)
 
 
 def recompute_activations(backbone: Any) -> None:
@@ -446,11 +591,15 @@ def recompute_activations(backbone: Any) -> None:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """The identity of named weights: names, dtypes, shapes and bytes, in the order of the names."""
+def weights_sha256(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """The identity of named weights: names, dtypes, shapes and bytes, in the order of the names.
+
+    dtype: of their files, in which they are compared: bfloat16 weights are the same ones where they
+    are held in float32 (on a CPU or a T4) and where they are not.
+    """
     digest = hashlib.sha256()
     for key in sorted(weights):
-        tensor = weights[key].detach().cpu().contiguous()
+        tensor = weights[key].detach().to(dtype or weights[key].dtype).cpu().contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,11 +1,13 @@
 """One optimizer object for the whole model: Muon for hidden matrices, AdamW for the rest.
 
 A single `torch.optim.Optimizer`, so that GradScaler, checkpoints and schedules see one thing.
-Groups with `muon=True` hold 2D weights. `from optimizers import MuonAdamW`.
+Groups with `muon=True` hold 2D weights; those with `eight_bit=True` keep AdamW's two moments in
+eight bits each, by the package bitsandbytes. `from optimizers import MuonAdamW`.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,8 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from command_line import EXIT_MISSING, UserError
+
 # Quintic Newton-Schulz coefficients of Muon (Jordan et al., 2024), as in torch.optim.Muon.
 NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
+
+
+# Moments in eight bits: of weights with this many numbers or more, each block of them scaled by its
+# largest (bitsandbytes fixes the size of a block).
+EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256
+EIGHT_BIT_STATE = ("exp_avg_8", "exp_avg_sq_8")
+
+
+def eight_bit_functions() -> Any:
+    """bitsandbytes' functions. Raises UserError where the package cannot be had."""
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    except Exception as error:  # it loads libraries of its own, and fails in many ways
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "bitsandbytes"
+        why = "is not installed" if missing else f"fails ({' '.join(str(error).split())[:160]})"
+        raise UserError(
+            f"--optimizer adamw8bit needs the package bitsandbytes, which {why}. Run: "
+            "pip install bitsandbytes, or use --optimizer muon.",
+            EXIT_MISSING,
+        ) from error
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -32,7 +56,7 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon where a group says `muon=True`, else AdamW.
+    """Muon where a group says `muon=True`, else AdamW, `eight_bit=True` with small moments.
 
     Muon's step is `lr * 0.2 * sqrt(max(rows, cols))` times the orthogonalised Nesterov momentum,
     which matches AdamW's RMS step, so one learning rate fits both (Liu et al., 2025). Matrices of
@@ -57,6 +81,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "muon": False,
         }
         super().__init__(params, defaults)
+        self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -69,8 +94,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 continue
             if group["muon"]:
                 self._muon(group, params)
-            else:
-                self._adamw(group, params)
+                continue
+            small = params
+            if group.get("eight_bit"):
+                small = [p for p in params if p.numel() < EIGHT_BIT_FROM]
+                self._adamw_eight_bit(group, [p for p in params if p.numel() >= EIGHT_BIT_FROM])
+            if small:
+                self._adamw(group, small)
 
     def _muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -117,6 +147,40 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         scale = [-group["lr"] / (1 - beta1**t) for t in steps]
         torch._foreach_addcdiv_(params, first, denominators, scale)
+
+    def _adamw_eight_bit(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """As `_adamw`, but for the rounding of the moments; no copies of all of a group."""
+        functions = eight_bit_functions()
+        beta1, beta2 = group["betas"]
+        for p in params:
+            if p.device not in self._maps:
+                maps = (functions.create_dynamic_map(signed=signed) for signed in (True, False))
+                first, second = (m.to(p.device) for m in maps)
+                self._maps[p.device] = first, second
+            state = self.state[p]
+            if not state:
+                n_blocks = -(-p.numel() // EIGHT_BIT_BLOCK)
+                state["step"] = torch.zeros(())
+                for name in EIGHT_BIT_STATE:
+                    state[name] = torch.zeros_like(p, dtype=torch.uint8)
+                    state[f"{name}_scale"] = torch.zeros(n_blocks, device=p.device)
+            state["step"] += 1
+            first, second = self._maps[p.device]
+            one, two = EIGHT_BIT_STATE
+            functions.optimizer_update_8bit_blockwise(
+                "adam", p.grad, p, state[one], state[two], beta1, beta2, 0.0, 0.0, group["eps"],
+                int(state["step"]), group["lr"], first, second, state[f"{one}_scale"],
+                state[f"{two}_scale"], weight_decay=group["weight_decay"],
+            )  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which gives every state the dtype of its weight: moments in eight bits get
+        their own again."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for name in EIGHT_BIT_STATE:
+                if name in state:
+                    state[name] = state[name].to(torch.uint8)
 
 
 class WeightAverage:

@@ -109,7 +109,7 @@ def candidates_of(
     relation[:, 1:, 2] = share
     relation[:, 1:, 3] = (share == 1.0).float()
     relation[:, 1:, 4] = picked.clamp(-5.0, 0.0) / 5.0
-    relation[:, 0, 1:5] = torch.tensor([1.0, 1.0, 1.0, 0.0], device=size.device)
+    relation[:, 0, 1:4] = 1.0
     relation[:, 0, 4] = sure.clamp(-5.0, 0.0) / 5.0
     relation[:, :, 5] = sure.exp()[:, None]
     relation[:, :, 6] = least.exp()[:, None]

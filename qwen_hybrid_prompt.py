@@ -8,18 +8,19 @@ Use: ``build_qwen_prompt("tiny", width=96, n_control=48)``, then ``prompt = modu
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from batches import Batch
+from command_line import memory_of
 from language_model import (
     INPUT_MARK,
     MAX_TOKENS,
@@ -29,6 +30,7 @@ from language_model import (
     TINY,
     TRAIN_MODES,
     ModelError,
+    activation_bytes,
     as_seed,
     load_language_model,
     seeded,
@@ -47,6 +49,11 @@ LENGTH_BUCKETS = (
     *(640, 768, 896, 1024, 1280, 1536, 1792, 2048),
 )
 CACHE_PAIRS = 4096  # readings kept for reuse: all 3232 pairs; 100 MB with Qwen2.5-1.5B
+# What the states of a trained model may take in one batch, on a CPU, and of a GPU's memory: a batch
+# with more tokens is read in parts.
+READ_BYTES, READ_SHARE = 4 << 30, 0.125
+# A frozen model's states are kept in this much of the RAM, and never in more than so many bytes.
+STATES_SHARE, STATES_MOST = 0.25, 32 << 30
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PairSymbols:
-    """``symbols`` [C, S] long (PAD behind the text), ``lengths`` [C], ``truncated`` [C] bool."""
+    """``symbols`` [C, S] long (PAD behind the text; S follows from the grids' canvases alone),
+    ``lengths`` [C], ``truncated`` [C] bool."""
 
     symbols: Tensor
     lengths: Tensor
@@ -130,13 +138,29 @@ def encode_pairs(
         parts += [cells.new_full((n_pairs, 1), mark), cells.flatten(1)]
         real += [shown.new_ones((n_pairs, 1)), shown.flatten(1)]
     flat, is_real = torch.cat(parts, 1), torch.cat(real, 1)
-    lengths = is_real.sum(1)
-    longest = int(lengths.max()) if n_pairs else 0
-    symbols = flat.new_full((n_pairs, longest), PAD)
-    position = is_real.cumsum(1) - 1
-    pair = torch.arange(n_pairs, device=device)[:, None].expand_as(position)
-    symbols[pair[is_real], position[is_real]] = flat[is_real]
-    return PairSymbols(symbols, lengths, rows_kept < sides)
+    n_places = flat.shape[1]
+    # What is not real goes to one place more, which is cut off.
+    position = (is_real.cumsum(1) - 1).masked_fill(~is_real, n_places)
+    symbols = flat.new_full((n_pairs, n_places + 1), PAD).scatter(1, position, flat)
+    return PairSymbols(symbols[:, :n_places], is_real.sum(1), rows_kept < sides)
+
+
+def bucket_of(length: int) -> int:
+    """The length in tokens to which a sequence of this length is padded."""
+    return next((b for b in LENGTH_BUCKETS if b >= length), -(-length // 512) * 512)
+
+
+def padded_to(symbols: Tensor, length: int) -> Tensor:
+    """``symbols`` [C, S] as [C, length], PAD behind the text, which is not longer than that."""
+    width = min(length, symbols.shape[1])
+    return functional.pad(symbols[:, :width], (0, length - width), value=PAD)
+
+
+def regions(symbols: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Region (0 input, 1 output, 2 last position) [C, S] long and mask [C, S] (True: text)."""
+    last = torch.arange(symbols.shape[1], device=symbols.device) == lengths[:, None] - 1
+    region = (symbols == OUTPUT_MARK).cumsum(1).masked_fill(last, 2)
+    return region, symbols != PAD
 
 
 # --------------------------------------------------------------------------------------------
@@ -232,6 +256,49 @@ class ReadingCache:
         )
 
 
+class KeptStates:
+    """What a frozen language model makes of a pair, computed once: its last states, each divided by
+    its root mean square, [length, D] float16 in the RAM.
+
+    Nothing in them is trained, so a hit gives the numbers of a miss, bit for bit, and no checkpoint
+    holds them. Holds at most ``max_bytes``; what comes when it is full is not kept: pairs come up
+    in turn, once an epoch, and a pair that had to leave for a newer one would be gone each time.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must be >= 0, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.n_bytes = self.hits = self.misses = 0
+        self._entries: dict[bytes, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __deepcopy__(self, memo: object) -> KeptStates:
+        return self  # constants: a copy of a system reads the same ones
+
+    def get(self, key: bytes) -> Tensor | None:
+        """The pair's states, or None where they have to be computed."""
+        found = self._entries.get(key)
+        self.hits += found is not None
+        self.misses += found is None
+        return found
+
+    def put(self, key: bytes, states: Tensor) -> None:
+        size = states.numel() * states.element_size()
+        if key not in self._entries and self.n_bytes + size <= self.max_bytes:
+            self._entries[key] = states
+            self.n_bytes += size
+
+    def description(self) -> str:
+        """What has been kept and used so far, in words."""
+        return (
+            f"{self.misses} pairs read, {self.hits} looked up; {len(self)} kept in "
+            f"{self.n_bytes / 1e9:.2f} of {self.max_bytes / 1e9:.1f} GB"
+        )
+
+
 class QwenHybridPrompt(nn.Module):
     """Demonstration pairs -> prompt tokens: ``n_qwen_tokens`` of the LM and one control token each.
 
@@ -262,12 +329,18 @@ class QwenHybridPrompt(nn.Module):
         mode: str = "full",
         cache_interval: int = 1,
         cache_pairs: int = CACHE_PAIRS,
+        states_bytes: int | None = None,
+        read_tokens: int | None = None,
         seed: int | torch.Generator = 0,
         name: str = "model",
         revision: str | None = None,
+        saved_dtype: torch.dtype | None = None,
+        recompute: bool = False,
         notes: tuple[str, ...] = (),
     ) -> None:
         """Sizes in tokens and pairs; ``seed`` decides the new weights; see the class for the rest.
+        ``states_bytes``: RAM for a frozen model's states, default STATES_SHARE of what there is.
+        ``read_tokens``: of a forward of the LM at most, but a pair; default: no bound.
 
         Raises ValueError on an impossible setting, ModelError on a model that does not fit.
         """
@@ -291,12 +364,19 @@ class QwenHybridPrompt(nn.Module):
         self.mode = mode
         self.width, self.n_qwen_tokens, self.max_tokens = width, n_qwen_tokens, max_tokens
         self.name, self.revision, self.train_mode = name, revision, train_mode
+        self.saved_dtype, self.recompute = saved_dtype, recompute
         self.table, self.notes = table, (*notes, *table.notes)
         # A causal model never looks right, where the padding is: no mask, the fast kernel.
         self._needs_mask = not str(getattr(config, "model_type", "")).startswith("qwen")
         self.n_pairs = self.n_truncated = 0
+        self.read_tokens = read_tokens
         self._n_fresh = 0  # pairs of the last batch that were really read
         self.cache = ReadingCache(cache_interval, cache_pairs)
+        self.states: KeptStates | None = None
+        if train_mode == "frozen":
+            if states_bytes is None:
+                states_bytes = min(STATES_MOST, int(STATES_SHARE * memory_of("cpu")))
+            self.states = KeptStates(states_bytes)
         with seeded(seed):
             if train_mode == "lora":
                 backbone = with_lora(backbone)
@@ -375,7 +455,8 @@ class QwenHybridPrompt(nn.Module):
         """The tokens of each pair, [C, n_qwen_tokens + 1, width] float32; the last is control.
 
         A pair's tokens depend on that pair alone. In training with a cache, the LM's part may be an
-        earlier, detached reading of the same pair; the projections always get gradient.
+        earlier, detached reading of the same pair; of a frozen LM its states are looked up. The
+        projections always get gradient.
         """
         n_pairs = batch.demo_input.shape[0]
         device = self.start_token.device
@@ -390,11 +471,12 @@ class QwenHybridPrompt(nn.Module):
             return self.norm(torch.cat([qwen, control], 1) + self.type_tokens)
 
     def _text(self, batch: Batch) -> PairSymbols:
-        """The pairs as symbols: in the batch's view, or with a cache as the task itself has them.
+        """The pairs as symbols: in the batch's view; as the task itself has them with a cache, and
+        for a frozen LM.
 
         Views are random: in its view a pair hardly ever comes up again; a cache would never hit.
         """
-        if self.cache.interval == 1:
+        if self.cache.interval == 1 and self.states is None:
             names = ("demo_input", "demo_input_size", "demo_output", "demo_output_size")
         else:
             names = ("own_input", "own_input_size", "own_output", "own_output_size")
@@ -404,24 +486,26 @@ class QwenHybridPrompt(nn.Module):
     def _readings(self, batch: Batch) -> Tensor:
         """Pooled hidden states of each pair, [C, n_qwen_tokens, D] float32, cached or fresh."""
         text = self._text(batch)
-        lengths = text.lengths.tolist()
+        # the one wait for the device: which pairs are read together is decided here
+        lengths, truncated = torch.stack([text.lengths, text.truncated.long()]).tolist()
         self.n_pairs += len(lengths)
-        self.n_truncated += int(text.truncated.sum())
+        self.n_truncated += sum(truncated)
+        if self.states is not None:
+            return self._from_states(self.states, text.symbols, lengths)
         readings: list[Tensor | None] = [None] * len(lengths)
         keys: list[bytes] = []
         if self.training and self.cache.interval > 1:
-            rows = text.symbols.cpu()
-            keys = [self.cache.key(row[:n]) for row, n in zip(rows, lengths, strict=True)]
+            on_cpu = text.symbols.cpu()
+            keys = [self.cache.key(row[:n]) for row, n in zip(on_cpu, lengths, strict=True)]
             readings = [self.cache.get(key) for key in keys]
         groups: dict[int, list[int]] = {}
         for pair, length in enumerate(lengths):
             if readings[pair] is None:
-                bucket = next((b for b in LENGTH_BUCKETS if b >= length), -(-length // 512) * 512)
-                groups.setdefault(bucket, []).append(pair)
+                groups.setdefault(bucket_of(length), []).append(pair)
         fresh: dict[int, Tensor] = {}
-        for bucket in sorted(groups):
-            members = groups[bucket]
-            pooled = self._run(text.symbols[members], text.lengths[members], bucket)
+        for members, bucket, again in self._parts(groups):
+            rows = torch.tensor(members).to(text.symbols.device, non_blocking=True)
+            pooled = self._run(text.symbols[rows], text.lengths[rows], bucket, again)
             fresh.update(zip(members, pooled.unbind(0), strict=True))
         self._n_fresh = len(fresh)
         for pair, reading in fresh.items():
@@ -430,23 +514,80 @@ class QwenHybridPrompt(nn.Module):
                 self.cache.put(keys[pair], reading)
         return torch.stack([reading for reading in readings if reading is not None])
 
-    def _run(self, symbols: Tensor, lengths: Tensor, padded: int) -> Tensor:
-        """Run the LM over ``symbols`` [C, S] at length ``padded``; pooled [C, n, D] float32."""
-        width = min(padded, symbols.shape[1])
-        symbols = functional.pad(symbols[:, :width], (0, padded - width), value=PAD)
-        mask = symbols != PAD
-        last = torch.arange(padded, device=symbols.device) == lengths[:, None] - 1
-        region = (symbols == OUTPUT_MARK).cumsum(1).masked_fill(last, 2)
-        with contextlib.ExitStack() as stack:
-            if self.train_mode == "frozen":
-                stack.enter_context(torch.no_grad())
-            hidden = self.backbone(
-                input_ids=self.symbol_ids[symbols],  # type: ignore[index]
-                attention_mask=mask.long() if self._needs_mask else None,
-                use_cache=False,
-            ).last_hidden_state
+    def _parts(self, groups: Mapping[int, list[int]]) -> Iterator[tuple[list[int], int, bool]]:
+        """The forwards of a batch: pairs, their padded length, and whether the backward pass is to
+        run the forward again. One forward a length, unless all of them together have more than
+        `read_tokens`: then parts of at most so many tokens, and only one part's activations at a
+        time."""
+        total = sum(bucket * len(members) for bucket, members in groups.items())
+        most = self.read_tokens
+        for bucket in sorted(groups):
+            members = groups[bucket]
+            if most is None or total <= most:
+                yield members, bucket, False
+                continue
+            step = max(1, most // bucket)
+            for start in range(0, len(members), step):
+                yield members[start : start + step], bucket, torch.is_grad_enabled()
+
+    def _run(self, symbols: Tensor, lengths: Tensor, padded: int, again: bool) -> Tensor:
+        """Run the LM over ``symbols`` [C, S] at length ``padded``; pooled [C, n, D] float32.
+
+        again: keep nothing for the backward pass, which runs this once more.
+        """
+        if again:
+            return checkpoint(  # type: ignore[no-any-return]
+                self._run, symbols, lengths, padded, False,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+        symbols = padded_to(symbols, padded)
+        region, mask = regions(symbols, lengths)
+        hidden = self.backbone(
+            input_ids=self.symbol_ids[symbols],  # type: ignore[index]
+            attention_mask=mask.long() if self._needs_mask else None,
+            use_cache=False,
+        ).last_hidden_state
         with torch.autocast(symbols.device.type, enabled=False):
             return self.pool(hidden, region, mask)
+
+    def _from_states(self, kept: KeptStates, symbols: Tensor, lengths: list[int]) -> Tensor:
+        """Pooled states of each pair of a frozen LM, [C, n_qwen_tokens, D] float32.
+
+        The LM reads a pair by itself, at its own length: what is kept depends on nothing else.
+        """
+        device = symbols.device
+        autocast = torch.is_autocast_enabled(device.type)
+        precision = str(torch.get_autocast_dtype(device.type) if autocast else "").encode()
+        found: list[Tensor] = []
+        for row, host, length in zip(symbols, symbols.cpu(), lengths, strict=True):
+            key = self.cache.key(host[:length]) + precision
+            states = kept.get(key)
+            if states is None:
+                states = self._states(row[None, :length])
+                kept.put(key, states)
+            found.append(states)
+        groups: dict[int, list[int]] = {}
+        for pair, length in enumerate(lengths):
+            groups.setdefault(bucket_of(length), []).append(pair)
+        pooled: dict[int, Tensor] = {}
+        with torch.autocast(device.type, enabled=False):
+            for bucket in sorted(groups):
+                members = groups[bucket]
+                ends = torch.tensor([lengths[m] for m in members], device=device)
+                region, mask = regions(padded_to(symbols[members], bucket), ends)
+                hidden = found[0].new_zeros(len(members), bucket, found[0].shape[-1])
+                for place, member in enumerate(members):
+                    hidden[place, : lengths[member]] = found[member]
+                out = self.pool(hidden.to(device), region, mask)
+                pooled.update(zip(members, out.unbind(0), strict=True))
+        return torch.stack([pooled[pair] for pair in range(len(lengths))])
+
+    @torch.no_grad()
+    def _states(self, symbols: Tensor) -> Tensor:
+        """What `KeptStates` keeps of one pair: ``symbols`` [1, S] -> [S, D] float16, in the RAM."""
+        ids = self.symbol_ids[symbols]  # type: ignore[index]
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return functional.rms_norm(hidden.float(), hidden.shape[-1:]).to(torch.float16).cpu()
 
     def without_gradient(self) -> str | None:
         """Why the last training batch gave the LM no gradient; None if it should have."""
@@ -455,6 +596,14 @@ class QwenHybridPrompt(nn.Module):
         if self.train_mode == "frozen":
             return "frozen"
         return None if self._n_fresh else "not run, readings reused"
+
+    def bytes_per_token(self, half: bool = False) -> int:
+        """`language_model.activation_bytes` of the LM; half: under autocast."""
+        config: Any = self.transformer.config
+        dtype = next(self.backbone.parameters()).dtype
+        return activation_bytes(
+            config, self.train_mode, half=half, recompute=self.recompute, dtype=dtype
+        )
 
     # -- weights -------------------------------------------------------------------------------
 
@@ -472,7 +621,8 @@ class QwenHybridPrompt(nn.Module):
             return None
         if self._frozen_sha256 is None:
             weights = dict(self.named_parameters())
-            self._frozen_sha256 = weights_sha256({key: weights[key] for key in self._frozen_names})
+            frozen = {key: weights[key] for key in self._frozen_names}
+            self._frozen_sha256 = weights_sha256(frozen, self.saved_dtype)
         return {"id": self.name, "revision": self.revision or "", "sha256": self._frozen_sha256}
 
     def persistent_state_dict(self) -> dict[str, Tensor]:
@@ -516,6 +666,8 @@ class QwenHybridPrompt(nn.Module):
         revision = f" @ {self.revision[:12]}" if self.revision else ""
         dtype = str(weights[0].dtype).removeprefix("torch.")
         line = f"{self.name}{revision}, {size} parameters, {self.train_mode}, {dtype}"
+        if self.states is not None:
+            line += f", its states kept in up to {self.states.max_bytes / 1e9:.1f} GB of RAM"
         return "; ".join([line, *self.notes])
 
 
@@ -553,13 +705,16 @@ def build_qwen_prompt(
     n_qwen_tokens: int = 4,
     cache_interval: int = 1,
     cache_pairs: int = CACHE_PAIRS,
+    states_bytes: int | None = None,
+    read_tokens: int | None = None,
     mode: str = "full",
     revision: str | None = None,
+    weights: bool = True,
 ) -> QwenHybridPrompt:
     """Build the prompt module on ``device`` from ``auto``, ``tiny``, a folder or a hub id.
 
-    ``train``, ``offline``, ``dtype``, ``gradient_checkpointing`` and ``revision`` are settings of
-    `language_model.load_language_model`, the others those of QwenHybridPrompt.
+    ``train``, ``offline``, ``dtype``, ``gradient_checkpointing``, ``revision`` and ``weights`` are
+    settings of `language_model.load_language_model`, the others those of QwenHybridPrompt.
     Raises ModelError (a folder or hub that does not give a model), ValueError (settings).
     """
     device = torch.device(device)
@@ -573,6 +728,7 @@ def build_qwen_prompt(
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
         revision=revision,
+        weights=weights,
     )
     module = QwenHybridPrompt(
         language_model.backbone,
@@ -585,9 +741,17 @@ def build_qwen_prompt(
         mode=mode,
         cache_interval=cache_interval,
         cache_pairs=cache_pairs,
+        states_bytes=states_bytes,
+        read_tokens=read_tokens,
         seed=seed,
         name=language_model.name,
         revision=language_model.revision,
+        saved_dtype=language_model.saved_dtype,
+        recompute=language_model.recompute,
         notes=language_model.notes,
     )
-    return module.to(device)
+    per_token = module.bytes_per_token()
+    if read_tokens is None and per_token:
+        room = READ_BYTES if device.type == "cpu" else int(READ_SHARE * memory_of(str(device)))
+        module.read_tokens = max(MAX_TOKENS, room // per_token)
+    return module.to(next(module.backbone.parameters()).device)

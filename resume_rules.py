@@ -34,6 +34,7 @@ RULES = {
     # data
     "data": SAME,
     "batch_size": SAME,
+    "batch_cells": SAME,
     "grad_accum": SAME,
     "max_side": SAME,
     "cost_power": SAME,
@@ -86,6 +87,7 @@ RULES = {
     "no_hard_cells": SAME,
     "no_reward": SAME,
     "planning_steps": SAME,
+    "draw_steps": SAME,
 }
 # The same data may have another path, the same precision another word: what they do is compared.
 BY_EFFECT = ("data", "amp")

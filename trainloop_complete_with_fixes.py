@@ -22,20 +22,27 @@ from typing import Any
 from command_line import (
     EXIT_DIVERGED,
     EXIT_DONE,
+    EXIT_MEMORY,
     EXIT_MISSING,
     EXIT_UNSAVED,
     Parser,
     UserError,
     answer_early,
+    batch_pair,
     check_device_name,
+    checkpoint_name,
     cores,
     device_name,
     guarded,
     leave,
+    memory_message,
+    memory_of,
+    named_folder,
     no_bar,
     number,
     pick_device,
     pick_precision,
+    task_counts,
 )
 from persistence.run_guard import DRIVE_HURRY_S
 
@@ -49,44 +56,6 @@ MEMORY_ADVICE = (
 # ---------------------------------------------------------------------------------------------
 # The flags (standard library only: --help must not wait for torch)
 # ---------------------------------------------------------------------------------------------
-
-
-def batch_pair(text: str) -> tuple[int, ...]:
-    """An argparse type: A:B or A:B:C, whole numbers with A < B and 0 < C <= B."""
-    parts = text.split(":")
-    numbers = tuple(int(part) for part in parts if part.isdigit())
-    fits = len(numbers) == len(parts) in (2, 3) and numbers[0] < numbers[1]
-    if not fits or not 0 < numbers[-1] <= numbers[1]:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not A:B or A:B:C with whole numbers A < B and 0 < C <= B"
-        )
-    return numbers
-
-
-def task_counts(text: str) -> tuple[int, int]:
-    """An argparse type: N or N:M, whole numbers with 0 <= N <= M."""
-    parts = text.split(":")
-    numbers = [int(part) for part in parts if part.isdigit()]
-    if len(numbers) != len(parts) or len(parts) > 2 or numbers[0] > numbers[-1]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not N or N:M with whole numbers N <= M")
-    return numbers[0], numbers[-1]
-
-
-def named_folder(text: str) -> str:
-    """An argparse type: a folder's path, made absolute: a resume may run in another folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(
-            "names no folder; a fresh run without the flag has no backup, a resumed one keeps its "
-            "own"
-        )
-    return str(Path(text).expanduser().absolute())
-
-
-def checkpoint_name(text: str) -> int | str:
-    """An argparse type: the number of a checkpoint, or "best"."""
-    if text != "best" and not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a checkpoint's number nor best")
-    return text if text == "best" else int(text)
 
 
 def build_parser() -> Parser:
@@ -124,7 +93,9 @@ def build_parser() -> Parser:
     add("--threads", type=number(int, 1, 1024),
         help="CPU threads (default: cores; with a --time_budget below 8, one less: hypotheses "
              "want it)")
-    add("--dry_run", action="store_true", help="set everything up, print it, train nothing")
+    add("--dry_run", action="store_true",
+        help="set everything up, print it and the memory that the run takes, train nothing; of "
+             "Qwen only its config.json is loaded")
     add("--quiet", action="store_true", help="console: epoch lines and errors only")
 
     add = parser.add_argument_group("data").add_argument
@@ -134,6 +105,9 @@ def build_parser() -> Parser:
              "arcagi2)")
     add("--batch_size", type=count,
         help="pairs per batch, whole tasks (default: 8 on CPU, 128 on a GPU)")
+    add("--batch_cells", type=count, metavar="N",
+        help="cells of the queries' canvases per batch at most, a larger task is a batch of its "
+             "own (default: none on CPU; on a GPU what its memory holds)")
     add("--grad_accum", type=count, default=1,
         help="batches per optimizer step (default: %(default)s)")
     add("--max_side", type=number(int, 1, 30), default=30,
@@ -157,11 +131,12 @@ def build_parser() -> Parser:
         help="what of Qwen is trained (default: %(default)s)")
     add("--qwen_cache_interval", type=count, default=1, metavar="N",
         help="1: Qwen reads each pair in its random view; N > 1: as the task has it, with "
-             "gradient every Nth time the pair comes up, and its reading is reused in between "
-             "(default: %(default)s)")
+             "gradient every Nth time the pair comes up, and its reading is reused in between; a "
+             "frozen Qwen reads each pair once anyway (default: %(default)s)")
     add("--offline", action="store_true", help="never ask a model hub")
     add("--width", type=number(int, 16),
-        help="channels of the agent (default: 96 on CPU, 512 on a GPU)")
+        help="channels of the agent (default: 96 on CPU, 512 on a GPU, 256 on one of less than "
+             "20 GB)")
     add("--blocks", type=count, help="blocks per planning step (default: 1; 2 on a GPU)")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -172,8 +147,10 @@ def build_parser() -> Parser:
              "from nothing, 5e-5 for other models)")
     add("--task_lr_factor", type=real, default=10.0,
         help="task tokens learn this much faster (default: %(default)s)")
-    add("--optimizer", choices=("muon", "adamw"), default="muon",
-        help="for hidden matrices; the rest is AdamW (default: %(default)s)")
+    add("--optimizer", choices=("muon", "adamw", "adamw8bit"), default="muon",
+        help="for hidden matrices; the rest is AdamW; adamw8bit: as muon, and of Qwen's own "
+             "weights AdamW keeps its moments in 8 bits, 2 bytes a weight for 8 (pip install "
+             "bitsandbytes) (default: %(default)s)")
     add("--weight_decay", type=real, default=0.01,
         help="decoupled, per learning rate (default: %(default)s)")
     add("--warmup_batches", type=number(int, 0), default=50,
@@ -187,6 +164,9 @@ def build_parser() -> Parser:
              "batch C; repeats a --time_budget run bit for bit (default: off)")
     add("--decay_frac", type=share, default=0.5,
         help="share of the training time over which wsd falls to 0 (default: %(default)s)")
+    add("--draw_steps", choices=("on", "off"), default="on",
+        help="a training batch takes 1 to --planning_steps steps, k of them with odds 1/k; off: "
+             "always all (default: %(default)s)")
     add("--clip", type=real, default=1.0,
         help="largest gradient norm of all trained modules together (default: %(default)s)")
     add("--ema", type=share, default=0.998,
@@ -302,6 +282,7 @@ import torch
 from tqdm import tqdm
 
 import evaluation
+from arc_agent import drawn_steps
 from arc_system import (
     SystemConfig,
     answer_stats,
@@ -329,8 +310,9 @@ from hypotheses import Fitter
 from language_model import resolve_qwen_model
 from loss_function import EFE_SHARE, combined_loss
 from loss_function import PARTS as EFE_PARTS
+from memory_plan import advice_for, cells_that_fit, fixed_needs, plan_of
 from model_persistence import ModelPersistence, StopSignals
-from optimizers import MuonAdamW, WeightAverage
+from optimizers import MuonAdamW, WeightAverage, eight_bit_functions
 from persistence.find_run import point_latest_at
 from persistence.from_drive import Located
 from ranks import ALONE, Part, Ranks, joined_ranks
@@ -373,6 +355,7 @@ from run_state import (
 from time_budget import FINAL_RESERVE_S, Limits, note_time, out_of_time, plan_decay, share_time
 from trained_model import known_errors
 
+WIDE_FROM = 20 * 10**9  # bytes of a GPU: an agent of width 512 from there on (estimate)
 LOG_EVERY = 50  # batches between two batch lines
 MAX_SKIPPED_IN_A_ROW = 25  # non-finite batches in a row before the run counts as diverged
 # Weight of the first answer's loss where a second one followed (guess): those queries are mostly
@@ -453,12 +436,22 @@ def run_training(args: argparse.Namespace, started: float, ranks: Ranks = ALONE)
     folder = located.folder
     if args.dry_run:
         banner(run, tasks, folder, located.notes)
+        for line in plan_of(run).lines():
+            run.log.say(line)
         return EXIT_DONE
-    if not ranks.first:
-        return run_beside(run, make_plan(args, tasks))
-    if folder is None:
-        folder = new_run_folder(Path(args.runs_dir))
-    return run_in_folder(run, make_plan(args, tasks), folder, located)
+    if args.qwen_model != "tiny":
+        args.notes += plan_of(run).warnings()
+    try:
+        if not ranks.first:
+            return run_beside(run, make_plan(args, tasks))
+        if folder is None:
+            folder = new_run_folder(Path(args.runs_dir))
+        return run_in_folder(run, make_plan(args, tasks), folder, located)
+    except Exception as error:
+        message = memory_message(error, f"{advice_for(run)}; --dry_run shows what needs how much.")
+        if message is None:
+            raise
+        raise UserError(message, EXIT_MEMORY) from error
 
 
 def fill_device_defaults(args: argparse.Namespace, device: str, n_processes: int = 1) -> None:
@@ -468,7 +461,8 @@ def fill_device_defaults(args: argparse.Namespace, device: str, n_processes: int
     if args.batch_size is None:
         args.batch_size = 8 if on_cpu else 128
     if args.width is None:
-        args.width = 96 if on_cpu else 512
+        wide = not on_cpu and memory_of(device) >= WIDE_FROM
+        args.width = 96 if on_cpu else (512 if wide else 256)
     if args.blocks is None:
         args.blocks = 1 if on_cpu else 2
     short = on_cpu and (args.time_budget is not None or args.schedule_batches is not None)
@@ -529,6 +523,8 @@ def set_up(args: argparse.Namespace, tasks: TaskSet, started: float, ranks: Rank
     """
     device = args.device
     dtype, scaling = pick_precision(args.amp, device)
+    if args.optimizer == "adamw8bit":
+        eight_bit_functions()  # that they can be had
     args.qwen_model, _ = resolve_qwen_model(args.qwen_model, device)
     if args.qwen_lr is None:
         args.qwen_lr = 1e-3 if args.qwen_model == "tiny" else 5e-5
@@ -551,17 +547,23 @@ def set_up(args: argparse.Namespace, tasks: TaskSet, started: float, ranks: Rank
         stop_confidence=args.stop_confidence,
         seed=args.seed,
     )
-    system = build_system(config, device, offline=args.offline)
+    system = build_system(config, device, offline=args.offline, weights=not args.dry_run)
     args.qwen_train = system.qwen.train_mode  # "auto" may mean another thing on another device
     collator = Collator()
     groups = system.parameter_groups(
         agent_lr=args.agent_lr,
         qwen_lr=args.qwen_lr,
         task_lr_factor=args.task_lr_factor,
-        muon=args.optimizer == "muon",
+        muon=args.optimizer != "adamw",
+        eight_bit=args.optimizer == "adamw8bit",
     )
     optimizer = MuonAdamW(groups, weight_decay=args.weight_decay)
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    average = WeightAverage(params, args.ema)
+    if args.batch_cells is None and device != "cpu":
+        fixed = fixed_needs(system, optimizer.param_groups, average, dtype, device)
+        args.batch_cells = cells_that_fit(system, fixed, args, dtype, device)
+        args.notes.append(f"Batches: {args.batch_cells} cells at most, what the GPU's memory holds")
     return Run(
         args=args,
         device=device,
@@ -569,11 +571,12 @@ def set_up(args: argparse.Namespace, tasks: TaskSet, started: float, ranks: Rank
         system=system,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.split(":")[0], enabled=scaling),
-        average=WeightAverage(params, args.ema),
+        average=average,
         stream=TrainingStream(
             seen_tasks(tasks, args.hold_out),
             seed=args.seed,
             batch_size=args.batch_size,
+            batch_cells=args.batch_cells,
             max_context=args.max_context,
             max_side=args.max_side,
             task_weights=lambda task: frequency(task, args.cost_power),
@@ -834,7 +837,9 @@ def evaluate(
             heed_stop=heed_stop,
             say=run.log.say,
             task_index=run.stream.task_table,
-            batch_size=2 * args.batch_size,
+            # on a CPU what fits its caches: 8 queries took 0.8 of the time of 16
+            batch_size=args.batch_size * (1 if run.device == "cpu" else 2),
+            batch_cells=None if args.batch_cells is None else 4 * args.batch_cells,
             device=run.device,
             dtype=run.dtype,
             seed=args.seed,
@@ -958,15 +963,16 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         # 1. Task view -> prompt. Half of the tasks go without their own tokens, so that unseen
         #    tasks, which have none, are no surprise.
         chance = torch.rand(part.n_tasks, generator=generator_for("cpu", *place, 1))[part.tasks]
-        keep_task = (chance < 0.5).to(run.device)[batch.query_task]
+        keep_task = (chance < 0.5).to(run.device, non_blocking=True)[batch.query_task]
         reading = system.read(batch, keep_task)
 
         # 2. The agent's first answer. Where no proposal is taken it stands, and learns. In a batch
         #    without proposals all that is refined is the prompt: the second answer learns for it.
         # 3. The policy chooses among the ways to explain the demonstrations and changes the prompt;
         #    the agent answers again where it chose one.
+        steps = drawn_steps(args.planning_steps, *place, 3) if args.draw_steps == "on" else None
         draws = ranks.draws(generator_for(run.device, *place, 2), part)
-        passed = system.answer_twice(reading, draws)
+        passed = system.answer_twice(reading, draws, steps=steps)
         before, after, again = passed.before, passed.after, passed.again
         refinement = passed.refinement
         backward_before, backward_after = system.backward_both(reading, passed)
@@ -1091,9 +1097,9 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
     # 9. Memory: tasks above the threshold are kept; at the epoch's end it follows the accuracy.
     accuracy = cell_accuracy(shown, target, size_right)
     exact = exact_match(shown, target, size_right).float()
-    counts = torch.bincount(batch.query_task, minlength=batch.n_tasks).clamp(min=1)
-    by_task = torch.zeros(batch.n_tasks, device=run.device)
-    by_task = by_task.index_add(0, batch.query_task, accuracy) / counts
+    none = torch.zeros(batch.n_tasks, device=run.device)
+    counts = none.index_add(0, batch.query_task, torch.ones_like(accuracy)).clamp(min=1)
+    by_task = none.index_add(0, batch.query_task, accuracy) / counts
     summary = torch.zeros(batch.n_tasks, reading.summary.shape[1], device=run.device)
     summary = summary.index_add(0, batch.query_task, reading.summary.detach().float())
     owner = torch.zeros(batch.n_tasks, dtype=torch.long, device=run.device)
@@ -1120,7 +1126,7 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         "exact": exact.mean(),
         "size": size_right.float().mean(),
         "fits_frac": targets.fits.float().mean(),
-        "change": refinement.info.change_frac if refinement is not None else torch.zeros(()),
+        "change": none[0] if refinement is None else refinement.info.change_frac,
         **proposed,
     }
     common = {
@@ -1194,6 +1200,8 @@ def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
             "planning_steps": result["planning_steps"],
         }
     say(f"[Epoch {progress.epoch}] Time: {run.clock.epoch_s:.2f}s", important=True)
+    if run.system.qwen.states is not None:
+        say(f"[Epoch {progress.epoch}] Frozen Qwen: {run.system.qwen.states.description()}")
     row |= {
         "minutes": (time.monotonic() - run.started) / 60,
         "batch": progress.batch,

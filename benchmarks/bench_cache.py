@@ -1,13 +1,16 @@
-"""What --qwen_cache_interval saves: CPU time of the language model with and without reuse.
+"""What kept readings save: CPU time of the language model with and without reuse.
 
     python benchmarks/bench_cache.py                       # a random Qwen2 of 50 M parameters
     python benchmarks/bench_cache.py --qwen tiny --epochs 6
+    python benchmarks/bench_cache.py --frozen              # its first and its second epoch
 
 Three runs of the real training script on the same batches, one after the other, one thread each:
 without the language model (--prompt no_qwen), with a reading of every pair in every batch
 (interval 1), and with readings reused (--interval, default 10). The language model's time is what a
 run costs beyond the first one. Validation and final evaluation are cut to one query, so that
-training is what is timed. The table is printed and written to --out.
+training is what is timed. The table is printed and written to --out. With --frozen the model is
+not trained, its states are kept, and runs of one and of two epochs, with the language model and
+without, tell its time in each of the two.
 """
 
 from __future__ import annotations
@@ -63,6 +66,9 @@ def build_parser() -> Parser:
         default=5,
         help="tasks up to this side, in cells (default: %(default)s)",
     )
+    parser.add_argument(
+        "--frozen", action="store_true", help="time two epochs of a frozen model (default: off)"
+    )
     parser.add_argument("--seed", type=number(int, 0), default=0, help="(default: 0)")
     parser.add_argument(
         "--out", metavar="FILE", help="also write the figures there as JSON (default: off)"
@@ -78,7 +84,8 @@ def run_once(
         sys.executable, str(ROOT / "trainloop_complete_with_fixes.py"), "--device", "cpu",
         "--threads", "1", "--seed", str(args.seed), "--epochs", str(args.epochs),
         "--max_side", str(args.max_side), "--val_pairs", "1", "--max_batches", "100000",
-        "--eval_views", "1", "--qwen_model", model, "--qwen_train", "full", "--qwen_lr", "1e-4",
+        "--eval_views", "1", "--qwen_model", model, "--qwen_lr", "1e-4", "--qwen_train",
+        "frozen" if args.frozen else "full", "--hypotheses", "off" if args.frozen else "on",
         "--runs_dir", str(runs), "--save_every", "100000", "--max_checkpoints", "1", "--quiet",
         *flags,
     ]  # fmt: skip
@@ -96,14 +103,50 @@ def run_once(
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def two_epochs(args: argparse.Namespace, model: str, place: Path) -> dict[str, dict[str, float]]:
+    """CPU seconds of a frozen model in the first and in the second epoch; a row a run."""
+    arms = {"no language model": ["--prompt", "no_qwen"], "frozen": []}
+    found = {}
+    for name, flags in arms.items():
+        for epochs in (1, 2):
+            args.epochs = epochs
+            row = run_once(args, model, flags, place / f"{name} {epochs}")
+            found[f"{name}, {epochs} epochs"] = row
+            print(f"{name}, {epochs} epochs: {row['batches']} batches, {row['cpu_s']:.1f} CPU s")
+    none, frozen = ([found[f"{name}, {n} epochs"]["cpu_s"] for n in (1, 2)] for name in arms)
+    first, second = frozen[0] - none[0], frozen[1] - frozen[0] - (none[1] - none[0])
+    print(f"language model: {first:.1f} CPU s in the first epoch, {second:.1f} in the second")
+    return found
+
+
+def with_reuse(args: argparse.Namespace, model: str, place: Path) -> dict[str, dict[str, float]]:
+    """CPU seconds of a trained model with and without reuse; a row a run."""
     arms = {
         "no language model": ["--prompt", "no_qwen"],
         "interval 1": [],
         f"interval {args.interval}": ["--qwen_cache_interval", str(args.interval)],
     }
     found: dict[str, dict[str, float]] = {}
+    print(
+        "| run | batches | with the language model | CPU s | language model, CPU s | mean loss |\n"
+        "|---|---|---|---|---|---|"
+    )
+    for number_of_arm, (name, flags) in enumerate(arms.items()):
+        row = run_once(args, model, flags, place / str(number_of_arm))
+        found[name] = row
+        row["language_model_cpu_s"] = row["cpu_s"] - found["no language model"]["cpu_s"]
+        print(
+            f"| {name} | {row['batches']} | {row['batches_with_language_model']} | "
+            f"{row['cpu_s']:.1f} | {row['language_model_cpu_s']:.1f} | {row['loss']:.4f} |",
+            flush=True,
+        )
+    every, reused = (found[name]["language_model_cpu_s"] for name in list(arms)[1:])
+    print(f"language model: {every / max(reused, 1e-9):.1f} times less CPU time with reuse")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-cache-") as place:
         model = args.qwen
         if model == "50M":
@@ -111,22 +154,7 @@ def main(argv: list[str] | None = None) -> int:
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(QWEN2_50M), encoding="utf-8")
             model = str(folder)
-        print(
-            "| run | batches | with the language model | CPU s | language model, CPU s | "
-            "mean loss |\n"
-            "|---|---|---|---|---|---|"
-        )
-        for number_of_arm, (name, flags) in enumerate(arms.items()):
-            row = run_once(args, model, flags, Path(place) / str(number_of_arm))
-            found[name] = row
-            row["language_model_cpu_s"] = row["cpu_s"] - found["no language model"]["cpu_s"]
-            print(
-                f"| {name} | {row['batches']} | {row['batches_with_language_model']} | "
-                f"{row['cpu_s']:.1f} | {row['language_model_cpu_s']:.1f} | {row['loss']:.4f} |",
-                flush=True,
-            )
-    every, reused = (found[name]["language_model_cpu_s"] for name in list(arms)[1:])
-    print(f"language model: {every / max(reused, 1e-9):.1f} times less CPU time with reuse")
+        found = (two_epochs if args.frozen else with_reuse)(args, model, Path(place))
     if args.out:
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0

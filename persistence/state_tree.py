@@ -199,13 +199,13 @@ class SnapshotBuffers:
         """A tree of the same form whose tensors live in the buffers until the next `copy`."""
         used: dict[str, torch.Tensor] = {}
         aliases: dict[tuple[Any, ...], torch.Tensor] = {}
-        on_cuda = False
+        gpus: set[torch.device] = set()
 
         def visit(value: Any, path: str) -> Any:
-            nonlocal on_cuda
             if isinstance(value, torch.Tensor):
                 source = value.detach()
-                on_cuda = on_cuda or source.is_cuda
+                if source.is_cuda:
+                    gpus.add(source.device)
                 key = _alias_key(source)
                 if key in aliases:  # tied weights stay tied, and are stored once
                     return aliases[key]
@@ -219,8 +219,8 @@ class SnapshotBuffers:
             return _rebuild(value, path, visit)
 
         copied = visit(tree, "")
-        if on_cuda:  # pragma: no cover - needs a GPU
-            torch.cuda.synchronize()
+        for gpu in gpus:  # whichever the process takes for its current one
+            torch.cuda.synchronize(gpu)
         self._kept = used
         return copied
 

@@ -290,7 +290,7 @@ def stir(system: Any, seed: int = 0) -> None:
     with torch.no_grad():
         for module in system.modules().values():
             for p in module.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+                p.add_(0.05 * torch.randn(p.shape, generator=generator).to(p.device))
 
 
 def lively_system(seed: int = 0, **options: Any) -> Any:

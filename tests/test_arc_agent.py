@@ -287,6 +287,7 @@ def test_the_fit_knows_the_inverse_of_a_rule_that_only_the_demonstrations_show(
     blind = dataclasses.replace(batch, context=torch.full_like(batch.context, -1))
     with torch.no_grad():
         reading, nothing = fresh.read(batch), fresh.read(blind)
+        assert nothing.inverse is not None
         assert nothing.inverse.eq(0).all()
         told = {
             "truth": fresh.backward_of(reading, truth.output, truth.size),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -258,6 +260,24 @@ def test_missing_and_empty_places(tmp_path: Path) -> None:
     write(tmp_path / "x.json", {"a": GOOD})
     with pytest.raises(da.DataError, match=r"x\.json: keys 'train' and 'test' are missing"):
         da.load_tasks(tmp_path)
+
+
+@pytest.mark.parametrize("text", [json.dumps({"a": GOOD}), "[1, 2"])
+@pytest.mark.parametrize("collecting", [True, False])
+def test_garbage_is_collected_afterwards_as_before(
+    tmp_path: Path, text: str, collecting: bool
+) -> None:
+    """Breaks: what load_tasks pauses stays off, or comes on, where the file is bad too."""
+    path = tmp_path / "training.json"
+    path.write_text(text, encoding="utf-8")
+    before = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        with contextlib.suppress(da.DataError):
+            da.load_tasks(path)
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_duplicate_ids_across_files(tmp_path: Path) -> None:

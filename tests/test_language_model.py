@@ -268,3 +268,168 @@ def test_complete_cache_is_used_and_an_incomplete_one_is_not(
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no model\.safetensors"):
         language_model.locate_model("some/model", offline=True)
+
+
+# ---- what is chosen, and what refuses ------------------------------------------------------
+
+
+def test_a_t4_is_asked_for_bfloat16_without_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: asking as torch asks by default, to which a T4 says yes."""
+    for native in (False, True):
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, native=native: native or including_emulation,
+        )
+        expected = torch.bfloat16 if native else torch.float32
+        for mode in ("lora", "frozen"):
+            assert language_model.weight_dtype(mode, "cuda") == expected
+            assert language_model.weight_dtype(mode, "cpu") == torch.float32
+        assert language_model.weight_dtype("full", "cuda") == torch.float32
+
+
+def test_a_small_model_is_trained_in_full_on_a_gpu_and_a_large_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(language_model, "memory_of", lambda device: 24 * 10**9)
+    monkeypatch.setattr(language_model, "lora_trouble", lambda: None)
+    chosen = {n: language_model.resolve_train_mode("auto", n, "cuda") for n in (10**8, 10**9)}
+    assert {n: mode for n, (mode, _) in chosen.items()} == {10**8: "full", 10**9: "lora"}
+    assert chosen[10**8][1] == (
+        "full, chosen as it fits: full training takes 2.2 GB, without what a batch needs, and this "
+        "GPU has 24.0 GB"
+    )
+
+
+def test_activations_are_recomputed_for_what_is_large_and_trained_on_a_gpu() -> None:
+    n = language_model.CHECKPOINTING_FROM
+    asked = [("full", n, "cuda"), ("lora", n, "cuda:1"), ("full", n - 1, "cuda"),
+             ("frozen", n, "cuda"), ("full", n, "cpu")]  # fmt: skip
+    assert [language_model.recomputes(*one) for one in asked] == [True, True, False, False, False]
+    recomputed = language_model.load_language_model("tiny", gradient_checkpointing=True)
+    assert any("recomputed in the backward pass" in note for note in recomputed.notes)
+    assert language_model.load_language_model("tiny").notes == ()
+
+
+def test_an_old_torchao_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks: peft's own ImportError, out of the middle of a library, as on Colab."""
+    pytest.importorskip("peft")
+    from peft import import_utils
+
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text("")
+    info = tmp_path / "torchao-0.10.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import_utils.is_torchao_available.cache_clear()
+    try:
+        with pytest.raises(ModelError, match=r"0\.10\.0.*pip uninstall torchao") as failed:
+            tiny(train="lora")
+    finally:
+        import_utils.is_torchao_available.cache_clear()
+    assert "\n" not in str(failed.value)
+    assert "--qwen_train full or frozen" in str(failed.value)
+
+
+def test_frozen_weights_are_the_same_ones_in_either_precision(tmp_path: Path) -> None:
+    """A run that begins on an H100 (bfloat16) goes on on a T4 (float32). Breaks: an identity that
+    hangs on how the weights are held."""
+    backbone, tokenizer = language_model.build_tiny(3)
+    backbone.to(torch.bfloat16).save_pretrained(tmp_path)  # type: ignore[operator]
+    tokenizer.save_pretrained(tmp_path)
+    settings: dict[str, Any] = {"width": WIDTH, "n_control": N_CONTROL, "train": "frozen"}
+    held = [
+        build_qwen_prompt(str(tmp_path), dtype=dtype, **settings)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    dtypes = [next(module.backbone.parameters()).dtype for module in held]
+    assert dtypes == [torch.float32, torch.bfloat16]
+    assert held[0].frozen_reference() == held[1].frozen_reference()
+    with torch.no_grad():
+        next(held[1].backbone.parameters())[0, 0] += 1
+    held[1]._frozen_sha256 = None
+    assert held[0].frozen_reference() != held[1].frozen_reference()
+
+
+def test_a_config_is_had_without_the_weights(
+    saved_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks: a dry run that downloads or asks for more than config.json."""
+    import huggingface_hub
+
+    asked: list[tuple[Any, ...]] = []
+
+    def download(name: str, file: str, **settings: Any) -> str:
+        asked.append((name, file, settings.get("local_files_only", False)))
+        if settings.get("local_files_only"):
+            raise OSError("not in the cache")
+        (tmp_path / "config.json").write_bytes((saved_models / "chars/config.json").read_bytes())
+        return str(tmp_path / "config.json")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    loaded = language_model.load_language_model("some/model", weights=False)
+    assert asked == [("some/model", "config.json", True), ("some/model", "config.json", False)]
+    assert all(p.is_meta for p in loaded.backbone.parameters())
+    asked.clear()
+    with pytest.raises(ModelError, match="--qwen_model tiny"):
+        language_model.load_language_model("some/model", weights=False, offline=True)
+    assert len(asked) == 1
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"no model can be built from its config\.json"):
+        language_model.load_language_model(str(tmp_path), weights=False)
+
+
+# ---- through the real script ---------------------------------------------------------------
+
+BRIEF = ("--max_batches", 2, "--val_pairs", 1, "--eval_views", 1, "--planning_steps", 1)
+
+
+def test_another_family_trains_through_the_script(tmp_path: Path, train: Any) -> None:
+    """A Llama, of another class, config and attention mask, with a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    folder = tmp_path / "llama"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    language_model.character_tokenizer().save_pretrained(folder)
+    done = train(*BRIEF, "--qwen_model", folder, "--qwen_train", "full")
+    assert done.code == 0, done.err
+    assert "no tokenizer" not in done.out
+    assert all(row["qwen_grad"] > 0 for row in done.rows("batch"))
+    frozen = train(*BRIEF, "--qwen_model", folder, "--qwen_train", "frozen")
+    assert frozen.code == 0, frozen.err
+
+
+def test_a_bare_folder_trains_through_the_script_and_says_what_it_is(
+    saved_models: Path, tmp_path: Path, train: Any
+) -> None:
+    (tmp_path / "config.json").write_bytes((saved_models / "bare" / "config.json").read_bytes())
+    done = train(*BRIEF, "--qwen_model", tmp_path)
+    assert done.code == 0, done.err
+    assert "RANDOM WEIGHTS: the folder holds nothing but config.json" in done.out
+    assert all(row["qwen_grad"] > 0 for row in done.rows("batch"))
+
+
+def test_what_is_chosen_is_kept_on_a_resume(saved_models: Path, train: Any) -> None:
+    """Breaks: `auto` that is decided again, on another device another way."""
+    done = train(*BRIEF, "--qwen_model", saved_models / "chars", "--batch_cells", 400)
+    assert done.code == 0, done.err
+    (saved,) = [done.checkpoint()["extra"]["config"]]
+    assert (saved["qwen_train"], saved["batch_cells"]) == ("full", 400)
+    again = train("--resume", done.folder, "--device", "cpu", "--dry_run", fast=False)
+    assert again.code == 0, again.err
+    assert (again.run.args.qwen_train, again.run.args.batch_cells) == ("full", 400)
+    refused = train("--resume", done.folder, "--device", "cpu", "--qwen_train", "lora", fast=False)
+    assert refused.code == 3
+    assert "--qwen_train: saved full, now lora" in refused.err

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from optimizers import NS_A, NS_B, NS_C, MuonAdamW, WeightAverage, orthogonalise
+from command_line import UserError
+from optimizers import (
+    NS_A,
+    NS_B,
+    NS_C,
+    MuonAdamW,
+    WeightAverage,
+    eight_bit_functions,
+    orthogonalise,
+)
 
 
 def tensors(*shapes: tuple[int, ...], seed: int = 0) -> list[torch.nn.Parameter]:
@@ -238,6 +248,58 @@ def test_decay_zero_switches_the_average_off() -> None:
     with average.applied():
         assert torch.equal(params[0], own)
     assert average.state_dict() == {"n_updates": 0, "average": []}
+
+
+def test_eight_bits_without_the_package_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
+    with pytest.raises(UserError, match="pip install bitsandbytes, or use --optimizer muon"):
+        eight_bit_functions()
+
+
+def test_eight_bit_moments_are_loaded_as_they_were_saved() -> None:
+    """Breaks: torch's own loading, which makes float32 of them."""
+    p = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer, again = (MuonAdamW([{"params": [p], "eight_bit": True}]) for _ in "ab")
+    optimizer.state[p] = {
+        "step": torch.tensor(3.0),
+        "exp_avg_8": torch.arange(4096).reshape(64, 64).to(torch.uint8),
+        "exp_avg_8_scale": torch.rand(16),
+        "exp_avg_sq_8": torch.arange(4096).reshape(64, 64).to(torch.uint8) // 2,
+        "exp_avg_sq_8_scale": torch.rand(16),
+    }
+    again.load_state_dict(optimizer.state_dict())
+    for name, value in optimizer.state[p].items():
+        assert again.state[p][name].dtype == value.dtype, name
+        assert torch.equal(again.state[p][name], value), name
+
+
+def test_eight_bit_adamw_follows_adamw_and_a_copy_goes_on_bit_for_bit() -> None:
+    """Breaks: wrong order of the package's arguments, decay, or weights that are left out."""
+    pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(64, 96, generator=generator), torch.randn(8, generator=generator)]
+    grads = [[torch.randn(p.shape, generator=generator) for p in start] for _ in range(8)]
+    ends: dict[bool, list[torch.nn.Parameter]] = {}
+    for eight_bit in (False, True):
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        group = {"params": params, "eight_bit": eight_bit, "weight_decay": 0.1}
+        optimizer = MuonAdamW([group], lr=0.01)
+        for number, step in enumerate(grads):
+            if eight_bit and number == 4:
+                state = optimizer.state_dict()
+                optimizer = MuonAdamW([group], lr=0.01)
+                optimizer.load_state_dict(state)
+            for p, grad in zip(params, step, strict=True):
+                p.grad = grad.clone()
+            optimizer.step()
+        ends[eight_bit] = params
+    moved = (ends[False][0] - start[0]).abs().mean()
+    assert (ends[True][0] - ends[False][0]).abs().mean() < 0.05 * moved
+    assert not torch.equal(ends[True][0], ends[False][0])
+    assert torch.equal(ends[True][1], ends[False][1]), "small weights keep whole moments"
 
 
 def test_average_leaves_frozen_weights_out() -> None:

@@ -470,6 +470,143 @@ def test_cache_state_round_trip_continues_bit_for_bit(tmp_path: Path) -> None:
     assert second.n_pairs == whole.n_pairs
 
 
+# ---- parts ---------------------------------------------------------------------------------
+
+
+def test_a_batch_within_the_bound_is_read_as_ever_and_a_larger_one_in_parts() -> None:
+    """Breaks: a bound that is not kept, parts that forget a pair or mix them up, or gradients that
+    get lost in them."""
+    batch = make_batch([[((9, 9), (9, 9))] * 4, [((3, 3), (3, 3))] * 3])
+    modules = [tiny(read_tokens=most) for most in (None, 4 * 192 + 3 * 32, 400)]
+    losses, calls, grads = [], [], []
+    for module in modules:
+        seen: list[tuple[int, ...]] = []
+        module.backbone.register_forward_hook(
+            lambda _, args, kwargs, out, seen=seen: seen.append(tuple(kwargs["input_ids"].shape)),
+            with_kwargs=True,
+        )
+        loss = scalar(module, batch)
+        calls.append(list(seen))
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append([p.grad for p in module.parameters() if p.grad is not None])
+        if module is modules[2]:
+            assert len(seen) == 2 * len(calls[2]), "each part once more in the backward pass"
+    assert calls[0] == calls[1] == [(3, 32), (4, 192)]
+    assert calls[2] == [(3, 32), (2, 192), (2, 192)]
+    assert torch.equal(losses[0], losses[1])
+    torch.testing.assert_close(losses[2], losses[0], atol=1e-5, rtol=1e-5)
+    assert len(grads[2]) == len(grads[0]) > 0
+    for one, other in zip(grads[0], grads[2], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        modules[2](batch)
+
+
+def test_parts_keep_the_activations_of_one_part_only() -> None:
+    batch = make_batch([[((12, 12), (12, 12))] * 6])
+    kept = []
+    for most in (None, 400):
+        module, sizes = tiny(read_tokens=most), [0]
+
+        def pack(t: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes[0] += t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            module(batch)
+        kept.append(sizes[0])
+    assert kept[1] < 0.1 * kept[0]
+
+
+def test_the_default_bound_is_beyond_what_the_tiny_model_reads_on_a_cpu() -> None:
+    """So that no bit of a run with it changed by the bound: 16 queries a batch in evaluation, each
+    with six demonstrations of two 30 x 30 grids."""
+    module = tiny()
+    assert module.read_tokens is not None
+    assert module.read_tokens > 16 * 6 * 2048
+    assert tiny(train="frozen").read_tokens is None
+
+
+# ---- a frozen model's states ---------------------------------------------------------------
+
+
+def calls_of(module: QwenHybridPrompt) -> list[int]:
+    """Filled with the pairs of each forward of the language model, from now on."""
+    calls: list[int] = []
+    module.backbone.register_forward_hook(
+        lambda _, args, kwargs, out: calls.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return calls
+
+
+def test_a_frozen_model_reads_each_pair_once_and_the_projections_learn() -> None:
+    """Breaks: states read in a random view, kept behind trained parts, or not in evaluation."""
+    batch, module = small_batch(), tiny(train="frozen")
+    calls = calls_of(module)
+    optimizer = torch.optim.SGD(module.head_parameters(), lr=0.1)
+    tokens = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        scalar(module, batch).backward()
+        for part in (module.pool, module.project):
+            assert all(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
+        optimizer.step()
+        tokens.append(module(batch).tokens)
+    assert calls == [1] * 5
+    assert not torch.equal(tokens[0], tokens[1]), "trained parts work on what is kept"
+    another_view = copy.deepcopy(batch)
+    another_view.demo_output = torch.where(batch.demo_output >= 0, 9 - batch.demo_output, -1)
+    module.eval()
+    assert torch.equal(module(another_view).tokens, tokens[-1])
+    assert len(calls) == 5
+    another_pair = copy.deepcopy(batch)
+    another_pair.own_output[0, 0, 0] = (another_pair.own_output[0, 0, 0] + 1) % 10
+    assert not torch.equal(module(another_pair).tokens, tokens[-1])
+    assert len(calls) == 6
+    assert module.states is not None
+    assert (module.states.misses, len(module.states)) == (6, 6)
+
+
+@pytest.mark.parametrize("states_bytes", [0, 20_000])
+def test_states_that_are_not_kept_give_the_same_bits(states_bytes: int) -> None:
+    """Breaks: numbers that depend on what is kept, so that a resumed run is another one."""
+    batches = [small_batch(seed) for seed in (0, 1, 0, 2, 1)]
+    keeps, drops = tiny(train="frozen"), tiny(train="frozen", states_bytes=states_bytes)
+    for batch in batches:
+        assert torch.equal(keeps(batch).tokens, drops(batch).tokens)
+        some = make_batch([[((5, 5), (1, 1))] * 2], 0)  # another composition of the batch
+        drops(some)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(keeps(batches[0]).tokens, tiny(train="frozen")(batches[0]).tokens)
+    assert drops.states is not None
+    assert keeps.states is not None
+    assert drops.states.n_bytes <= states_bytes < keeps.states.n_bytes
+    kept = sum(t.numel() * t.element_size() for t in drops.states._entries.values())
+    assert drops.states.n_bytes == kept
+    assert (drops.states.hits > 0) == (states_bytes > 0)
+
+
+def test_kept_states_stay_near_a_reading_without_them() -> None:
+    """float16 and padding change the prompt by rounding alone."""
+    batch, frozen, full = small_batch(), tiny(train="frozen"), tiny()
+    torch.testing.assert_close(frozen(batch).tokens, full(batch).tokens, atol=3e-3, rtol=0)
+
+
+def test_states_are_in_no_checkpoint_and_a_copy_shares_them() -> None:
+    module = tiny(train="frozen", cache_interval=4)
+    module(small_batch())
+    state = module.cache_state()
+    assert state["keys"].numel() == state["readings"].numel() == 0
+    assert state["counts"].tolist() == [0, 0]
+    assert copy.deepcopy(module).states is module.states
+    assert tiny().states is None
+    assert "up to" in module.description()
+    assert "5 pairs read, 0 looked up" in module.states.description()  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="max_bytes must be >= 0"):
+        tiny(train="frozen", states_bytes=-1)
+
+
 # ---- ablations -----------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
 """Break the wiring of the training step in a copy, one way at a time, and show which test notices.
 
-The breakages stand in `wiring_table.py`. One that no test catches is a promise that nothing keeps.
+The breakages stand in `wiring_table.py` and `device_table.py`. One that no test catches is a
+promise that nothing keeps.
     python tests/faults/wiring_mutants.py                # all, and the table
     python tests/faults/wiring_mutants.py reward         # those whose name contains `reward`
+    python tests/faults/wiring_mutants.py device:        # what only a GPU would show
     python tests/faults/wiring_mutants.py --check        # only whether the table fits the code
 """
 
@@ -19,9 +21,12 @@ import time
 import traceback
 from pathlib import Path
 
-from wiring_table import MUTANTS, Mutant
+from device_table import DEVICE
+from wiring_table import MUTANTS as WIRING
+from wiring_table import Mutant
 
 REPO = Path(__file__).resolve().parents[2]
+MUTANTS = [*WIRING, *DEVICE]
 LIMIT_S = 240.0  # of one mutant; one that hangs the tests is noticed by them
 
 
