@@ -1,8 +1,8 @@
-"""Three operations of the agent, with gradients by hand where torch's own cost more on a CPU.
+"""Three operations of the agent, with gradients by hand where torch's own cost more.
 
 `rms_norm`, `bag_sum` and `positive_solver` give what their torch counterparts give, up to
-rounding (tests/test_fast_math.py). Elsewhere than on a CPU in float32 they are torch's own. What
-each bought: docs/PERFORMANCE.md.
+rounding (tests/test_fast_math.py). Elsewhere than on a CPU in float32 the first two are torch's
+own. What each bought: docs/PERFORMANCE.md.
 `from fast_math import bag_sum, positive_solver, rms_norm`.
 """
 
@@ -85,30 +85,25 @@ def positive_solver(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]
     """(solve, failed) of positive definite matrices (n, rows, rows) float32: solve(b) is the x of
     `matrix @ x = b`, b (n, rows, columns); failed (n,): not 0 where a matrix is not positive.
 
-    On a CPU by the inverse, which makes each solve and its gradient one product. A GPU multiplies
-    in TF32, too roughly for an inverse: there by the factor. Nothing waits for the device.
+    On every device, and nothing waits for it. By the Cholesky factor, not by the inverse: that was
+    1.4 times as fast and gave gradients two digits worse (docs/LOG.md).
     """
     # _ex: the other one waits for the device to report whether all went well
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if matrix.device.type != "cpu":
-        return partial(_solve_by_factor, factor), failed
-    return partial(torch.matmul, _Inverse.apply(matrix, factor.detach())), failed
+    factor, failed = torch.linalg.cholesky_ex(matrix.detach())
+    return partial(_Solve.apply, matrix, factor), failed
 
 
-def _solve_by_factor(factor: Tensor, b: Tensor) -> Tensor:
-    return torch.cholesky_solve(b, factor)
-
-
-class _Inverse(torch.autograd.Function):
-    """The inverse of a symmetric matrix, given its Cholesky factor."""
+class _Solve(torch.autograd.Function):
+    """The gradient by one more solve, where autograd goes back through the factor."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, factor: Tensor) -> Tensor:
-        inverse = torch.cholesky_inverse(factor)
-        ctx.save_for_backward(inverse)
-        return inverse
+    def forward(ctx: Any, matrix: Tensor, factor: Tensor, b: Tensor) -> Tensor:
+        x = torch.cholesky_solve(b, factor)
+        ctx.save_for_backward(factor, x)
+        return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (inverse,) = ctx.saved_tensors
-        return -(inverse @ grad @ inverse), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        factor, x = ctx.saved_tensors
+        grad_b = torch.cholesky_solve(grad, factor)
+        return -(grad_b @ x.mT), None, grad_b

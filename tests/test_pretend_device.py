@@ -38,7 +38,7 @@ ALLOWED: dict[tuple[str, str, str], tuple[int, str]] = {
     (LOOP, "train_step", "__bool__"): (1, "no step on numbers that are not finite; behind it, so"),
     ("human_rl_agent.py", "update", "__bool__"): (1, "nor for the policy"),
     ("proposal_policy.py", "learn", "__bool__"): (1, "nor for the choice"),
-    (LOOP, "train_step", "tolist"): (1, "all figures of the batch at once"),
+    ("ranks.py", "means", "tolist"): (1, "all figures of the batch at once"),
 }
 ALLOWED_WITH_CACHE = {
     (QWEN, "_readings", "cpu: copied to cpu"): (1, "keys of what was read before"),

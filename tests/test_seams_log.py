@@ -268,7 +268,7 @@ def test_a_run_that_fails_between_two_saves_says_what_is_lost(
     assert failed.code == EXIT_MEMORY
     assert "NOT SAVED" in failed.out
     assert "epoch 1, batch 0: 1 batch is lost" in failed.out
-    assert last_line(failed.err).startswith("error: out of memory. Use a smaller --batch_size")
+    assert last_line(failed.err).startswith("error: out of memory. Use --batch_size 1 --grad_accum")
     with at_steps({1: lambda: torch.empty(1)}):
         assert "NOT SAVED" not in train("--resume", failed.folder).err
 

@@ -37,6 +37,7 @@ import rule_list
 import run_lines
 import run_state
 import trainloop_complete_with_fixes as trainloop
+from arc_agent import drawn_steps
 from arc_system import answer_stats, arms_right, fingerprint
 from batches import TrainingStream, View, evaluation_views
 from grid_features import N_CONTROL
@@ -61,11 +62,33 @@ def test_the_second_answer_reads_the_refined_tokens(ready: Any) -> None:
 
 def test_training_takes_every_planning_step(ready: Any) -> None:
     """Breaks: the early stop of prediction in training."""
-    step = ready("--stop_confidence", 0)
+    step = ready("--stop_confidence", 0, "--draw_steps", "off")
     step.take()
     for call in step.calls["answer"]:
         assert call.result.n_steps.tolist() == [5] * step.batch.n_queries
     assert len(step.one("forward").given["logits"]) == 5
+
+
+def test_a_batch_s_planning_steps_are_drawn_by_its_place(ready: Any) -> None:
+    """Breaks: every batch takes as many, or the two answers take different numbers."""
+    step = ready("--no_memory", "--planning_steps", 3)
+    taken: list[int] = []
+    for epoch, batch in [(0, n) for n in range(8)] + [(1, 0), (1, 1), (0, 0)]:
+        step.run.progress.epoch, step.run.progress.batch = epoch, batch
+        step.take()
+        first, second = (set(call.result.n_steps.tolist()) for call in step.calls["answer"][-2:])
+        assert first == second
+        taken += first
+        assert taken[-1] == drawn_steps(3, step.run.args.seed, epoch, batch, 3)
+    assert set(taken) == {1, 2, 3}
+    assert taken[0] == taken[-1]
+
+
+def test_drawn_steps_cost_the_same_time_whatever_their_number() -> None:
+    """Breaks: the odds of k steps are not 1 / k."""
+    drawn = [drawn_steps(5, 0, n) for n in range(4000)]
+    spent = {k: k * drawn.count(k) / sum(drawn) for k in range(1, 6)}
+    assert all(abs(share - 0.2) < 0.03 for share in spent.values()), spent
 
 
 def test_the_policy_sees_the_first_answer_and_then_the_second(ready: Any) -> None:
@@ -461,7 +484,8 @@ def test_gradient_accumulation_averages(ready: Any) -> None:
     """Breaks: `loss / grad_accum` without the division, or by another number."""
     found = {}
     for n in (1, 3):
-        step = ready("--grad_accum", n, "--policy", "off", "--no_memory", "--clip", 1e9)
+        alike = ("--policy", "off", "--no_memory", "--clip", 1e9, "--draw_steps", "off")
+        step = ready("--grad_accum", n, *alike)
         step.keep_gradients()
         for number in range(n):
             step.take(last=number == n - 1)

@@ -238,7 +238,7 @@ TRAINED_BY = {
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_of_the_loss_has_a_weight_and_trains_by_itself(ready: Any, part: Any) -> None:
     """Breaks: that part's weight is 0 by default, or it does not enter the total."""
-    step = ready("--no_reward", "--clip", 1e9)
+    step = ready("--no_reward", "--clip", 1e9, "--draw_steps", "off")
     loss = step.run.system.efe_loss
     assert float(getattr(loss, f"lambda_{part}")) > 0
     step.keep_gradients()
