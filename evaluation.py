@@ -9,6 +9,8 @@ ballots: the network's alone, and one in which the refined answers and the propo
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 from arc_agent import AgentOutput
 from arc_system import Answered, System
-from batches import Batch, Collator, View, evaluation_batches
+from batches import Batch, Collator, View, evaluation_batches, prefetch
 from dataset_arc import Task
 from grid_accuracy_loss import copied_share, pick_colour, weighted_cell_mean
 from grid_parts import COLOURS
@@ -172,9 +174,9 @@ def predict_tasks(
         if progress is not None:
             progress(len(cast))
 
-    def ballots() -> Iterator[Ballots]:
-        """Of each batch that is this process's, until time or batches are spent."""
-        generator = torch.Generator(device=device).manual_seed(seed)
+    def batches() -> Iterator[tuple[int, View, Batch, int]]:
+        """(number of the view, view, batch, number of the batch), of those that are this
+        process's."""
         hurried = deadline is not None or max_batches is not None
         for number, view, some in _work(tasks, views, N_COST_GROUPS if hurried else 1):
             for batch in evaluation_batches(
@@ -188,8 +190,17 @@ def predict_tasks(
                 proposals=proposals,
                 turns=turns,
             ):
+                yield number, view, batch, turns.n
+
+    def ballots() -> Iterator[tuple[int, Ballots]]:
+        """Of each batch, by its number, until time or batches are spent."""
+        generator = torch.Generator(device=device).manual_seed(seed)
+        made = batches()
+        # made ahead in a thread: most of the first view is the analysis of grids
+        with contextlib.closing(prefetch(lambda _: next(made, None), itertools.count())) as coming:
+            for number, view, batch, n in iter(coming.__next__, None):
                 late = deadline is not None and time.monotonic() > deadline
-                spent = late or (max_batches is not None and turns.n >= max_batches)
+                spent = late or (max_batches is not None and n >= max_batches)
                 if spent and (number or not whole_first):
                     return
                 on_device = batch.to(device)
@@ -202,20 +213,20 @@ def predict_tasks(
                     )
                 keys = [(task_id, number) for task_id, _, number in batch.pair_ids]
                 of_view = _ballots(batch, on_device, answered, view)
-                yield list(zip(keys, of_view, strict=True))
+                yield n, list(zip(keys, of_view, strict=True))
 
     was_training = system.agent.training
     system.train(False)
     try:
         if not ranks.many:
-            for some in ballots():
+            for _, some in ballots():
                 take(some)
             return found
 
         def mine() -> dict[int, Ballots]:
             made = {}
-            for some in ballots():
-                made[turns.n] = some
+            for n, some in ballots():
+                made[n] = some
                 if progress is not None:
                     progress(0)
             return made

@@ -194,7 +194,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_views", type=number(int, 1, 64),
         help="views that vote in the final evaluation (default: 8, as far as they fit in a "
-             "--time_budget; 2 on CPU without one)")
+             "--time_budget; on CPU without one 2, with --max_batches 1)")
     add("--vote_batches", type=count, metavar="N",
         help="batches of the final evaluation at most, its first view always whole; repeats the "
              "voting of a --time_budget run (default: all)")
@@ -209,7 +209,8 @@ def build_parser() -> Parser:
         help="what a refinement needs to be accepted in the final evaluation; full: its way of "
              "fitting re-predicts every demonstration from the others; demonstrations: or more "
              "of their cells than the network does, which costs about one view more; off: "
-             "nothing (default: demonstrations; full with --time_budget or --schedule_batches)")
+             "nothing (default: demonstrations; full with --time_budget, --schedule_batches or "
+             "--max_batches)")
     add("--hold_out", type=number(int, 2), metavar="N",
         help="leave every Nth training task out of training and validation; the final "
              "evaluation reports them apart (default: none)")
@@ -472,8 +473,8 @@ def fill_device_defaults(args: argparse.Namespace, device: str, n_processes: int
         args.cost_power = 1.5 if short else 0.0
     brief = args.time_budget is not None and args.time_budget < 8
     if args.acceptance is None:
-        timed = args.time_budget is not None or args.schedule_batches is not None
-        args.acceptance = "full" if timed else "demonstrations"
+        quick = (args.time_budget, args.schedule_batches, args.max_batches) != (None,) * 3
+        args.acceptance = "full" if quick else "demonstrations"
     n_cores = max(1, cores() // n_processes)
     args.workers = 1 if n_cores <= 4 else min(4, n_cores // 4)
     if args.threads is None and on_cpu and args.hypotheses == "on" and brief:
@@ -745,7 +746,8 @@ def train_and_score(run: Run, plan: Plan, persistence: ModelPersistence, slices:
     if args.hypotheses == "on":  # they need nothing that is trained, and no test output
         start_fitting(run, plan)
     score_untrained(run, plan, persistence)
-    views = args.eval_views or (2 if run.device == "cpu" and plan.limits.deadline is None else 8)
+    unhurried = run.device == "cpu" and plan.limits.deadline is None
+    views = args.eval_views or ((1 if args.max_batches else 2) if unhurried else 8)
     share_time(run, plan.limits, len(plan.final), views)
     run.train_started, run.resumed_at = time.monotonic(), run.progress.total
     train(run, plan, persistence)
