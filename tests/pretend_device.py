@@ -30,6 +30,7 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 N_DEVICES, MEMORY_BYTES = 2, 80 * 2**30
 REAL_AUTOCAST = torch.autocast
 REAL_GROUPS = torch._C._group_tensors_by_device_and_dtype
+REAL_APPLY = torch.autograd.function.BackwardCFunction.apply
 REAL_BACKWARD = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
 
@@ -133,6 +134,15 @@ def mark(result: Any, device: torch.device, but: Sequence[Tensor] = ()) -> Any:
     return result
 
 
+def gradients_at_home(function: Any, *gradients: Any) -> Any:
+    """A backward pass in Python: what comes from torch's own passes lies where was saved what the
+    forward pass had."""
+    places = [home(x) for x in function.saved_tensors]
+    if CUDA.type in {place.type for place in places}:
+        mark(list(gradients), next(place for place in places if place.type == CUDA.type))
+    return REAL_APPLY(function, *gradients)
+
+
 class Pretended(TorchFunctionMode):
     """The device, while the block lasts. waits: of all calls so far; faults: what went wrong."""
 
@@ -198,6 +208,7 @@ class Pretended(TorchFunctionMode):
             yield torch, name, lambda device="cuda", real=real: real("cpu")
         yield torch._C, "_group_tensors_by_device_and_dtype", self._groups
         yield torch.autograd, "_engine_run_backward", self._backward
+        yield torch.autograd.function.BackwardCFunction, "apply", gradients_at_home
 
     def _set_random_state(self, state: Tensor, device: Any = 0) -> None:
         if home(state) != CPU or state.dtype != torch.uint8:

@@ -48,8 +48,8 @@ SURVIVORS = [
     Mutant(
         "7 second answer ignores the refined tokens",
         SYSTEM,
-        "self.answer(reading, refinement, stop=stop)",
-        "self.answer(reading, stop=stop)",
+        "self.answer(reading, refinement, steps=steps, stop=stop)",
+        "self.answer(reading, steps=steps, stop=stop)",
         "wiring: second_answer_reads",
     ),
     Mutant(
@@ -111,8 +111,8 @@ SURVIVORS = [
     Mutant(
         "29 accumulated gradients not averaged",
         T,
-        "loss / args.grad_accum",
-        "loss",
+        "loss * part.share / args.grad_accum",
+        "loss * part.share",
         "wiring: accumulation_averages",
     ),
     Mutant(
@@ -415,9 +415,37 @@ OTHERS = [
     Mutant(
         "6 training stops early",
         SYSTEM,
-        "self.answer(reading, refinement, stop=stop)",
-        "self.answer(reading, refinement, stop=0.0)",
+        "self.answer(reading, refinement, steps=steps, stop=stop)",
+        "self.answer(reading, refinement, steps=steps, stop=0.0)",
         "wiring: takes_every_planning_step",
+    ),
+    Mutant(
+        "44 steps drawn the same in every batch",
+        T,
+        "drawn_steps(args.planning_steps, *place, 3)",
+        "drawn_steps(args.planning_steps, 3)",
+        "wiring: steps_are_drawn",
+    ),
+    Mutant(
+        "44 second answer takes all steps",
+        SYSTEM,
+        "self.answer(reading, refinement, steps=steps, stop=stop)",
+        "self.answer(reading, refinement, stop=stop)",
+        "wiring: steps_are_drawn",
+    ),
+    Mutant(
+        "44 odds of the steps alike",
+        AGENT,
+        "odds = 1.0 / np.arange(1, n_steps + 1)",
+        "odds = np.ones(n_steps)",
+        "wiring: drawn_steps_cost",
+    ),
+    Mutant(
+        "44 the backward rule is not fitted for who answers again",
+        SYSTEM,
+        "passed.asked.inverse = self.agent.backward_model.fit(passed.asked.batch)",
+        "passed.asked.inverse = 0 * self.agent.backward_model.fit(passed.asked.batch)",
+        "arc_system",
     ),
     Mutant(
         "7 noise the same in every batch",
@@ -443,8 +471,8 @@ OTHERS = [
     Mutant(
         "8 policy paid the other way round",
         T,
-        "update(refinement.info, reward, ",
-        "update(refinement.info, -reward, ",
+        "learned = refinement.info, reward, after_state",
+        "learned = refinement.info, -reward, after_state",
         "trainloop: fix_6",
     ),
     Mutant(
@@ -653,15 +681,15 @@ OTHERS = [
     Mutant(
         "18 an infinite loss is healthy",
         T,
-        "torch.isfinite(norm) & torch.isfinite(loss)",
+        "torch.isfinite(norm) & torch.isfinite(whole_loss)",
         "torch.isfinite(norm)",
         "wiring: not_finite",
     ),
     Mutant(
         "18 an infinite gradient is healthy",
         T,
-        "torch.isfinite(norm) & torch.isfinite(loss)",
-        "torch.isfinite(loss)",
+        "torch.isfinite(norm) & torch.isfinite(whole_loss)",
+        "torch.isfinite(whole_loss)",
         "wiring: not_finite",
     ),
     Mutant(
@@ -903,8 +931,8 @@ HYPOTHESES = [
     Mutant(
         "40 hypotheses with a gap in the order",
         FITTING,
-        "            if task_id not in self.done:\n                break",
-        "            if task_id not in self.done:\n                continue",
+        "        return min(n, self._n_gapless)",
+        "        return min(n, len(self.done))",
         "hypotheses: has_no_gap",
     ),
     Mutant(
