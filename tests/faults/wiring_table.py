@@ -445,7 +445,7 @@ OTHERS = [
         SYSTEM,
         "passed.asked.inverse = self.agent.backward_model.fit(passed.asked.batch)",
         "passed.asked.inverse = 0 * self.agent.backward_model.fit(passed.asked.batch)",
-        "arc_system",
+        "arc_system: read_backwards",
     ),
     Mutant(
         "7 noise the same in every batch",
