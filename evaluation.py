@@ -232,10 +232,14 @@ def predict_tasks(
             return made
 
         by_number = {n: some for part in ranks.gather_made(mine) for n, some in part.items()}
-        for n in range(len(by_number)):
-            if n not in by_number:  # time was up for who had that one: it is the end
-                break
-            take(by_number[n])
+
+        def take_all() -> None:
+            for n in range(len(by_number)):
+                if n not in by_number:  # time was up for who had that one: it is the end
+                    break
+                take(by_number[n])
+
+        ranks.gather_made(take_all)  # a signal may end it, then for all
     finally:
         system.train(was_training)
     return found

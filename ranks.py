@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import timedelta
@@ -24,6 +25,7 @@ from command_line import EXIT_ARGUMENTS, EXIT_UNEXPECTED, UserError
 
 T = TypeVar("T")
 BUCKET_NUMEL = 1 << 23  # gradients that are summed in one go: 32 MiB of float32
+SAY_FIRST_S = 1.0  # for the process that knows why, before others speak
 PATIENCE = timedelta(hours=2)  # the first process may be bringing a run back from Drive
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 
@@ -400,8 +402,16 @@ def joined_ranks() -> Iterator[Ranks]:
     )
     try:
         yield ranks
-    except PeerLost:
-        raise UserError("", EXIT_UNEXPECTED) from None
+    except PeerLost as lost:
+        time.sleep(SAY_FIRST_S)  # who knows why says it
+        if not _first_to_fail(store, ranks.rank):
+            raise UserError("", EXIT_UNEXPECTED) from None
+        why = (str(lost).strip().splitlines() or ["it has ended"])[0]
+        raise UserError(
+            f"another of the {ranks.world} processes cannot be reached ({why:.200}). Start all of "
+            "them again with --resume auto; torchrun --max-restarts does that by itself.",
+            EXIT_UNEXPECTED,
+        ) from None
     except Exception as error:
         silent = isinstance(error, UserError) and not str(error)  # the first process says it
         if not silent and not _first_to_fail(store, ranks.rank):

@@ -95,6 +95,9 @@ BY_EFFECT = ("data", "amp")
 OF_THE_VOTE = ("eval_views", "vote_batches", "acceptance", "hypothesis_tasks")
 
 
+# What every run did before there was the flag, where that is not the default of today.
+BEFORE_THE_FLAG: Mapping[str, Any] = {"draw_steps": "off", "batch_cells": None}
+
 # By what name a user gives a flag, where runs record it under another one.
 GIVEN_AS = {"views": "augment"}
 
@@ -184,6 +187,8 @@ def settings_of(extra: Any) -> dict[str, Any]:
     for part in ("flags", "config"):
         if isinstance(extra.get(part), Mapping):
             found |= extra[part]
+    if isinstance(extra.get("config"), Mapping):
+        found = {**BEFORE_THE_FLAG, **found}
     if found.get("qwen_train") == "auto" and isinstance(system, Mapping):
         found["qwen_train"] = system.get("qwen_train", "auto")  # the mode that was really used
     return found

@@ -30,6 +30,7 @@ from persistence.find_run import find_latest_run, run_of
 from persistence.from_drive import Located, locate_run
 from ranks import Ranks
 from resume_rules import (
+    BEFORE_THE_FLAG,
     OF_THE_VOTE,
     PROCESS,
     RULES,
@@ -118,7 +119,8 @@ def take_saved_arguments(
         saved = None
     wanted = [name for name in RULES if name not in given and RULES[name] != PROCESS]
     if saved is not None:
-        # A flag that it does not know is younger than the run: the default is right.
+        saved = {**BEFORE_THE_FLAG, **saved}
+        # Another flag that it does not know is younger than the run: the default is right.
         unusable = fill(args, [name for name in wanted if name in saved], saved, parser)
         if not unusable:
             return []

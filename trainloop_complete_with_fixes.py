@@ -426,7 +426,8 @@ def run_training(args: argparse.Namespace, started: float, ranks: Ranks = ALONE)
     check_data(args, ranks)
     drive_folder(args, Path(args.runs_dir))
     located = run_to_resume(args)
-    run = set_up(args, tasks, started, ranks)  # its log begins once the run is locked
+    # its log begins once the run is locked
+    run = set_up(args, tasks, started, ranks, fresh=located.folder is None)
     if run.stream.n_batches(0) == 0:
         raise UserError(
             f"{tasks.name}: no task to train on: {run.stream.n_skipped_single} of "
@@ -449,10 +450,10 @@ def run_training(args: argparse.Namespace, started: float, ranks: Ranks = ALONE)
             folder = new_run_folder(Path(args.runs_dir))
         return run_in_folder(run, make_plan(args, tasks), folder, located)
     except Exception as error:
-        message = memory_message(error, f"{advice_for(run)}; --dry_run shows what needs how much.")
-        if message is None:
+        if memory_message(error, "") is None:
             raise
-        raise UserError(message, EXIT_MEMORY) from error
+        message = memory_message(error, f"{advice_for(run)}; --dry_run shows what needs how much.")
+        raise UserError(str(message), EXIT_MEMORY) from error
 
 
 def fill_device_defaults(args: argparse.Namespace, device: str, n_processes: int = 1) -> None:
@@ -517,8 +518,16 @@ def run_to_resume(args: argparse.Namespace) -> Located:
     return Located(None, [], located.skipped)
 
 
-def set_up(args: argparse.Namespace, tasks: TaskSet, started: float, ranks: Ranks = ALONE) -> Run:
-    """Build every object of the loop; its log writes no files.
+def set_up(
+    args: argparse.Namespace,
+    tasks: TaskSet,
+    started: float,
+    ranks: Ranks = ALONE,
+    *,
+    fresh: bool = True,
+) -> Run:
+    """Build every object of the loop; its log writes no files. fresh: not a run that is resumed,
+    whose batches are planned already.
 
     Weights and the order of batches depend on --seed alone.
     """
@@ -561,7 +570,7 @@ def set_up(args: argparse.Namespace, tasks: TaskSet, started: float, ranks: Rank
     optimizer = MuonAdamW(groups, weight_decay=args.weight_decay)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     average = WeightAverage(params, args.ema)
-    if args.batch_cells is None and device != "cpu":
+    if args.batch_cells is None and device != "cpu" and fresh:
         fixed = fixed_needs(system, optimizer.param_groups, average, dtype, device)
         args.batch_cells = cells_that_fit(system, fixed, args, dtype, device)
         args.notes.append(f"Batches: {args.batch_cells} cells at most, what the GPU's memory holds")
@@ -817,8 +826,11 @@ def evaluate(
     """
     args = run.args
 
+    # its draws are of one stream over all batches: every process does all of it, to the end
+    alone = ALONE if args.policy == "random" else run.ranks
+
     def heed_stop() -> None:
-        if run.stop is not None and run.stop.requested:
+        if run.stop is not None and run.stop.requested and alone.many == run.ranks.many:
             raise StopRequested
 
     def scored() -> dict[str, Any]:
@@ -846,8 +858,7 @@ def evaluate(
             dtype=run.dtype,
             seed=args.seed,
             collator=run.collator,
-            # its draws are of one stream over all batches
-            ranks=ALONE if args.policy == "random" else run.ranks,
+            ranks=alone,
         )
 
     with run.average.applied():

@@ -751,3 +751,29 @@ def test_a_frozen_run_goes_on_bit_for_bit_though_its_kept_states_are_gone(train,
     assert differing(*ends) == []
     line = "[Epoch 1] Frozen Qwen: "
     assert any(text.startswith(line) for text in whole.out.splitlines())
+
+
+def test_a_run_from_before_a_flag_goes_on_as_it_was(train):
+    """Breaks: a resumed run takes drawn planning steps that it never took, or batches of another
+    bound."""
+    first = train(*SHORT, "--draw_steps", "off", "--planning_steps", 2, "--epochs", 1)
+    assert first.code == 0, first.err
+    file = first.folder / "config.json"
+    config = json.loads(file.read_text())
+    for name in resume_rules.BEFORE_THE_FLAG:
+        del config["arguments"][name]
+    file.write_text(json.dumps(config))
+    resumed = train("--resume", first.folder, *PLAIN, "--epochs", 2, fast=False)
+    assert resumed.code == 0, resumed.err
+    assert "EXACT" in resumed.out
+    assert json.loads(file.read_text())["arguments"]["draw_steps"] == "off"
+
+
+def test_a_checkpoint_from_before_a_flag_says_what_was_done_then():
+    """Breaks: the missing flag counts as today's default, or overrules what is recorded."""
+    assert resume_rules.settings_of({"config": {"seed": 3}}) == {
+        "seed": 3,
+        **resume_rules.BEFORE_THE_FLAG,
+    }
+    assert resume_rules.settings_of({"config": {"draw_steps": "on"}})["draw_steps"] == "on"
+    assert resume_rules.settings_of({}) == {}
