@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -406,10 +407,10 @@ def joined_ranks() -> Iterator[Ranks]:
         time.sleep(SAY_FIRST_S)  # who knows why says it
         if not _first_to_fail(store, ranks.rank):
             raise UserError("", EXIT_UNEXPECTED) from None
-        why = (str(lost).strip().splitlines() or ["it has ended"])[0]
+        why = re.sub(r"^\[[^]]*\] *", "", str(lost)).split(". ")[0].splitlines()[:1]
         raise UserError(
-            f"another of the {ranks.world} processes cannot be reached ({why:.200}). Start all of "
-            "them again with --resume auto; torchrun --max-restarts does that by itself.",
+            f"another of the {ranks.world} processes cannot be reached ({''.join(why)}). Start "
+            "all of them again with --resume auto; torchrun --max-restarts does that by itself.",
             EXIT_UNEXPECTED,
         ) from None
     except Exception as error:
