@@ -86,7 +86,7 @@ def positive_solver(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]
     `matrix @ x = b`, b (n, rows, columns); failed (n,): not 0 where a matrix is not positive.
 
     On every device, and nothing waits for it. By the Cholesky factor, not by the inverse: that was
-    1.4 times as fast and gave gradients two digits worse (docs/LOG.md).
+    faster and gave gradients two digits worse (docs/LOG.md).
     """
     # _ex: the other one waits for the device to report whether all went well
     factor, failed = torch.linalg.cholesky_ex(matrix.detach())
