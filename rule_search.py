@@ -56,6 +56,14 @@ def bytes_as_words(rows: Grid) -> Words:
     return out.view(np.uint64)
 
 
+def bits_by_word(b: Words) -> Ints:
+    """How many bits are set in each column of b (m, width): (width,) int64."""
+    if hasattr(np, "bitwise_count"):  # NumPy 2
+        return np.bitwise_count(b).sum(0, dtype=np.int64)
+    bits = np.unpackbits(np.ascontiguousarray(b).view(np.uint8), axis=1)
+    return bits.reshape(*b.shape, 64).sum((0, 2), dtype=np.int64)
+
+
 _DENSE = 3  # words compared for all pairs at once
 
 
@@ -65,7 +73,7 @@ def _most_apart(gain: NDArray[np.float32], above: float, a: Words, b: Words) -> 
     free = gain > above
     words = np.flatnonzero(b.any(0))
     # Words with most of b's bits first: nearly every pair that shares a bit is gone after a few.
-    words = words[np.argsort(-np.bitwise_count(b[:, words]).sum(0, dtype=np.int64), kind="stable")]
+    words = words[np.argsort(-bits_by_word(b[:, words]), kind="stable")]
     for w in words[:_DENSE].tolist():
         free &= (a[:, w, None] & b[:, w]) == 0
     places = np.flatnonzero(free)

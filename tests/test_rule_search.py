@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rule_list
 from rule_arms import ARMS, LIMITS
-from rule_search import _most_apart, bytes_as_words, mixed, pack
+from rule_search import _most_apart, bits_by_word, bytes_as_words, mixed, pack
 
 
 @settings(max_examples=30, deadline=None)
@@ -19,12 +20,20 @@ def test_packed_bits_count_and_hash_like_the_rows(seed: int, cells: int) -> None
     rows[5] = rows[0]
     words = pack(rows)
     assert words.shape == (6, -(-cells // 64))
-    assert np.bitwise_count(words).sum(1).tolist() == rows.sum(1).tolist()
+    assert [int(bits_by_word(row[None]).sum()) for row in words] == rows.sum(1).tolist()
     hashes = mixed(words, 0)
     for i in range(6):
         for j in range(6):
             assert (hashes[i] == hashes[j]) == bool((rows[i] == rows[j]).all())
     assert (mixed(words, 1) != hashes)[rows.any(1)].all()  # the pair's number counts
+
+
+def test_bits_are_counted_alike_with_an_older_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = pack(np.random.default_rng(0).random((7, 300)) < 0.4)
+    newer = bits_by_word(words)
+    assert newer.tolist() == [sum(int(word).bit_count() for word in column) for column in words.T]
+    monkeypatch.delattr(np, "bitwise_count", raising=False)
+    assert bits_by_word(words).tolist() == newer.tolist()
 
 
 def test_bytes_as_words_keep_every_byte() -> None:
