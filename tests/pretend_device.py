@@ -201,6 +201,11 @@ class Pretended(TorchFunctionMode):
             "empty_cache": lambda: None,
         }
         yield from ((torch.cuda, name, fake) for name, fake in answers.items())
+        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+            if hasattr(
+                torch.optim.Optimizer, name
+            ):  # it asks the driver; which, by torch's version
+                yield torch.optim.Optimizer, name, lambda optimizer: None
         yield torch, "Generator", Generator
         yield torch, "autocast", Autocast
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
