@@ -288,8 +288,8 @@ def _ballots(
     n_steps = len(own.logits)
     grids, *earlier = (own.grids(step).cpu().numpy() for step in range(n_steps - 1, -1, -1))
     sure = answer_probability(own).tolist()
-    others, chances_of_others = (x.cpu() for x in second_best(own))
-    others, chances_of_others = others.numpy(), chances_of_others.tolist()
+    second, beside = second_best(own)
+    others, chances_of_others = second.cpu().numpy(), beside.tolist()
     recovered = [[0.0] * batch.n_queries, [0.0] * batch.n_queries]
     again = answered.again
     for column, output, backward in (
