@@ -305,19 +305,18 @@ def task_lines(by_task: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> lis
 def total_lines(figures: Mapping[str, Any]) -> list[str]:
     """The lines that end a scoring, from `score`."""
     n, unknown = figures["n"], figures["unknown"]
+    if unknown == 1 and not n:
+        return ["Nothing to score: the test input has no known output."]
     if not n:
-        who = (
-            "the test input has no" if unknown == 1 else f"none of the {unknown} test inputs has a"
-        )
-        return [f"Nothing to score: {who} known output."]
+        return [f"Nothing to score: none of the {unknown} test inputs has a known output."]
     share, mean = 100 * figures["exact_at_2"] / n, 100 * figures["task_mean"]
     size, cells = 100 * figures["size_accuracy"], 100 * figures["cell_accuracy"]
     lines = [
         f"Outputs: {figures['exact_at_2']}/{n} exact in two attempts ({share:.2f}%, Kaggle's "
         f"score), {figures['exact_at_1']} in one",
         f"         size right {size:.1f}%, cells {cells:.1f}%",
-        f"Tasks:   {figures['tasks_solved']}/{figures['tasks']} solved: every known output exact in "
-        "two attempts",
+        f"Tasks:   {figures['tasks_solved']}/{figures['tasks']} solved: every known output exact "
+        "in two attempts",
         f"         mean of the tasks' own shares {mean:.2f}% (arcprize.org's score)",
     ]
     if unknown:
