@@ -45,8 +45,8 @@ A solver of ARC-AGI puzzles, trained with the ARC-EFE trainer. Exported from the
     python predict.py {name} --data my_task.json --show
     python predict.py {name} --data arcagi2 --split evaluation --score
 
-Both need the trainer's code, not the run. Where the language model is in the folder,
-`transformers.AutoModel.from_pretrained("{name}/language_model")` reads it by itself.
+Both need the trainer's code, not the run. Where the language model is in the folder, `AutoModel` of
+transformers reads `{name}/language_model` by itself, `PreTrainedTokenizerFast` its tokenizer.
 """
 LIMITS = """## Limits
 

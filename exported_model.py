@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from language_model import load_folder, save_folder, tokenizer_of, weights_sha256
 from persistence.checkpoint_file import MODULES
 from persistence.files import (
-    CHUNK_BYTES,
     REAL_FS,
     CheckpointError,
     CorruptCheckpointError,
@@ -106,7 +105,7 @@ def write_export(
             **about,
             "system": settings,
             "language_model": language_model,
-            "sha256": _sha256(temp / WEIGHTS),
+            "sha256": hashlib.sha256((temp / WEIGHTS).read_bytes()).hexdigest(),
         }
         atomic_write_json(temp / CONFIG, config, fs)
         (temp / CARD).write_text(card, encoding="utf-8")
@@ -154,14 +153,6 @@ def _write_language_model(qwen: QwenHybridPrompt, folder: Path, offline: bool) -
     return {**found, "revision": None, **facts, "settings": settings}
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(CHUNK_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def read_export(folder: Path) -> dict[str, Any]:
     """An export in the form of a checkpoint's payload: the modules' states by name (of the language
     model none), `extra`, `frozen`; and `language_model` and `revision`, which no checkpoint has.
@@ -188,9 +179,10 @@ def read_export(folder: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{folder}: cannot be read", why, fix)
     weights = folder / WEIGHTS
     try:
-        if _sha256(weights) != config["sha256"]:
+        content = weights.read_bytes()  # not mapped: a file that shrinks then ends the process
+        if hashlib.sha256(content).hexdigest() != config["sha256"]:
             raise CorruptCheckpointError(f"{weights}: differs from what was written", "", fix)
-        tensors = load_file(weights)
+        tensors = load(content)
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptCheckpointError(f"{weights}: cannot be read", str(error), fix) from error
     payload: dict[str, Any] = {module: {} for module in MODULES}
