@@ -30,6 +30,7 @@ from persistence.files import read_json
 from trained_model import known_errors, load_model
 
 if TYPE_CHECKING:
+    from qwen_hybrid_prompt import QwenHybridPrompt
     from trained_model import Model
 
 CARD_HEAD = """---
@@ -247,21 +248,34 @@ def score_text(model: Model, results: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+def notes_on(qwen: QwenHybridPrompt) -> list[str]:
+    """What is done with the language model, where that is not simply a copy."""
+    from exported_model import is_reference
+
+    if is_reference(qwen):
+        return [
+            f"the language model is not copied: {qwen.name} at revision {qwen.revision}, frozen, "
+            "is taken from the hub or its cache"
+        ]
+    if qwen.train_mode == "lora":
+        return ["LoRA is merged into the language model: the same up to rounding"]
+    return []
+
+
 def run_export(args: argparse.Namespace) -> int:
     """From parsed arguments to the folder; returns the exit code.
 
     Raises UserError, ModelError or PersistenceError, with what to do, where the model is missing or
     unreadable, and UserError where the folder cannot be written.
     """
-    from exported_model import is_export, is_reference, write_export
+    from exported_model import is_export, write_export
 
     if is_export(Path(args.model).expanduser()):
         raise UserError(f"{args.model}: is an export already; copy the folder", EXIT_ARGUMENTS)
     model = load_model(args.model, checkpoint=args.checkpoint, offline=args.offline)
     for note in model.notes:
         print(f"warning: {note}", file=sys.stderr)
-    qwen = model.system.qwen
-    mode, reference = qwen.train_mode, is_reference(qwen)
+    notes = notes_on(model.system.qwen)
     about = {
         "run": run_of(model.path).name,
         "task_ids": sorted(model.task_index, key=model.task_index.__getitem__),
@@ -281,13 +295,8 @@ def run_export(args: argparse.Namespace) -> int:
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     weights = "averaged weights" if model.averaged else "weights as they are"
     print(f"Model:  {model.path} ({counted(model.n_batches, 'batch', 'batches')}), {weights}")
-    if reference:
-        print(
-            f"        the language model is not copied: {qwen.name} at revision {qwen.revision}, "
-            "frozen, is taken from the hub or its cache"
-        )
-    if mode == "lora":
-        print("        LoRA is merged into the language model: the same up to rounding")
+    for note in notes:
+        print(f"        {note}")
     print(f"Wrote {args.out}: {size / 1e6:.1f} MB, the weights read back and found the same")
     print(f"Use it: python predict.py {args.out} --data my_task.json --show")
     return EXIT_DONE

@@ -14,6 +14,7 @@ whole or not at all. `from exported_model import is_export, read_export, write_e
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import shutil
@@ -142,12 +143,15 @@ def _write_language_model(qwen: QwenHybridPrompt, folder: Path, offline: bool) -
     backbone: Any = qwen.backbone
     facts = language_model_facts(qwen)
     # A frozen one goes back to the dtype it came in, so that nothing is rounded or blown up.
-    dtype = qwen.saved_dtype if qwen.train_mode == "frozen" else next(backbone.parameters()).dtype
+    held = next(backbone.parameters()).dtype
+    dtype = qwen.saved_dtype if qwen.train_mode == "frozen" else held
     tokenizer = tokenizer_of(qwen.name, offline=offline, revision=qwen.revision)
-    save_folder(backbone.to(dtype), tokenizer, folder)
+    # A copy, as its buffers would stay rounded.
+    saved = backbone if dtype == held else copy.deepcopy(backbone).to(dtype)
+    save_folder(saved, tokenizer, folder)
     again = dict(load_folder(folder, str(folder))[0].named_parameters())
     for name, value in backbone.named_parameters():
-        if name not in again or not value.cpu().equal(again[name]):
+        if name not in again or not value.cpu().equal(again[name].to(held)):
             raise CheckpointError(f"{folder}: {name} was not written as it is", "", "Try again.")
     settings = {"qwen_model": LANGUAGE_MODEL, "qwen_train": qwen.train_mode}
     return {**found, "revision": None, **facts, "settings": settings}
