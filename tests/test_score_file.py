@@ -360,6 +360,24 @@ def test_the_script_scores_without_torch(tmp_path: Path) -> None:
     assert json.loads(scores.read_text())["exact_at_2"] == 2
 
 
+def test_a_reader_that_goes_away_does_not_stop_the_work(tmp_path: Path) -> None:
+    """Breaks: `predict.py --show | head`, with a traceback in place of the rest."""
+    tasks = make_tasks(("flip", "turn", "same"), sides=(20, 25))
+    data = write_tasks(tmp_path / "data.json", tasks)
+    answers = {name: [both(t["test"][0]["output"])] for name, t in tasks.items()}
+    file = text_of(json.dumps(answers), tmp_path / "sub.json")
+    command = [sys.executable, str(ROOT / "predict.py"), "--score_file", str(file), "--show"]
+    with subprocess.Popen(
+        [*command, "--data", str(data)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_a_file_of_the_other_split_is_told(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "data.json"
     file.write_text(
