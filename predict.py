@@ -64,8 +64,13 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--data",
         default="arcagi2",
-        help="arcagi2, arcagi1, a JSON file of one task or many, a Kaggle challenges file or a "
-        "folder (default: %(default)s)",
+        help="arcagi2, arcagi1, a JSON file of one task or many, a Kaggle challenges file, a "
+        "folder or a zip archive (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first task or file of --data of no use (default: leave it out)",
     )
     parser.add_argument(
         "--split",
@@ -291,7 +296,7 @@ def run_prediction(args: argparse.Namespace) -> int:
         if important or not args.quiet:
             print(text, flush=True)
 
-    tasks = load_tasks(args.data)
+    tasks = load_tasks(args.data, strict=args.strict)
     split, chosen = choose_split(tasks, args.split)
     model = load_model(args.model, checkpoint=args.checkpoint, device=device, offline=args.offline)
     for note in model.notes:
@@ -301,6 +306,10 @@ def run_prediction(args: argparse.Namespace) -> int:
     weights = "averaged weights" if model.averaged else "weights as they are"
     say(f"Model:  {model.path} ({model.n_batches} batches), {weights}")
     say(f"Data:   {tasks.name}, {split}: {len(chosen)} tasks, {n_inputs} test inputs")
+    for line in tasks.found:
+        say(f"        {line}")
+    for line in tasks.left_out:
+        print(f"warning: {line}", file=sys.stderr)
     say(f"        {n_known} tasks known from training, {len(chosen) - n_known} unseen")
     say(f"Device: {device}, {n_views} views")
 
