@@ -413,11 +413,10 @@ class _Loading:
         broken = [*self.broken["train"], *self.broken["evaluation"]]
         out = []
         if broken:
-            many = len(broken) > 1
-            out.append(
-                f"{len(broken)} {'tasks or files' if many else 'task or file'} left out, of no use "
-                f"(--strict stops {'at the first' if many else 'there'}): {broken[0]}"
-            )
+            what, stops = "1 task or file cannot be used and is", "there"
+            if len(broken) > 1:
+                what, stops = f"{len(broken)} tasks or files cannot be used and are", "at the first"
+            out.append(f"{what} left out (--strict stops {stops}): {broken[0]}")
         if self.others:
             out.append(f"{count(len(self.others), 'JSON file')} without tasks: {some(self.others)}")
         return out
@@ -444,7 +443,7 @@ def _whole(pair: Pair | None) -> Any:
 
 
 def _encodable(task_id: str) -> str:
-    """The id with half characters, as JSON may hold them, escaped: it is printed and written."""
+    """The id with lone surrogates, as JSON may hold them, escaped: it is printed and written."""
     return task_id.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -528,10 +527,10 @@ def _from_tree(tree: Tree, loading: _Loading) -> list[str]:
             n = loading.add_file(
                 raw, label, path.stem, into, place=place, solutions=known, solved_in=solved_in
             )
-            if alone:
+            if alone and n:
                 folder = "" if str(path.parent) == "." else str(path.parent)
-                loading.taken["task file", folder] += n > 0
-            else:
+                loading.taken["task file", folder] += 1
+            elif n:
                 loading.taken["task", name] += n
     spare = [f"{one_line(name)} was not read {why}" for name, why in found.spare.items()]
     if found.unread:

@@ -70,7 +70,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="stop at the first task or file of --data of no use (default: leave it out)",
+        help="stop at the first task or file of --data that cannot be used (default: leave it out)",
     )
     parser.add_argument(
         "--split",

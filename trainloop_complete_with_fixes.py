@@ -104,7 +104,7 @@ def build_parser() -> Parser:
              "(default: training.json of this folder or beside the script; else Kaggle's folder, "
              "in its notebooks; else arcagi2)")
     add("--strict", action="store_true",
-        help="stop at the first task or file of --data of no use (default: leave it out)")
+        help="stop at the first task or file of --data that cannot be used (default: leave it out)")
     add("--batch_size", type=count,
         help="pairs per batch, whole tasks (default: 8 on CPU, 128 on a GPU)")
     add("--batch_cells", type=count, metavar="N",

@@ -76,7 +76,8 @@ def test_a_folder_in_one_of_its_own_links_is_read_once(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.json", GOOD)
     (tmp_path / "in" / "again").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "gone.json").symlink_to(tmp_path / "nothing")
-    assert ids(da.load_tasks(tmp_path).train) == ["a"]
+    tasks = da.load_tasks(tmp_path)
+    assert (ids(tasks.train), tasks.left_out) == (["a"], ())
 
 
 def test_bounds_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +199,7 @@ def test_a_bad_pair_costs_its_own_piece(tmp_path: Path) -> None:
     tasks = da.load_tasks(file)
     assert ids(tasks.train) == ["l-00", "l-02"]
     place = r"task l, pair \[7\]\.output: grid is 1 x 31"
-    assert "1 task or file left out" in tasks.left_out[0]
+    assert "1 task or file cannot be used and is left out" in tasks.left_out[0]
     with pytest.raises(da.DataError, match=place):
         da.load_tasks(file, strict=True)
     for bad, message in (
@@ -217,10 +218,11 @@ def test_broken_tasks_are_left_out_with_a_count_and_the_first_named(tmp_path: Pa
     for number in range(5):
         write(tmp_path / f"{number}.json", TOO_WIDE if number in (1, 3) else coloured(number))
     write(tmp_path / "4.json", "[1, 2")
+    write(tmp_path / "wide" / "5.json", TOO_WIDE)
     tasks = da.load_tasks(tmp_path)
-    assert ids(tasks.train) == ["0", "2"]
+    assert (ids(tasks.train), tasks.found) == (["0", "2"], ("found 2 task files",))
     (line,) = tasks.left_out
-    assert line.startswith("3 tasks or files left out, of no use (--strict stops at the first): ")
+    assert line.startswith("4 tasks or files cannot be used and are left out (--strict stops at the first): ")
     assert f"{tmp_path}/1.json: task 1, pair test[0].input: grid is 1 x 31" in line
     with pytest.raises(da.DataError, match=r"1\.json: task 1, pair test\[0\]\.input: grid is 1 x"):
         da.load_tasks(tmp_path, strict=True)
@@ -360,7 +362,8 @@ def test_a_zip_archive_is_read_like_the_folder_in_it(tmp_path: Path) -> None:
     assert inside.found == (
         "found 1 task file in repository-master/training, 1 in repository-master/evaluation",
     )
-    assert f"{file}/repository-master/training/bad.json: task bad, pair" in inside.left_out[0]
+    (left_out,) = inside.left_out
+    assert f"{file}/repository-master/training/bad.json: task bad, pair" in left_out
     assert sorted(tmp_path.iterdir()) == [folder, file]  # nothing is unpacked
 
 
@@ -542,7 +545,7 @@ def test_the_scripts_say_what_was_found_and_stop_if_strict(
     done = train("--max_batches", 1, data=data)
     assert done.code == 0, done.err
     assert "        found 1 task file in folder0, 1 in folder1, 1 in folder2\n" in done.out
-    assert "        warning: 1 task or file left out, of no use (--strict stops there)" in done.out
+    assert "        warning: 1 task or file cannot be used and is left out (--str" in done.out
     stopped = train("--max_batches", 1, "--strict", data=tmp_path / "data")
     assert stopped.code == 3
     assert f"{bad}: task wide, pair test[0].input: grid is 1 x 31" in stopped.err
@@ -551,7 +554,7 @@ def test_the_scripts_say_what_was_found_and_stop_if_strict(
     assert predict.main([str(done.folder), *answer]) == 0
     said = capsys.readouterr()
     assert "        found 1 task file in folder0, 1 in folder1, 1 in folder2\n" in said.out
-    assert "warning: 1 task or file left out, of no use" in said.err
+    assert "warning: 1 task or file cannot be used and is left out" in said.err
     assert predict.main([str(done.folder), *answer, "--strict"]) == 3
     assert "pair test[0].input: grid is 1 x 31" in capsys.readouterr().err
 
