@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,6 @@ from command_line import (
     check_device_name,
     checkpoint_name,
     cores,
-    device_name,
     guarded,
     leave,
     memory_message,
@@ -285,6 +282,7 @@ import torch
 from tqdm import tqdm
 
 import evaluation
+import run_scores
 from arc_agent import drawn_steps
 from arc_system import (
     SystemConfig,
@@ -293,7 +291,7 @@ from arc_system import (
     build_system,
     rows_of,
 )
-from batches import Batch, Collator, Targets, TrainingStream, evaluation_views, prefetch
+from batches import Batch, Collator, Targets, TrainingStream, prefetch
 from curriculum import (
     DynamicMemoryThreshold,
     GradientMonitor,
@@ -301,15 +299,13 @@ from curriculum import (
     SizeWarmupCurriculum,
     gradient_norm,
 )
-from dataset_arc import Task, TaskSet, default_data, found_by_itself, load_tasks, slices_of
+from dataset_arc import Task, TaskSet, default_data, found_by_itself, load_tasks
 from distributed import check_data, check_flags, nothing_saved, share_state, shared_fitter
-from evaluation import Key
 from grid_accuracy_loss import (
     cell_accuracy,
     exact_match,
     resize_logits,
 )
-from hypotheses import Fitter
 from language_model import resolve_qwen_model
 from loss_function import EFE_SHARE, combined_loss
 from loss_function import PARTS as EFE_PARTS
@@ -330,8 +326,9 @@ from resuming import (
     take_saved_arguments,
     unsaved_line,
 )
-from run_lines import banner, how_to_repeat, log_batch, say_epoch, say_results
+from run_lines import banner, log_batch, say_epoch
 from run_log import MutedLog, RunLog, listener
+from run_scores import Plan, Slices, make_plan, score_untrained, seen_tasks, slices_in, vote
 from run_state import (
     GRADIENT_FIGURES,
     POLICY_FIGURES,
@@ -355,7 +352,7 @@ from run_state import (
     save_last,
     settle_best,
 )
-from time_budget import FINAL_RESERVE_S, Limits, note_time, out_of_time, plan_decay, share_time
+from time_budget import note_time, out_of_time, plan_decay, share_time
 from trained_model import known_errors
 
 WIDE_FROM = 20 * 10**9  # bytes of a GPU: an agent of width 512 from there on (estimate)
@@ -611,36 +608,9 @@ def set_up(
     )
 
 
-def seen_tasks(tasks: TaskSet, hold_out: int | None) -> tuple[Task, ...]:
-    """The training tasks, without every `hold_out`-th in their fixed order."""
-    return tuple(t for i, t in enumerate(tasks.train, start=1) if not hold_out or i % hold_out)
-
-
 def frequency(task: Task, power: float) -> float:
     """How often a task appears in an epoch: once up to 100 input cells, then less by `power`."""
     return min(1.0, (100 / max(pair.input.size for pair in task.demonstrations)) ** power)
-
-
-@dataclass
-class Plan:
-    """What evaluation and the clock want of the loop."""
-
-    tasks: TaskSet
-    validation: set[Key]
-    final: set[Key]
-    limits: Limits = field(default_factory=Limits)
-
-
-def make_plan(args: argparse.Namespace, tasks: TaskSet) -> Plan:
-    """Which queries are validated after an epoch, and which are voted on at the end."""
-    limit = args.val_pairs
-    if args.max_batches:
-        most = args.max_batches * args.batch_size
-        limit = min(limit, most) if limit else most
-    seen = seen_tasks(tasks, args.hold_out)
-    validation = evaluation.validation_keys(seen, limit, args.seed)
-    everything = evaluation.validation_keys(tasks.train, None, args.seed)
-    return Plan(tasks, validation, validation if args.max_batches else everything)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -733,19 +703,6 @@ def run_beside(run: Run, plan: Plan) -> int:
     return code
 
 
-Slices = Mapping[str, AbstractSet[Key]]
-
-
-def slices_in(plan: Plan, hold_out: int | None) -> Slices:
-    """The parts of the data that the final evaluation reports apart."""
-    slices: dict[str, AbstractSet[Key]] = dict(slices_of(plan.tasks))
-    if hold_out:
-        seen = {task.task_id for task in seen_tasks(plan.tasks, hold_out)}
-        slices["seen"] = {key for key in plan.final if key[0] in seen}
-        slices["held_out"] = plan.final - slices["seen"]
-    return slices
-
-
 def train_and_score(run: Run, plan: Plan, persistence: ModelPersistence, slices: Slices) -> None:
     """Untrained accuracy, the loop, the final evaluation with voting, results.json."""
     args = run.args
@@ -773,96 +730,6 @@ def start_fitting(run: Run, plan: Plan) -> None:
     run.fitter = shared_fitter(evaluation.without_outputs(some), args.workers, run.ranks)
     if args.policy != "off" and args.demonstrations == "on":  # else the ablation would leak
         run.stream.proposals = run.fitter
-
-
-def score_untrained(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
-    """Validate the model as it was before training, once; Accuracy Delta counts from there."""
-    progress = run.progress
-    counted = progress.untrained.get("n", len(plan.validation))
-    if plan.validation and (progress.untrained_accuracy < 0 or counted != len(plan.validation)):
-        begun = time.monotonic()
-        first = before_training(run) if progress.total else run
-        untrained = evaluate(first, plan.tasks, plan.validation, 1, title="Untrained model")
-        if counted != len(plan.validation):
-            aside = persistence.set_best_aside()
-            progress.best = float("-inf")
-            run.log.say(
-                f"Validation: {len(plan.validation)} pairs now, {counted:g} before: the untrained "
-                "model was measured again, and Accuracy Delta counts from there"
-                + (f"; the best model on those before is {aside} now" if aside else ""),
-                important=True,
-            )
-        run.clock.query_s = (time.monotonic() - begun) / len(plan.validation)
-        progress.untrained_accuracy = untrained["cell_accuracy"]
-        progress.untrained = {name: untrained[name] for name in VALIDATED}
-        run.log.say(
-            f"Untrained: cell accuracy {untrained['cell_accuracy']:.4f}, exact "
-            f"{untrained['exact_at_1']}/{untrained['n']} of the validation pairs"
-        )
-        run.log.record({"kind": "start", "epoch": -1, "untrained": untrained})
-
-
-def before_training(run: Run) -> Run:
-    """The run with its modules as they were before the first batch: a function of the seed."""
-    system = build_system(run.system.config, run.device, offline=run.args.offline)
-    return replace(run, system=system, average=WeightAverage([], 0.0))
-
-
-def evaluate(
-    run: Run,
-    tasks: TaskSet,
-    keys: set[Key],
-    n_views: int,
-    *,
-    slices: Slices | None = None,
-    deadline: float | None = None,
-    max_batches: int | None = None,
-    fitter: Fitter | None = None,
-    title: str = "Validation",
-) -> dict[str, Any]:
-    """Score the averaged weights on the given queries; see `evaluation.evaluate`.
-
-    Raises StopRequested after a signal.
-    """
-    args = run.args
-
-    # its draws are of one stream over all batches: every process does all of it, to the end
-    alone = ALONE if args.policy == "random" else run.ranks
-
-    def heed_stop() -> None:
-        if run.stop is not None and run.stop.requested and alone.many == run.ranks.many:
-            raise StopRequested
-
-    def scored() -> dict[str, Any]:
-        return evaluation.evaluate(
-            run.system,
-            tasks.train,
-            keys,
-            evaluation_views(n_views, args.seed),
-            slices=slices,
-            deadline=deadline,
-            max_batches=max_batches,
-            fitter=fitter,
-            hypothesis_tasks=args.hypothesis_tasks,
-            propose=args.demonstrations == "on",
-            acceptance=args.acceptance,
-            title=title,
-            hide_bar=no_bar(args.quiet),
-            heed_stop=heed_stop,
-            say=run.log.say,
-            task_index=run.stream.task_table,
-            # on a CPU what fits its caches: 8 queries took 0.8 of the time of 16
-            batch_size=args.batch_size * (1 if run.device == "cpu" else 2),
-            batch_cells=None if args.batch_cells is None else 4 * args.batch_cells,
-            device=run.device,
-            dtype=run.dtype,
-            seed=args.seed,
-            collator=run.collator,
-            ranks=alone,
-        )
-
-    with run.average.applied():
-        return run.ranks.gather_made(scored)[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1195,7 +1062,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
         "skipped": progress.skipped,
     }
     if plan.validation:
-        result = evaluate(run, plan.tasks, plan.validation, 1)
+        result = run_scores.evaluate(run, plan.tasks, plan.validation, 1)
         progress.validated = {name: result[name] for name in VALIDATED}
         exact = result["exact_at_1"] / max(1, result["n"])
         delta = result["cell_accuracy"] - progress.untrained_accuracy
@@ -1237,38 +1104,6 @@ def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
 # ---------------------------------------------------------------------------------------------
 # Scores, and the end
 # ---------------------------------------------------------------------------------------------
-
-
-def vote(run: Run, plan: Plan, views: int, slices: Slices) -> None:
-    """The final evaluation: results.json, and what the console says of it."""
-    args, progress = run.args, run.progress
-    until = plan.limits.deadline - FINAL_RESERVE_S if plan.limits.deadline is not None else None
-    result = evaluate(
-        run,
-        plan.tasks,
-        plan.final,
-        views,
-        slices=slices,
-        deadline=until,
-        max_batches=args.vote_batches,
-        fitter=run.fitter,
-        title="Final voting",
-    )
-    result |= {
-        "untrained": progress.untrained,
-        "validated": progress.validated,
-        "views": views,
-        "seed": args.seed,
-        "epoch": progress.epoch,
-        "batch": progress.total,
-        "minutes": (time.monotonic() - run.started) / 60,
-        "device": device_name(run.device),
-    }
-    written = run.log.write_json("results.json", result)
-    say_results(run, result, written)
-    schedule = run.schedule
-    if plan.limits.deadline is not None and schedule.stop_at is not None and run.device == "cpu":
-        run.log.say(how_to_repeat(run, result))
 
 
 def leave_early(run: Run, persistence: ModelPersistence) -> int:

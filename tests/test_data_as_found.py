@@ -222,7 +222,9 @@ def test_broken_tasks_are_left_out_with_a_count_and_the_first_named(tmp_path: Pa
     tasks = da.load_tasks(tmp_path)
     assert (ids(tasks.train), tasks.found) == (["0", "2"], ("found 2 task files",))
     (line,) = tasks.left_out
-    assert line.startswith("4 tasks or files cannot be used and are left out (--strict stops at the first): ")
+    assert line.startswith(
+        "4 tasks or files cannot be used and are left out (--strict stops at the first): "
+    )
     assert f"{tmp_path}/1.json: task 1, pair test[0].input: grid is 1 x 31" in line
     with pytest.raises(da.DataError, match=r"1\.json: task 1, pair test\[0\]\.input: grid is 1 x"):
         da.load_tasks(tmp_path, strict=True)

@@ -35,6 +35,7 @@ import command_line
 import evaluation
 import rule_list
 import run_lines
+import run_scores
 import run_state
 import trainloop_complete_with_fixes as trainloop
 from arc_agent import drawn_steps
@@ -370,7 +371,7 @@ def scored(ready: Any, task_set: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(evaluation, "predict_tasks", predict)
         keys = evaluation.validation_keys(task_set.train, None, 0)
-        result = trainloop.evaluate(step.run, task_set, keys, 1, fitter=fitter, **options)
+        result = run_scores.evaluate(step.run, task_set, keys, 1, fitter=fitter, **options)
         monkeypatch.setattr(evaluation, "predict_tasks", real)
         return result, given
 
@@ -475,7 +476,7 @@ def test_mixed_precision_is_on_where_it_was_asked_for(
     assert set(seen) == {dtype or False}
     seen.clear()
     keys = evaluation.validation_keys(task_set.train, None, 0)
-    trainloop.evaluate(step.run, task_set, keys, 1)
+    run_scores.evaluate(step.run, task_set, keys, 1)
     assert len(seen) >= 3
     assert set(seen) == {dtype or False}
 
@@ -750,7 +751,7 @@ def test_evaluation_knows_the_training_tasks_the_views_and_the_seed(
 
     monkeypatch.setattr(evaluation, "predict_tasks", predict)
     keys = evaluation.validation_keys(task_set.train, None, seed)
-    result = trainloop.evaluate(step.run, task_set, keys, 3, max_batches=1)
+    result = run_scores.evaluate(step.run, task_set, keys, 3, max_batches=1)
     assert given["views"] == evaluation_views(3, seed)
     assert given["seed"] == seed
     assert given["only"] == keys
@@ -931,12 +932,12 @@ def test_a_later_epoch_is_the_best_by_the_metric_that_was_asked_for(
     train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Breaks: epochs compared by another metric than the record's."""
-    real, shares = trainloop.evaluate, iter((0.5, 0.6, 0.7, 0.7))
+    real, shares = run_scores.evaluate, iter((0.5, 0.6, 0.7, 0.7))
 
     def evaluate(*args: Any, **given: Any) -> Any:
         return real(*args, **given) | {"cell_accuracy": next(shares)}
 
-    monkeypatch.setattr(trainloop, "evaluate", evaluate)
+    monkeypatch.setattr(run_scores, "evaluate", evaluate)
     small = ("--max_batches", 1, "--eval_views", 1, "--policy", "off", "--planning_steps", 1)
     outcome = train(*small, "--epochs", 2, "--hypotheses", "off", "--best_metric", "cell_accuracy")
     assert outcome.code == 0, outcome.err
