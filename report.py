@@ -517,7 +517,7 @@ def run_report(args: argparse.Namespace) -> int:
             print(f"Wrote {args.curves}: curves of {len(record.batches)} batches")
         return EXIT_DONE
     arguments = record.config.get("arguments", {})
-    tasks = load_tasks(args.data or arguments.get("data", "arcagi2"))
+    tasks = load_tasks(args.data or arguments.get("data", "arcagi2"), training=True)
     expected = record.config.get("data", {}).get("sha256")
     if expected not in (None, tasks.sha256):
         print(f"warning: {tasks.name} is not the data that the run was trained on", file=sys.stderr)
