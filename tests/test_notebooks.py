@@ -18,6 +18,10 @@ import pytest
 import torch
 from conftest import differing, make_tasks, write_tasks
 
+import predict
+import report
+import trainloop_complete_with_fixes as trainloop
+
 ROOT = Path(__file__).resolve().parents[1]
 BOOKS = {name: ROOT / "notebooks" / f"{name}.ipynb" for name in ("colab", "kaggle")}
 RUNTIME = Path(__file__).with_name("stand_in_runtime.py")
@@ -307,6 +311,25 @@ def test_a_submission_that_kaggle_would_not_take_is_refused() -> None:
     bad: Any
     for bad in ([], [[]], [[1], [1, 2]], [[10]], [[-1]], [[1.0]], [[True]], [[1]] * 31, [[1] * 31]):
         assert "not a grid" in faults_of({"a": [good, good | {"attempt_2": bad}]}, tasks)[0]
+
+
+def test_the_flags_of_the_settings_exist() -> None:
+    """As they are in the notebooks, before a test made them small."""
+    parsers = {
+        "SMOKE": trainloop.build_parser(), "TRAIN": trainloop.build_parser(),
+        "REPORT": report.build_parser(), "PREDICT": predict.build_parser(),
+    }  # fmt: skip
+    for name in BOOKS:
+        (cell,) = (cell for cell in cells_of(name) if cell["metadata"].get("tags"))
+        settings: dict[str, Any] = {}
+        exec("".join(cell["source"]), settings)
+        lists = {key: value for key, value in settings.items() if isinstance(value, list)}
+        assert {"TRAIN", "PREDICT"} <= lists.keys() <= parsers.keys()
+        for key, words in lists.items():
+            model = ["runs"] if key in ("REPORT", "PREDICT") else []
+            parsers[key].parse_args([*model, *map(str, words)])
+        assert "--time_budget" in lists["TRAIN"]
+        assert "--save_every" in lists["TRAIN"]
 
 
 @pytest.mark.parametrize("name", BOOKS)
