@@ -120,7 +120,7 @@ def settings_for(disk: Path, tasks: Path, **changed: Any) -> dict[str, Any]:
 def test_colab_twice_the_second_time_with_nothing_but_drive(
     archive: Path, tasks_file: Path, tmp_path: Path, whole: bool
 ) -> None:
-    """Breaks: flags that have to be repeated, a backup that is not found, a smoke run in Drive.
+    """Breaks: flags that have to be repeated, a backup that is not found.
 
     whole: all cells of the first machine, too, the first look included.
     """
