@@ -44,15 +44,12 @@ def source_with(name: str, text: str) -> str:
     return found
 
 
+NOT_THE_PROGRAM = (".*", "__pycache__", "runs", "tests", "docs", "benchmarks", "data", "*venv")
+
+
 def copy_of_the_project(folder: Path) -> Path:
-    """What a user has of it: no tests, no runs."""
-    folder.mkdir(parents=True)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt")]:
-        shutil.copy(path, folder)
-    packages = [path.parent.name for path in ROOT.glob("*/__init__.py")]
-    for name in packages:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
+    """What a user has of it, as far as it is program: no tests, no runs."""
+    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_THE_PROGRAM))
 
 
 @pytest.fixture(scope="module")
