@@ -107,7 +107,6 @@ def settings_for(disk: Path, tasks: Path, **changed: Any) -> dict[str, Any]:
         "PROJECT": disk / "arc-efe-trainer",
         "SMOKE": ["--max_batches", 1, "--data", tasks, *TINY],
         "TRAIN": ["--epochs", 2, "--save_every", 2, "--eval_views", 1, "--data", tasks, *TINY],
-        "REPORT": ["--pool", 6, "--pictures", 1],
         "PREDICT": ["--data", tasks, "--score", *ANSWER],
     }
     return given | changed
