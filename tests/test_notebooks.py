@@ -240,6 +240,85 @@ def test_missing_packages_are_installed_and_torch_is_left_alone(
     assert "packages" not in names["DONE"]
 
 
+def test_the_project_comes_from_git_or_a_folder_too(tmp_path: Path) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("no git here")
+    cell, origin = source_with("colab", 'begin("project"'), tmp_path / "origin"
+    (origin / "persistence").mkdir(parents=True)
+    for name in ("trainloop_complete_with_fixes", "model_persistence", "predict", "report"):
+        (origin / f"{name}.py").touch()
+    (origin / "requirements.txt").touch()
+    (origin / "persistence" / "files.py").touch()
+    (origin / "runs").mkdir()
+    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "All"]):
+        subprocess.run([*git, *words], check=True)
+    path = list(sys.path)
+    try:
+        for number, source in enumerate((origin.as_uri(), str(origin))):
+            names: dict[str, Any] = {"DRIVE": "", "BACKUPS": "", "SOURCE": source}
+            names["PROJECT"] = str(tmp_path / f"project{number}")
+            exec(source_with("colab", "def begin("), names)
+            names["DONE"].add("drive")
+            exec(cell, names)
+            assert names["lacking"](Path(names["PROJECT"])) == []
+            assert sys.path[0] == names["PROJECT"]
+            assert not (Path(names["PROJECT"]) / "runs").exists()
+            (Path(names["PROJECT"]) / "predict.py").unlink()
+            with pytest.raises(RuntimeError, match=r"it lacks predict\.py\. Remove the folder"):
+                exec(cell, names)
+    finally:
+        sys.path[:] = path
+
+
+def test_training_goes_on_where_there_is_something_to_go_on_with(tmp_path: Path) -> None:
+    cell, asked = source_with("colab", 'begin("train"'), []
+    project, backups = tmp_path / "project", tmp_path / "backups"
+    names: dict[str, Any] = {
+        "begin": lambda *_: None, "DONE": set(), "Path": Path, "sys": sys, "project": project,
+        "BACKUPS": str(backups), "TRAINER": "t.py", "TRAIN": ["--new"],
+        "run": lambda *words, folder: asked.append(list(words[2:])),
+    }  # fmt: skip
+
+    def does(run: str, drive: str = "mounted") -> list[str]:
+        exec(cell, names | {"RUN": run, "DRIVE": drive})
+        return asked.pop()
+
+    assert does("") == ["--new"]
+    assert does("a_name") == ["--resume", "a_name"]  # which says that it is not there
+    backup = backups / "some_run" / "checkpoint_00000.pt"
+    backup.parent.mkdir(parents=True)
+    backup.touch()
+    assert does("") == ["--resume"]
+    assert does("", drive="") == ["--new"]
+    assert does("new") == ["--new"]
+    (project / "runs" / "some_run" / "checkpoints").mkdir(parents=True)
+    (project / "runs" / "some_run" / "checkpoints" / "checkpoint_00000.pt").touch()
+    assert does("", drive="") == ["--resume"]
+    assert does("a_name") == ["--resume", "a_name"]
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_the_stop_button_lets_training_save_first(name: str, capsys: Any) -> None:
+    """The command that a cell runs interrupts the notebook, as the button does."""
+    code = (
+        "import os, signal, sys, time\n"
+        "def stop(*_):\n"
+        "    print('saved', flush=True)\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, stop)\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(0.5)\n"  # until that line is shown
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "time.sleep(60)\n"
+    )
+    names: dict[str, Any] = {}
+    exec(source_with(name, "def begin("), names)
+    with pytest.raises(RuntimeError, match=r"^exit code 130: "):
+        names["run"](sys.executable, "-c", code, folder=ROOT)
+    assert capsys.readouterr().out == "begun\nsaved\n"
+
+
 def kaggle_input(folder: Path) -> dict[str, Any]:
     """The competition's files and the project, as Kaggle mounts them; the test tasks."""
     competition = folder / "competitions" / "arc-prize"
