@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,6 @@ from command_line import (
     check_device_name,
     checkpoint_name,
     cores,
-    device_name,
     guarded,
     leave,
     memory_message,
@@ -292,7 +289,7 @@ from arc_system import (
     build_system,
     rows_of,
 )
-from batches import Batch, Collator, Targets, TrainingStream, evaluation_views, prefetch
+from batches import Batch, Collator, Targets, TrainingStream, prefetch
 from curriculum import (
     DynamicMemoryThreshold,
     GradientMonitor,
@@ -300,15 +297,13 @@ from curriculum import (
     SizeWarmupCurriculum,
     gradient_norm,
 )
-from dataset_arc import Task, TaskSet, default_data, load_tasks, slices_of
+from dataset_arc import Task, TaskSet, default_data, load_tasks
 from distributed import check_data, check_flags, nothing_saved, share_state, shared_fitter
-from evaluation import Key
 from grid_accuracy_loss import (
     cell_accuracy,
     exact_match,
     resize_logits,
 )
-from hypotheses import Fitter
 from language_model import resolve_qwen_model
 from loss_function import EFE_SHARE, combined_loss
 from loss_function import PARTS as EFE_PARTS
@@ -329,8 +324,9 @@ from resuming import (
     take_saved_arguments,
     unsaved_line,
 )
-from run_lines import banner, how_to_repeat, log_batch, say_epoch, say_results
+from run_lines import banner, bar_figures, log_batch, say_epoch
 from run_log import MutedLog, RunLog, listener
+from run_scores import Plan, make_plan, score_untrained, seen_tasks, slices_in, validate, vote
 from run_state import (
     GRADIENT_FIGURES,
     POLICY_FIGURES,
@@ -354,7 +350,7 @@ from run_state import (
     save_last,
     settle_best,
 )
-from time_budget import FINAL_RESERVE_S, Limits, note_time, out_of_time, plan_decay, share_time
+from time_budget import batches_expected, note_time, out_of_time, plan_decay, share_time
 from trained_model import known_errors
 
 WIDE_FROM = 20 * 10**9  # bytes of a GPU: an agent of width 512 from there on (estimate)
@@ -612,36 +608,9 @@ def set_up(
     )
 
 
-def seen_tasks(tasks: TaskSet, hold_out: int | None) -> tuple[Task, ...]:
-    """The training tasks, without every `hold_out`-th in their fixed order."""
-    return tuple(t for i, t in enumerate(tasks.train, start=1) if not hold_out or i % hold_out)
-
-
 def frequency(task: Task, power: float) -> float:
     """How often a task appears in an epoch: once up to 100 input cells, then less by `power`."""
     return min(1.0, (100 / max(pair.input.size for pair in task.demonstrations)) ** power)
-
-
-@dataclass
-class Plan:
-    """What evaluation and the clock want of the loop."""
-
-    tasks: TaskSet
-    validation: set[Key]
-    final: set[Key]
-    limits: Limits = field(default_factory=Limits)
-
-
-def make_plan(args: argparse.Namespace, tasks: TaskSet) -> Plan:
-    """Which queries are validated after an epoch, and which are voted on at the end."""
-    limit = args.val_pairs
-    if args.max_batches:
-        most = args.max_batches * args.batch_size
-        limit = min(limit, most) if limit else most
-    seen = seen_tasks(tasks, args.hold_out)
-    validation = evaluation.validation_keys(seen, limit, args.seed)
-    everything = evaluation.validation_keys(tasks.train, None, args.seed)
-    return Plan(tasks, validation, validation if args.max_batches else everything)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -682,8 +651,8 @@ def run_in_folder(run: Run, plan: Plan, folder: Path, located: Located) -> int:
                     over = results_stand(run)
             if not share_state(run, over):
                 run.log.write_json("config.json", full_config(run, plan.tasks))
-                slices = slices_in(plan, args.hold_out)
-                train_and_score(run, plan, persistence, slices)
+                plan.slices = slices_in(plan, args.hold_out)
+                train_and_score(run, plan, persistence)
                 finish_saving(run, persistence)
             drive_s = DRIVE_WAIT_S if args.drive_wait is None else args.drive_wait
             failed = False
@@ -723,7 +692,7 @@ def run_beside(run: Run, plan: Plan) -> int:
         run.stop = stop
         try:
             if not share_state(run):
-                train_and_score(run, plan, nothing_saved(), {})
+                train_and_score(run, plan, nothing_saved())
         except StopRequested:
             run.stopping()
             code = stop.exit_code
@@ -734,20 +703,7 @@ def run_beside(run: Run, plan: Plan) -> int:
     return code
 
 
-Slices = Mapping[str, AbstractSet[Key]]
-
-
-def slices_in(plan: Plan, hold_out: int | None) -> Slices:
-    """The parts of the data that the final evaluation reports apart."""
-    slices: dict[str, AbstractSet[Key]] = dict(slices_of(plan.tasks))
-    if hold_out:
-        seen = {task.task_id for task in seen_tasks(plan.tasks, hold_out)}
-        slices["seen"] = {key for key in plan.final if key[0] in seen}
-        slices["held_out"] = plan.final - slices["seen"]
-    return slices
-
-
-def train_and_score(run: Run, plan: Plan, persistence: ModelPersistence, slices: Slices) -> None:
+def train_and_score(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
     """Untrained accuracy, the loop, the final evaluation with voting, results.json."""
     args = run.args
     plan.limits.ranks = run.ranks
@@ -757,12 +713,12 @@ def train_and_score(run: Run, plan: Plan, persistence: ModelPersistence, slices:
         start_fitting(run, plan)
     score_untrained(run, plan, persistence)
     unhurried = run.device == "cpu" and plan.limits.deadline is None
-    views = args.eval_views or ((1 if args.max_batches else 2) if unhurried else 8)
-    share_time(run, plan.limits, len(plan.final), views)
+    plan.views = args.eval_views or ((1 if args.max_batches else 2) if unhurried else 8)
+    share_time(run, plan.limits, len(plan.final), plan.views)
     run.train_started, run.resumed_at = time.monotonic(), run.progress.total
     train(run, plan, persistence)
     if plan.final:
-        vote(run, plan, views, slices)
+        vote(run, plan)
     run.log.say(f"Run: {run.folder}", important=True)
 
 
@@ -774,96 +730,6 @@ def start_fitting(run: Run, plan: Plan) -> None:
     run.fitter = shared_fitter(evaluation.without_outputs(some), args.workers, run.ranks)
     if args.policy != "off" and args.demonstrations == "on":  # else the ablation would leak
         run.stream.proposals = run.fitter
-
-
-def score_untrained(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
-    """Validate the model as it was before training, once; Accuracy Delta counts from there."""
-    progress = run.progress
-    counted = progress.untrained.get("n", len(plan.validation))
-    if plan.validation and (progress.untrained_accuracy < 0 or counted != len(plan.validation)):
-        begun = time.monotonic()
-        first = before_training(run) if progress.total else run
-        untrained = evaluate(first, plan.tasks, plan.validation, 1, title="Untrained model")
-        if counted != len(plan.validation):
-            aside = persistence.set_best_aside()
-            progress.best = float("-inf")
-            run.log.say(
-                f"Validation: {len(plan.validation)} pairs now, {counted:g} before: the untrained "
-                "model was measured again, and Accuracy Delta counts from there"
-                + (f"; the best model on those before is {aside} now" if aside else ""),
-                important=True,
-            )
-        run.clock.query_s = (time.monotonic() - begun) / len(plan.validation)
-        progress.untrained_accuracy = untrained["cell_accuracy"]
-        progress.untrained = {name: untrained[name] for name in VALIDATED}
-        run.log.say(
-            f"Untrained: cell accuracy {untrained['cell_accuracy']:.4f}, exact "
-            f"{untrained['exact_at_1']}/{untrained['n']} of the validation pairs"
-        )
-        run.log.record({"kind": "start", "epoch": -1, "untrained": untrained})
-
-
-def before_training(run: Run) -> Run:
-    """The run with its modules as they were before the first batch: a function of the seed."""
-    system = build_system(run.system.config, run.device, offline=run.args.offline)
-    return replace(run, system=system, average=WeightAverage([], 0.0))
-
-
-def evaluate(
-    run: Run,
-    tasks: TaskSet,
-    keys: set[Key],
-    n_views: int,
-    *,
-    slices: Slices | None = None,
-    deadline: float | None = None,
-    max_batches: int | None = None,
-    fitter: Fitter | None = None,
-    title: str = "Validation",
-) -> dict[str, Any]:
-    """Score the averaged weights on the given queries; see `evaluation.evaluate`.
-
-    Raises StopRequested after a signal.
-    """
-    args = run.args
-
-    # its draws are of one stream over all batches: every process does all of it, to the end
-    alone = ALONE if args.policy == "random" else run.ranks
-
-    def heed_stop() -> None:
-        if run.stop is not None and run.stop.requested and alone.many == run.ranks.many:
-            raise StopRequested
-
-    def scored() -> dict[str, Any]:
-        return evaluation.evaluate(
-            run.system,
-            tasks.train,
-            keys,
-            evaluation_views(n_views, args.seed),
-            slices=slices,
-            deadline=deadline,
-            max_batches=max_batches,
-            fitter=fitter,
-            hypothesis_tasks=args.hypothesis_tasks,
-            propose=args.demonstrations == "on",
-            acceptance=args.acceptance,
-            title=title,
-            hide_bar=no_bar(args.quiet),
-            heed_stop=heed_stop,
-            say=run.log.say,
-            task_index=run.stream.task_table,
-            # on a CPU what fits its caches: 8 queries took 0.8 of the time of 16
-            batch_size=args.batch_size * (1 if run.device == "cpu" else 2),
-            batch_cells=None if args.batch_cells is None else 4 * args.batch_cells,
-            device=run.device,
-            dtype=run.dtype,
-            seed=args.seed,
-            collator=run.collator,
-            ranks=alone,
-        )
-
-    with run.average.applied():
-        return run.ranks.gather_made(scored)[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -910,6 +776,7 @@ def train_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
             # Gradients are in no checkpoint: save and stop only where none are pending.
             last = (progress.batch + 1) % args.grad_accum == 0 or progress.batch + 1 == n_batches
             figures = train_step(run, batch, targets, last=last)
+            run.recent.add(figures)
             if progress.batch % LOG_EVERY == 0:
                 log_batch(run, figures)
             minutes = (time.monotonic() - run.started) / 60
@@ -921,6 +788,8 @@ def train_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
             progress.batch += 1
             progress.total += 1
             run.clock.epoch_s = time.monotonic() - epoch_started
+            bar.total = batches_expected(run, plan.limits, n_batches)
+            bar.set_postfix(bar_figures(run), refresh=False)
             bar.update()
             plan_decay(run, plan.limits)
             if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -1196,7 +1065,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
         "skipped": progress.skipped,
     }
     if plan.validation:
-        result = evaluate(run, plan.tasks, plan.validation, 1)
+        result = validate(run, plan)
         progress.validated = {name: result[name] for name in VALIDATED}
         exact = result["exact_at_1"] / max(1, result["n"])
         delta = result["cell_accuracy"] - progress.untrained_accuracy
@@ -1227,6 +1096,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
     if progress.counted:  # one average an epoch: batches are too unlike to follow one by one
         run.threshold.update(mean["accuracy"])
     progress.next_epoch()
+    run.clock.train_s += run.clock.epoch_s
     run.clock.epoch_s = 0.0
     metric = row.get(args.best_metric)
     metrics = {k: v for k, v in row.items() if isinstance(v, float)}
@@ -1238,38 +1108,6 @@ def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
 # ---------------------------------------------------------------------------------------------
 # Scores, and the end
 # ---------------------------------------------------------------------------------------------
-
-
-def vote(run: Run, plan: Plan, views: int, slices: Slices) -> None:
-    """The final evaluation: results.json, and what the console says of it."""
-    args, progress = run.args, run.progress
-    until = plan.limits.deadline - FINAL_RESERVE_S if plan.limits.deadline is not None else None
-    result = evaluate(
-        run,
-        plan.tasks,
-        plan.final,
-        views,
-        slices=slices,
-        deadline=until,
-        max_batches=args.vote_batches,
-        fitter=run.fitter,
-        title="Final voting",
-    )
-    result |= {
-        "untrained": progress.untrained,
-        "validated": progress.validated,
-        "views": views,
-        "seed": args.seed,
-        "epoch": progress.epoch,
-        "batch": progress.total,
-        "minutes": (time.monotonic() - run.started) / 60,
-        "device": device_name(run.device),
-    }
-    written = run.log.write_json("results.json", result)
-    say_results(run, result, written)
-    schedule = run.schedule
-    if plan.limits.deadline is not None and schedule.stop_at is not None and run.device == "cpu":
-        run.log.say(how_to_repeat(run, result))
 
 
 def leave_early(run: Run, persistence: ModelPersistence) -> int:

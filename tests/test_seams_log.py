@@ -27,6 +27,7 @@ from conftest import Script
 
 import report
 import run_log
+import run_scores
 import trainloop_complete_with_fixes as trainloop
 from command_line import EXIT_MEMORY, EXIT_UNSAVED, guarded, memory_message
 from persistence import saving
@@ -565,7 +566,7 @@ def test_rows_wait_until_the_old_ones_after_the_resumed_place_are_gone(
 def validations(cells: Any, exact: Any = ()) -> Iterator[Any]:
     """Cell accuracy (and exact grids) of the validation after each epoch;
     0 of the untrained model."""
-    real = trainloop.evaluate
+    real = run_scores.evaluate
 
     def evaluate(run: Any, *args: Any, title: Any = "Validation", **options: Any) -> Any:
         result = real(run, *args, title=title, **options)
@@ -578,7 +579,7 @@ def validations(cells: Any, exact: Any = ()) -> Iterator[Any]:
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainloop, "evaluate", evaluate)
+        patch.setattr(run_scores, "evaluate", evaluate)
         yield
 
 

@@ -31,6 +31,7 @@ import evaluation
 import human_rl_agent
 import loss_function
 import reward_shaping
+import run_scores
 import run_state
 import trainloop_complete_with_fixes as trainloop
 from batches import TrainingStream
@@ -781,7 +782,7 @@ def test_evaluation_uses_the_averaged_weights_and_puts_the_own_back(fresh_run, m
 
     monkeypatch.setattr(evaluation, "predict_tasks", predict)
     tasks = dataset_arc.load_tasks(run.args.data)
-    trainloop.evaluate(run, tasks, evaluation.validation_keys(tasks.train, None, 0), 1)
+    run_scores.evaluate(run, tasks, evaluation.validation_keys(tasks.train, None, 0), 1)
     assert any(not torch.equal(seen[n], own[f"agent.{n}"]) for n in seen)
     assert differing(weights(run), own) == []
 

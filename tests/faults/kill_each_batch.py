@@ -30,9 +30,10 @@ def attempt(options: list[str], batch: int = -1, evaluation: int = -1) -> tuple[
     """One process; it kills itself in the given batch of the run, or in the given evaluation."""
 
     def run(say: Any) -> None:
+        import run_scores
         import trainloop_complete_with_fixes as script
 
-        step, evaluate, seen = script.train_step, script.evaluate, [0]
+        step, evaluate, seen = script.train_step, run_scores.evaluate, [0]
 
         def deadly_step(run: Any, *args: Any, **kwargs: Any) -> Any:
             result = step(run, *args, **kwargs)
@@ -46,7 +47,7 @@ def attempt(options: list[str], batch: int = -1, evaluation: int = -1) -> tuple[
                 os.kill(os.getpid(), signal.SIGKILL)
             return evaluate(*args, **kwargs)
 
-        script.train_step, script.evaluate = deadly_step, deadly_evaluation
+        script.train_step, run_scores.evaluate = deadly_step, deadly_evaluation
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(script.main(options))
 

@@ -17,6 +17,7 @@ LOSS, BATCHES, MEMORY = "loss_function.py", "batches.py", "solver2.py"
 CURRICULUM, POLICY, REWARD = "curriculum.py", "human_rl_agent.py", "reward_shaping.py"
 COMMAND, CELLS, EVALUATION = "command_line.py", "grid_accuracy_loss.py", "evaluation.py"
 STATE, RESUMING, LINES = "run_state.py", "resuming.py", "run_lines.py"
+SCORES = "run_scores.py"
 CHOICE, REFINED, FITTING = "proposal_policy.py", "policy_refined.py", "hypotheses.py"
 FLAG = "wiring: reaches_what_it_names"
 
@@ -292,14 +293,14 @@ OTHERS = [
     Mutant("1 --eval_views ignored", T, "args.eval_views or (", "(", "wiring: headline_is_of_all"),
     Mutant(
         "1 --vote_batches ignored",
-        T,
-        "max_batches=args.vote_batches",
+        SCORES,
+        "max_batches=run.args.vote_batches",
         "max_batches=None",
         "wiring: headline_is_of_all",
     ),
     Mutant(
         "1 --val_pairs ignored",
-        T,
+        SCORES,
         "limit = args.val_pairs",
         "limit = None",
         "wiring: headline_is_of_all",
@@ -673,7 +674,7 @@ OTHERS = [
     # 18, 19 precision and steps
     Mutant(
         "18 evaluation without mixed precision",
-        T,
+        SCORES,
         "dtype=run.dtype,",
         "dtype=None,",
         "wiring: mixed_precision",
@@ -733,7 +734,7 @@ OTHERS = [
     ),
     Mutant(
         "21 raw weights validated",
-        T,
+        SCORES,
         "with run.average.applied():",
         "if True:",
         "trainloop: averaged_weights",
@@ -747,14 +748,14 @@ OTHERS = [
     ),
     Mutant(
         "21 evaluation without task tokens",
-        T,
+        SCORES,
         "task_index=run.stream.task_table,",
         "task_index=None,",
         "wiring: evaluation_knows",
     ),
     Mutant(
         "21 headline of the validation subset",
-        T,
+        SCORES,
         "validation if args.max_batches else everything",
         "validation",
         "wiring: headline_is_of_all",
@@ -826,7 +827,7 @@ OTHERS = [
     ),
     Mutant(
         "34 evaluation views ignore the seed",
-        T,
+        SCORES,
         "evaluation_views(n_views, args.seed)",
         "evaluation_views(n_views)",
         "wiring: evaluation_knows",
@@ -1239,7 +1240,7 @@ HYPOTHESES = [
     ),
     Mutant(
         "46 validation of held-out tasks",
-        T,
+        SCORES,
         "validation_keys(seen, limit, args.seed)",
         "validation_keys(tasks.train, limit, args.seed)",
         "trainloop: held_out",
