@@ -26,6 +26,7 @@ from command_line import (
     Parser,
     UserError,
     answer_early,
+    backup_or_off,
     batch_pair,
     check_device_name,
     checkpoint_name,
@@ -34,7 +35,6 @@ from command_line import (
     leave,
     memory_message,
     memory_of,
-    named_folder,
     no_bar,
     number,
     pick_device,
@@ -182,8 +182,9 @@ def build_parser() -> Parser:
         help="rolling checkpoints kept (default: %(default)s)")
     add("--best_metric", choices=("accuracy_delta", "val_accuracy", "cell_accuracy"),
         default="accuracy_delta", help="what best_model.pt is best by (default: %(default)s)")
-    add("--drive_backup", type=named_folder, metavar="DIR",
-        help="copy checkpoints there (default: off)")
+    add("--drive_backup", type=backup_or_off, metavar="DIR",
+        help="copy checkpoints there; off: nowhere (default: what setup_drive_backup set up for "
+             "this project folder, else off)")
     add("--drive_wait", type=real, metavar="S",
         help="seconds that the end of a run waits for copies to Drive at most (default: "
              f"{DRIVE_WAIT_S:g}; {DRIVE_HURRY_S:g} after a signal or an error)")
@@ -628,7 +629,7 @@ def run_in_folder(run: Run, plan: Plan, folder: Path, located: Located) -> int:
             folder,
             max_checkpoints=args.max_checkpoints,
             save_every_n_batches=args.save_every,
-            drive_backup=args.drive_backup,
+            drive_backup=drive_folder(args) or False,
             async_save=True,
             on_message=listener(run.log),
             lock=False,  # held here, for life
