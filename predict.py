@@ -332,11 +332,13 @@ def run_scoring(args: argparse.Namespace) -> int:
     """
     from dataset_arc import load_tasks
 
-    tasks = load_tasks(args.data)
+    tasks = load_tasks(args.data, strict=args.strict)
     split, chosen = choose_split(tasks, args.split)
     other = tasks.train if split == "evaluation" else tasks.evaluation
     answers = checked(args.score_file, chosen, other)
     figures = score(answers, chosen, known_slices(tasks, split))
+    for line in tasks.left_out:
+        print(f"warning: {line}", file=sys.stderr)
     if not args.quiet:
         say_line(data_line(tasks, split, chosen))
         say_line(f"Valid:  {args.score_file}: every test input, two attempts each")

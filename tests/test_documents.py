@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import flags_table
 import pytest
 
 import export
@@ -207,6 +208,11 @@ def test_the_table_of_fixes_has_all_34_rows_each_with_code_and_a_test() -> None:
     rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
     assert [row[0] for row in rows] == [f"| {number}" for number in range(1, 35)]
     assert all(len(row) == 4 and "`" in row[2] and "`tests/" in row[3] for row in rows)
+
+
+def test_the_table_of_flags_is_that_of_the_parsers() -> None:
+    page = (ROOT / "docs" / "FLAGS.md").read_text(encoding="utf-8")
+    assert page == flags_table.table(), "python tests/flags_table.py writes it anew"
 
 
 def test_the_readme_leads_to_every_document() -> None:
