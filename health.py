@@ -37,9 +37,7 @@ EXPLODES = 50.0  # guess; gradient norm, as a multiple of what it was; sound run
 SPIKES, SPIKE_RISE = 3.0, 1.0  # guess; loss, as a multiple, and as a difference; sound runs: 1.63
 FLAT, FLAT_EPOCHS = 0.01, 3  # guess; the loss falls by less than this share, so many epochs long
 OVERFIT, OVERFIT_EPOCHS = 0.02, 3  # guess; accuracy won in training and lost in validation
-OVERFLOWS = (
-    5  # guess; not finite batches of SHORT that --amp fp16 may have: its scale falls by them
-)
+OVERFLOWS = 5  # guess; not finite batches of SHORT that fp16 may have: its scale falls by them
 SIZE_WEIGHT_END = 0.5  # the first design's: 1.0, 0.833, 0.667, then this
 FEW_TASKS = 20  # guess
 WAITS, WAITS_LESS = 0.5, 0.4  # guess; share of the time in which the next batch is waited for
@@ -264,8 +262,10 @@ def memory_not_updating(seen: Seen) -> Verdict:
 
 def memory_not_retrieved(seen: Seen) -> Verdict:
     rows = [row for row in seen.rows if "retrieved_frac" in row][-WINDOW:]
-    if len(rows) < WINDOW or not any(row["stored"] for row in rows[: WINDOW // 2]):
+    if not seen.setting.memory or len(rows) < WINDOW:
         return None
+    if not any(row["stored"] for row in rows[: WINDOW // 2]):
+        return None  # nothing is there yet
     share = fmean(row["retrieved_frac"] for row in rows)
     return share, share == 0
 
@@ -310,8 +310,8 @@ def overfitting(seen: Seen) -> Verdict:
     last = seen.epochs[-OVERFIT_EPOCHS:]
     if len(last) < OVERFIT_EPOCHS or not all("cell_accuracy" in epoch for epoch in last):
         return None
-    rise = [b["accuracy"] - a["accuracy"] for a, b in zip(last, last[1:], strict=False)]
-    fall = [a["cell_accuracy"] - b["cell_accuracy"] for a, b in zip(last, last[1:], strict=False)]
+    rise = [b["accuracy"] - a["accuracy"] for a, b in pairwise(last)]
+    fall = [a["cell_accuracy"] - b["cell_accuracy"] for a, b in pairwise(last)]
     ill = min(rise) > 0 and min(fall) > 0 and sum(rise) >= OVERFIT and sum(fall) >= OVERFIT
     return -sum(fall), ill
 
@@ -348,7 +348,7 @@ def memory_creeping(seen: Seen) -> Verdict:
     quarter = WINDOW // 4
     some = seen.resident[-4 * quarter :]
     means = [fmean(some[i : i + quarter]) for i in range(0, 4 * quarter, quarter)]
-    steps = [b - a for a, b in zip(means, means[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(means)]
     return min(steps) / quarter / 2**20, min(steps) > CREEP * quarter
 
 
@@ -446,7 +446,7 @@ CHECKS = (
     Check(
         "loss_flat", loss_flat,
         "the loss does not fall any more",
-        "Raise --agent_lr if it is small; else more epochs bring nothing, more tasks or --width may",
+        "Raise --agent_lr if it is small; else train on more tasks, or with a larger --width",
     ),
     Check(
         "loss_spiking", loss_spiking,

@@ -405,7 +405,7 @@ def restore(run: Run, metadata: dict[str, Any]) -> tuple[list[str], list[str]]:
         if name == "progress":
             raise unknown_position(metadata)
     run.progress.skipped_in_a_row = 0  # the next ones decide anew
-    run.health.load_state_dict(extra["health"] if "health" in extra else {})
+    run.health.load_state_dict(extra.get("health", {}))
     run.started = time.monotonic() - run.clock.elapsed_s
     try:
         missing = restore_rng_state(extra["rng"])
