@@ -109,13 +109,17 @@ Verdict = tuple[float, bool | None] | None
 
 
 class Check(NamedTuple):
-    """A number and when it is ill, what that means, and what to do."""
+    """A number and when it is ill, what that means, and what to do.
+
+    unless: checks before it that explain it; while one of them is ill, nothing is said of this one.
+    """
 
     name: str
     look: Callable[[Seen], Verdict]
     message: str
     fix: str
     level: str = "warning"
+    unless: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,9 +198,8 @@ def reward_zero(seen: Seen) -> Verdict:
 
 
 def reward_negative(seen: Seen) -> Verdict:
-    """Where the cells alone say it, `d_acc_low` does."""
     rows = full(seen.rows, WINDOW)
-    if rows is None or (d_acc_low(seen) or (0.0, False))[1]:
+    if rows is None:
         return None
     positive, mean = (fmean(row["reward"] > 0 for row in rows), fmean(r["reward"] for r in rows))
     return mean, positive <= NEVER_POSITIVE and mean <= NEGATIVE
@@ -372,6 +375,22 @@ def disk_full_soon(seen: Seen) -> Verdict:
 
 CHECKS = (
     Check(
+        "loss_not_finite", loss_not_finite,
+        "the loss is NaN or infinite; such batches are skipped",
+        "Go on from an earlier checkpoint with a lower --agent_lr, or with --amp off",
+    ),
+    Check(
+        "d_acc_low", d_acc_low,
+        "second answers have far fewer right cells than first ones",
+        "Go on from an earlier checkpoint (--resume RUN --checkpoint N), or compare with "
+        "--policy off",
+    ),
+    Check(
+        "same_answers", same_answers,
+        "different inputs get the same answer",
+        "Lower --agent_lr and start again; look whether the data has one output for all",
+    ),
+    Check(
         "qwen_gradient_zero", qwen_gradient,
         "the language model is to be trained, but no gradient reaches it",
         "Look at --prompt and --qwen_train; in the code, for a detached tensor behind the backbone",
@@ -396,12 +415,7 @@ CHECKS = (
         "reward_negative", reward_negative,
         "the refinement makes answers worse, batch after batch",
         "Lower --agent_lr, or compare with --policy off",
-    ),
-    Check(
-        "d_acc_low", d_acc_low,
-        "second answers have far fewer right cells than first ones",
-        "Go on from an earlier checkpoint (--resume RUN --checkpoint N), or compare with "
-        "--policy off",
+        unless=("d_acc_low",),
     ),
     Check(
         "policy_spread_low", policy_spread,
@@ -432,16 +446,12 @@ CHECKS = (
         "memory_not_updating", memory_not_updating,
         "no task was good enough to be stored in memory for long (the number is the threshold)",
         "Train on easier tasks first (--max_side 10), or leave memory out with --no_memory",
+        unless=("same_answers", "d_acc_low", "loss_not_finite"),
     ),
     Check(
         "memory_not_retrieved", memory_not_retrieved,
         "tasks are stored in memory, but no prompt draws on them",
         "Use more tasks: a task never retrieves its own entry; or --no_memory",
-    ),
-    Check(
-        "loss_not_finite", loss_not_finite,
-        "the loss is NaN or infinite; such batches are skipped",
-        "Go on from an earlier checkpoint with a lower --agent_lr, or with --amp off",
     ),
     Check(
         "loss_flat", loss_flat,
@@ -462,11 +472,6 @@ CHECKS = (
         "few_tasks", few_tasks,
         "so few tasks teach their own answers, not how to solve others",
         "Add tasks to --data; arcagi2 has 1000",
-    ),
-    Check(
-        "same_answers", same_answers,
-        "different inputs get the same answer",
-        "Lower --agent_lr and start again; look whether the data has one output for all",
     ),
     Check(
         "data_bound", data_bound,
@@ -555,7 +560,7 @@ class Health:
         found = []
         for check in CHECKS:
             verdict = check.look(seen)
-            if verdict is None or verdict[1] is None:
+            if verdict is None or verdict[1] is None or self.ill.intersection(check.unless):
                 continue
             value, ill = verdict
             if ill and check.name not in self.ill:
