@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RULES, Outcome, Script, make_task, write_tasks
+from conftest import RULES, Outcome, Script, assert_same_end, make_task, write_tasks
 
 import health
 import persistence.drive
@@ -26,13 +26,14 @@ import trainloop_complete_with_fixes as trainloop
 import watching
 from curriculum import SizeWarmupCurriculum
 
-MODEL = ("--max_batches", 13, "--val_pairs", 1, "--planning_steps", 1, "--save_every", 1000)
+MODEL = ("--max_batches", 10, "--val_pairs", 1, "--planning_steps", 1, "--save_every", 1000)
 Prepare = Callable[[Any], None]
 
 
 @pytest.fixture(autouse=True)
 def _short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WINDOW": 8, "SHORT": 6, "NEWEST": 4, "KEPT": 24}.items():
+    short = {"WINDOW": 6, "SHORT": 5, "NEWEST": 3, "KEPT": 20, "FLAT_EPOCHS": 2}
+    for name, value in short.items():
         monkeypatch.setattr(health, name, value)
     monkeypatch.setattr(watching, "LOOK_EVERY", 1)
 
@@ -171,9 +172,9 @@ def always_three(logits: torch.Tensor) -> torch.Tensor:
 
 MODEL_FAULTS: dict[str, tuple[str, Prepare | None, tuple[Any, ...]]] = {
     "the language model is cut off": ("qwen_gradient_zero", detached, ()),
-    "its gradient explodes": ("gradient_exploding", gradient_times(1e5, range(8, 99)), ()),
+    "its gradient explodes": ("gradient_exploding", gradient_times(1e5, range(7, 99)), ()),
     "its gradient is infinite once": (
-        "gradient_exploding", gradient_times(float("inf"), range(9, 10)), (),
+        "gradient_exploding", gradient_times(float("inf"), range(8, 9)), (),
     ),
     "the refinement reaches no answer": ("reward_zero", deaf, ()),
     "the refinement harms a little": (
@@ -186,14 +187,14 @@ MODEL_FAULTS: dict[str, tuple[str, Prepare | None, tuple[Any, ...]]] = {
     "hypotheses propose nothing": ("no_proposals", nothing_proposed, ()),
     "no cell counts as hard": ("mask_stuck", masked, ()),
     "the size curriculum stands still": (
-        "size_weight_stuck", set_curriculum, ("--epochs", 3, "--max_batches", 3),
+        "size_weight_stuck", set_curriculum, ("--epochs", 2, "--max_batches", 2),
     ),
     "the memory's threshold is out of reach": ("memory_not_updating", set_threshold, ()),
     "the memory gives nothing back": ("memory_not_retrieved", unretrieved, ()),
-    "learning rates are 0": (
+    "learning rates are nearly 0": (
         "loss_flat", None,
-        ("--agent_lr", 0, "--qwen_lr", 0, "--epochs", 5, "--max_batches", 9, "--batch_size", 30,
-         "--augment", "off"),
+        ("--agent_lr", 1e-6, "--qwen_lr", 1e-6, "--epochs", 3, "--batch_size", 30, "--augment",
+         "off"),
     ),
     "one colour for every cell": ("same_answers", changed_answers(always_three, "all"), ()),
 }  # fmt: skip
@@ -208,8 +209,8 @@ def test_a_fault_of_the_model_is_said_and_only_it(fault: str, trained: Any) -> N
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (lambda loss, batch: loss * float("nan") if batch == 9 else loss, "loss_not_finite"),
-        (lambda loss, batch: loss * 20 if batch >= 9 else loss, "loss_spiking"),
+        (lambda loss, batch: loss * float("nan") if batch == 8 else loss, "loss_not_finite"),
+        (lambda loss, batch: loss * 20 if batch >= 7 else loss, "loss_spiking"),
     ],
 )
 def test_a_bad_loss_is_said_and_only_it(
@@ -224,7 +225,7 @@ def test_a_bad_loss_is_said_and_only_it(
     assert names_of(outcome) == [name]
     if name == "loss_not_finite":
         (row,) = outcome.rows("health")
-        assert (row["batch"], row["value"]) == (9, 1.0)  # at once
+        assert (row["batch"], row["value"]) == (8, 1.0)  # at once
 
 
 # ---------------------------------------------------------------- faults of the machine
@@ -232,7 +233,7 @@ def test_a_bad_loss_is_said_and_only_it(
 
 @pytest.fixture(scope="module")
 def sound_figures(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[dict[str, float]]:
-    """What `train_step` returned in a sound run of thirteen batches."""
+    """What `train_step` returned in a sound run of ten batches."""
     script = Script(tmp_path_factory.mktemp("sound"), data)
     place = {"kind", "epoch", "batch", "minutes", "batches_done"}
     rows = script(*MODEL).rows("batch")
@@ -337,3 +338,249 @@ def test_a_disk_that_is_nearly_full_is_said_and_only_it(
     outcome = quick(step=a_while)
     assert names_of(outcome) == ["disk_full_soon"]
     assert outcome.rows("health")[0]["value"] == pytest.approx(100, abs=1)
+
+
+# ---------------------------------------------------------------- sound runs
+
+
+def fewer_steps(*flags: Any) -> tuple[Any, ...]:
+    return ("--val_pairs", 2, "--planning_steps", 2, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--epochs", 2, "--max_batches", 10),
+        ("--policy", "off", "--no_memory", "--max_batches", 10, "--epochs", 1),
+        ("--amp", "bf16", "--grad_accum", 2, "--qwen_cache_interval", 2, "--max_batches", 10),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)  # fmt: skip
+def test_a_sound_run_hears_nothing(flags: tuple[Any, ...], trained: Any) -> None:
+    outcome = trained(*fewer_steps(*flags))
+    assert len(outcome.rows("batch")) >= 10
+    assert names_of(outcome) == []
+
+
+def test_a_choice_is_no_fault_and_is_said_once_in_words(trained: Any) -> None:
+    outcome = trained(*MODEL, "--qwen_train", "frozen", "--max_batches", 6)
+    (row,) = outcome.rows("health")
+    assert (row["name"], row["level"], row["batch"]) == ("qwen_not_trained", "note", 0)
+    assert "note: Health: qwen_not_trained 0: the language model does not learn, by choice" in (
+        outcome.out
+    )
+
+
+def test_watching_changes_no_bit(
+    reference: Outcome, train: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainloop, "watch_batch", lambda *_: None)
+    monkeypatch.setattr(trainloop, "watch_epoch", lambda *_: None)
+    assert_same_end(train("--epochs", 2), reference)
+
+
+# ---------------------------------------------------------------- once, and again after a cure
+
+
+def test_a_resumed_run_says_nothing_twice(
+    quick: Any, tasks_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = quick("--max_batches", 4, data=tasks_file, step=a_while)
+    assert names_of(first) == ["few_tasks"]
+    again = quick(
+        "--resume", first.folder, "--epochs", 2, "--max_batches", 4, data=tasks_file, step=a_while
+    )
+    assert "Resume: EXACT" in again.out
+    assert "Health" not in again.out
+    assert len(again.rows("batch")) > len(first.rows("batch")) - 1
+    assert [row["name"] for row in again.rows("health")] == ["few_tasks"]
+    assert len(again.run.health.rows) == len(again.rows("batch"))  # of before the resume, too
+
+
+def test_what_a_checkpoint_holds_is_plain_and_junk_begins_anew() -> None:
+    sick = seen_by(Health(), [row(loss=float("nan"))] * 3)
+    assert [finding.name for finding in sick.look(SETTING)] == ["loss_not_finite"]
+    sick.close_epoch({"loss": 1.0, "accuracy": 0.5, "exact": 0.1, "val_accuracy": 0.3})
+    state = sick.state_dict()
+    again = Health()
+    again.load_state_dict(json.loads(json.dumps(state)))
+    assert again.look(SETTING) == []
+    assert str(again.state_dict()) == str(state)
+    for junk in ({}, {"rows": 3}, {"rows": [{}], "epochs": [], "ill": ["few_tasks"]}, {"rows": []}):
+        again.load_state_dict(junk)
+        assert again.look(SETTING) == []
+        assert not again.rows
+
+
+def test_a_finding_comes_again_only_after_the_figure_was_sound() -> None:
+    monitor = seen_by(Health(), rows_of(health.SHORT))
+    full, empty = Storage(free_bytes=1 << 20), Storage(free_bytes=1 << 40)
+    between = Storage(free_bytes=int(1.2 * health.SPARE_BYTES))
+    said = [
+        [finding.name for finding in monitor.look(SETTING, storage)]
+        for storage in (empty, full, full, between, full, empty, full)
+    ]
+    assert said == [[], ["disk_full_soon"], [], [], [], [], ["disk_full_soon"]]
+
+
+# ---------------------------------------------------------------- the figures, by hand
+
+SETTING = Setting(n_tasks=100)
+
+
+def row(number: int = 0, **figures: float) -> dict[str, float]:
+    """A sound batch's figures; they wander with its number."""
+    wave = 0.1 * (number % 5)
+    sound = {
+        "loss": 2.0 + wave, "exact": 0.2, "reward": 0.03 - wave / 10, "d_acc": 0.02,
+        "fits_frac": 1.0, "mask_ratio": 0.1 + wave, "qwen_grad": 0.02 + wave / 10,
+        "grad_norm": 4.0 + wave, "policy_std": 0.5, "group_zero_frac": 0.4, "proposed_frac": 0.9,
+        "stored": 2.0, "threshold": 0.22, "retrieved_frac": 1.0, "answer_spread": 1.0,
+        "size_weight": 1.0, "pairs": 8.0,
+    }  # fmt: skip
+    return {**sound, **figures}
+
+
+def rows_of(n: int, **figures: float) -> list[dict[str, float]]:
+    return [row(i, **figures) for i in range(n)]
+
+
+def seen_by(monitor: Health, rows: list[dict[str, float]], reason: str | None = None) -> Health:
+    for some in rows:
+        monitor.see(some, reason, waited=0.1, resident=10**9)
+    return monitor
+
+
+N = 50  # more batches than any check looks back over here
+BY_HAND: dict[str, tuple[dict[str, float], Setting]] = {
+    "proposals_alike": ({"group_zero_frac": 0.99}, SETTING),
+    "no_proposals": ({"proposed_frac": 0.0}, SETTING),
+    "mask_stuck": ({"mask_ratio": 1.0}, SETTING),
+    "loss_flat": ({"loss": 1.5}, SETTING),
+    "reward_zero": ({"reward": 0.0}, SETTING),
+    "reward_negative": ({"reward": -0.01}, SETTING),
+    "d_acc_low": ({"d_acc": -0.21, "reward": -0.2}, SETTING),
+    "policy_spread_low": ({"policy_std": 0.09}, SETTING),
+    "qwen_gradient_zero": ({"qwen_grad": 0.0}, SETTING),
+    "memory_not_updating": ({"stored": 0.0}, SETTING),
+    "memory_not_retrieved": ({"retrieved_frac": 0.0}, SETTING),
+    "same_answers": ({"answer_spread": 0.0}, SETTING),
+    "few_tasks": ({}, dataclasses.replace(SETTING, n_tasks=19)),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_figures_by_hand(name: str) -> None:
+    figures, setting = BY_HAND[name]
+    monitor = seen_by(Health(), rows_of(N, **figures))
+    assert [finding.name for finding in monitor.look(setting)] == [name]
+    assert monitor.look(setting) == []
+    # ... and none of it where there is nothing to say it of
+    assert seen_by(Health(), rows_of(N)).look(SETTING) == []
+
+
+@pytest.mark.parametrize(
+    ("figures", "setting", "reason"),
+    [
+        ({"reward": 0.0}, dataclasses.replace(SETTING, refines=False), None),
+        ({"reward": 0.0, "fits_frac": 0.0}, SETTING, None),
+        ({"proposed_frac": 0.0}, dataclasses.replace(SETTING, proposes=False), None),
+        ({"stored": 0.0}, dataclasses.replace(SETTING, memory=False), None),
+        ({"retrieved_frac": 0.0}, dataclasses.replace(SETTING, memory=False), None),
+        ({"qwen_grad": 0.0}, SETTING, "not run, readings reused"),
+        ({"exact": 1.0, "mask_ratio": 0.0, "group_zero_frac": 1.0}, SETTING, None),
+        ({"d_acc": -0.19}, SETTING, None),
+        ({"answer_spread": 0.0, "pairs": 1.0}, SETTING, None),
+    ],
+)
+def test_what_is_so_by_choice_or_because_all_is_solved_is_no_fault(
+    figures: dict[str, float], setting: Setting, reason: str | None
+) -> None:
+    assert seen_by(Health(), rows_of(N, **figures), reason).look(setting) == []
+
+
+def test_half_precision_may_overflow_now_and_then() -> None:
+    scaled = dataclasses.replace(SETTING, scaling=True)
+    for n_bad, names in ((4, []), (5, []), (6, ["loss_not_finite"])):
+        monitor = Health()
+        monitor.rows = type(monitor.rows)(maxlen=N)
+        seen_by(monitor, rows_of(N))
+        health.SHORT, short = 20, health.SHORT
+        seen_by(monitor, [row(loss=float("inf"))] * n_bad)
+        assert [finding.name for finding in monitor.look(scaled)] == names
+        health.SHORT = short
+
+
+def test_overfitting_is_three_epochs_of_better_training_and_worse_validation() -> None:
+    def epochs(*figures: tuple[float, float]) -> list[str]:
+        monitor = seen_by(Health(), rows_of(3))
+        for number, (training, validation) in enumerate(figures):
+            monitor.close_epoch(
+                {"loss": 2 - 0.3 * number, "accuracy": training, "exact": 0.2}
+                | {"cell_accuracy": validation}
+            )
+            monitor.rows[-1]["size_weight"] = 0.5
+        monitor.epochs[0]["size_weight"] = 0.5
+        return [finding.name for finding in monitor.look(SETTING)]
+
+    assert epochs((0.5, 0.70), (0.6, 0.69), (0.7, 0.67)) == ["overfitting"]
+    assert epochs((0.5, 0.70), (0.6, 0.69)) == []
+    assert epochs((0.5, 0.70), (0.6, 0.71), (0.7, 0.67)) == []
+    assert epochs((0.5, 0.70), (0.4, 0.69), (0.7, 0.67)) == []
+    assert epochs((0.5, 0.70), (0.6, 0.695), (0.7, 0.69)) == []
+
+
+def test_the_curriculum_may_rest_at_its_end() -> None:
+    def weights(*values: float) -> list[str]:
+        monitor = Health()
+        for number, value in enumerate(values):
+            seen_by(monitor, [row(size_weight=value)])
+            monitor.close_epoch({"loss": 2 - 0.3 * number, "accuracy": 0.5, "exact": 0.2})
+        return [finding.name for finding in monitor.look(SETTING)]
+
+    assert weights(1.0, 0.833, 0.667, 0.5) == []
+    assert weights(0.5, 0.5) == []
+    assert weights(0.833, 0.833) == ["size_weight_stuck"]
+
+
+def test_saves_that_the_disk_refuses_are_said() -> None:
+    monitor = seen_by(Health(), rows_of(3))
+    assert monitor.look(SETTING, Storage(skipped_saves=2)) == []
+    assert monitor.look(SETTING, Storage(skipped_saves=4)) == []  # two more
+    (found,) = monitor.look(SETTING, Storage(skipped_saves=4, failed_saves=1))
+    assert (found.name, found.value) == ("saves_behind", 1.0)
+
+
+def test_a_drive_that_is_lost_is_said_and_one_that_waits_is_not() -> None:
+    for state, names in (("waiting", []), ("ok", []), ("off", []), ("lost", ["drive_behind"])):
+        monitor = seen_by(Health(), rows_of(3))
+        storage = Storage(drive=state, drive_files=2)
+        assert [finding.name for finding in monitor.look(SETTING, storage)] == names
+
+
+def test_every_check_has_a_cause_and_a_fix_in_one_line() -> None:
+    assert len({check.name for check in CHECKS}) == len(CHECKS) >= 19
+    for number, check in enumerate(CHECKS):
+        line = Finding(check.name, 0.0, check.message, check.fix, check.level).line()
+        assert "\n" not in line
+        assert not check.message.endswith(".")
+        assert check.fix
+        assert set(check.unless) <= {before.name for before in CHECKS[:number]}
+
+
+def test_the_page_has_a_row_for_every_check() -> None:
+    page = (Path(health.__file__).parent / "docs" / "HEALTH.md").read_text(encoding="utf-8")
+    named = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(named) == sorted(check.name for check in CHECKS)
+
+
+def test_waiting_is_timed_and_the_items_are_those_that_were_made() -> None:
+    def slowly() -> Iterator[int]:
+        for number in range(3):
+            time.sleep(0.02)
+            yield number
+
+    clock = trainloop.Clock()
+    for _ in watching.timed(clock, slowly()):
+        time.sleep(0.05)  # working is not waiting
+    assert 0.06 <= clock.wait_s < 0.2
