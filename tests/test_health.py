@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import persistence.saving
 import trainloop_complete_with_fixes as trainloop
 import watching
 from curriculum import SizeWarmupCurriculum
+from health import CHECKS, Finding, Health, Setting, Storage
 
 MODEL = ("--max_batches", 10, "--val_pairs", 1, "--planning_steps", 1, "--save_every", 1000)
 Prepare = Callable[[Any], None]
