@@ -286,15 +286,15 @@ def loss_not_finite(seen: Seen) -> Verdict:
 
 
 def loss_flat(seen: Seen) -> Verdict:
-    """Epoch by epoch, for the tasks of a batch say more of its loss than training does; or the very
-    same number in every batch."""
+    """Epoch by epoch, for the tasks of a batch say more of its loss than training does: cells and
+    sizes unweighted, for the curriculum lowers the loss by itself. Or the very same number in every
+    batch."""
     last = column(seen.rows, "loss", SHORT)
     if last is not None and max(last) - min(last) <= 1e-9 * abs(last[0]):
         return 0.0, True
-    losses = column(seen.epochs, "loss", FLAT_EPOCHS + 1)
-    if losses is None or seen.epochs[-1]["exact"] >= SOLVED:
+    everything = [e["unweighted"] for e in seen.epochs if math.isfinite(e["unweighted"])]
+    if len(everything) <= FLAT_EPOCHS or seen.epochs[-1]["exact"] >= SOLVED:
         return None
-    everything = [epoch["loss"] for epoch in seen.epochs if math.isfinite(epoch["loss"])]
     before, after = min(everything[:-FLAT_EPOCHS]), min(everything[-FLAT_EPOCHS:])
     fall = (before - after) / max(abs(before), 1e-12)
     return fall, fall < FLAT
@@ -545,6 +545,7 @@ class Health:
         """Take an epoch's row of metrics.jsonl."""
         names = ("loss", "accuracy", "exact", "cell_accuracy")
         epoch = {name: float(row[name]) for name in names if row.get(name) is not None}
+        epoch["unweighted"] = float(row["efe_cons"]) + float(row["efe_size"])
         if self.rows:
             epoch["size_weight"] = self.rows[-1]["size_weight"]
         self.epochs.append(epoch)

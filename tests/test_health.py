@@ -196,13 +196,23 @@ MODEL_FAULTS: dict[str, tuple[str, Prepare | None, tuple[Any, ...]]] = {
     "learning rates are nearly 0": (
         "loss_flat", None,
         ("--agent_lr", 1e-6, "--qwen_lr", 1e-6, "--epochs", 3, "--batch_size", 30, "--augment",
-         "off"),
+         "off", "--draw_steps", "off"),
     ),
     "one colour for every cell": ("same_answers", changed_answers(always_three, "all"), ()),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", MODEL_FAULTS)
+SLOW = {  # their figures are also given by hand below
+    "its gradient is infinite once", "the refinement harms a little",
+    "the policy's spread is at its floor", "hypotheses propose nothing",
+    "learning rates are nearly 0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(f, marks=pytest.mark.slow if f in SLOW else ()) for f in MODEL_FAULTS],
+)
 def test_a_fault_of_the_model_is_said_and_only_it(fault: str, trained: Any) -> None:
     name, prepare, flags = MODEL_FAULTS[fault]
     assert names_of(trained(*MODEL, *flags, prepare=prepare)) == [name]
@@ -251,10 +261,11 @@ def quick(
     def call(*flags: Any, step: Callable[[], None] | None = None, **where: Any) -> Outcome:
         figures = itertools.cycle(sound_figures)
 
-        def train_step(*given: Any, **more: Any) -> Any:
+        def train_step(run: Any, *given: Any, **more: Any) -> Any:
             if step is not None:
                 step()
-            return dict(next(figures))
+            size_weight = run.curriculum.get_size_loss_weight(run.progress.epoch)
+            return {**next(figures), "size_weight": size_weight}
 
         monkeypatch.setattr(trainloop, "train_step", train_step)
         return trained(*MODEL, *flags, **where)
@@ -318,7 +329,12 @@ def test_a_drive_that_hangs_is_said_and_only_it(
     drive = tmp_path / "drive"
     drive.mkdir()
     monkeypatch.setattr(persistence.drive.DriveBackup, "BEHIND_AFTER_S", 0.2)
-    monkeypatch.setattr(persistence.drive.DriveBackup, "_copy", lambda *_: time.sleep(2) or True)
+
+    def hanging(*_: Any) -> bool:
+        time.sleep(2)
+        return True
+
+    monkeypatch.setattr(persistence.drive.DriveBackup, "_copy", hanging)
     outcome = quick(
         "--save_every", 4, "--drive_backup", drive, "--drive_wait", 0, step=lambda: time.sleep(0.1)
     )
@@ -353,12 +369,16 @@ def fewer_steps(*flags: Any) -> tuple[Any, ...]:
     "flags",
     [
         ("--epochs", 2, "--max_batches", 10),
-        ("--policy", "off", "--no_memory", "--max_batches", 10, "--epochs", 1),
-        ("--amp", "bf16", "--grad_accum", 2, "--qwen_cache_interval", 2, "--max_batches", 10),
+        ("--policy", "off", "--no_memory", "--max_batches", 13, "--epochs", 1),
+        ("--amp", "bf16", "--grad_accum", 2, "--qwen_cache_interval", 2, "--max_batches", 13),
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )  # fmt: skip
-def test_a_sound_run_hears_nothing(flags: tuple[Any, ...], trained: Any) -> None:
+def test_a_sound_run_hears_nothing(
+    flags: tuple[Any, ...], trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WINDOW": 12, "NEWEST": 6}.items():  # fewer batches wander too much
+        monkeypatch.setattr(health, name, value)
     outcome = trained(*fewer_steps(*flags))
     assert len(outcome.rows("batch")) >= 10
     assert names_of(outcome) == []
@@ -384,17 +404,14 @@ def test_watching_changes_no_bit(
 # ---------------------------------------------------------------- once, and again after a cure
 
 
-def test_a_resumed_run_says_nothing_twice(
-    quick: Any, tasks_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_says_nothing_twice(quick: Any, tasks_file: Path) -> None:
     first = quick("--max_batches", 4, data=tasks_file, step=a_while)
     assert names_of(first) == ["few_tasks"]
-    again = quick(
-        "--resume", first.folder, "--epochs", 2, "--max_batches", 4, data=tasks_file, step=a_while
-    )
+    more = ("--resume", first.folder, "--max_batches", 4, "--epochs", 2)
+    again = quick(*more, data=tasks_file, step=a_while)
     assert "Resume: EXACT" in again.out
     assert "Health" not in again.out
-    assert len(again.rows("batch")) > len(first.rows("batch")) - 1
+    assert {line["epoch"] for line in again.rows("batch")} == {0, 1}
     assert [row["name"] for row in again.rows("health")] == ["few_tasks"]
     assert len(again.run.health.rows) == len(again.rows("batch"))  # of before the resume, too
 
@@ -402,13 +419,14 @@ def test_a_resumed_run_says_nothing_twice(
 def test_what_a_checkpoint_holds_is_plain_and_junk_begins_anew() -> None:
     sick = seen_by(Health(), [row(loss=float("nan"))] * 3)
     assert [finding.name for finding in sick.look(SETTING)] == ["loss_not_finite"]
-    sick.close_epoch({"loss": 1.0, "accuracy": 0.5, "exact": 0.1, "val_accuracy": 0.3})
+    sick.close_epoch(epoch(0))
     state = sick.state_dict()
     again = Health()
     again.load_state_dict(json.loads(json.dumps(state)))
     assert again.look(SETTING) == []
     assert str(again.state_dict()) == str(state)
-    for junk in ({}, {"rows": 3}, {"rows": [{}], "epochs": [], "ill": ["few_tasks"]}, {"rows": []}):
+    junks: list[Any] = [{}, {"rows": 3}, {"rows": [{}], "epochs": [], "ill": ["few_tasks"]}]
+    for junk in junks:
         again.load_state_dict(junk)
         assert again.look(SETTING) == []
         assert not again.rows
@@ -441,6 +459,12 @@ def row(number: int = 0, **figures: float) -> dict[str, float]:
         "size_weight": 1.0, "pairs": 8.0,
     }  # fmt: skip
     return {**sound, **figures}
+
+
+def epoch(number: int, **figures: float) -> dict[str, float]:
+    """A sound epoch's row: its loss falls."""
+    sound = {"loss": 2.0, "accuracy": 0.5, "exact": 0.2, "efe_size": 0.3}
+    return {**sound, "efe_cons": 2.0 - 0.3 * number, **figures}
 
 
 def rows_of(n: int, **figures: float) -> list[dict[str, float]]:
@@ -517,10 +541,7 @@ def test_overfitting_is_three_epochs_of_better_training_and_worse_validation() -
     def epochs(*figures: tuple[float, float]) -> list[str]:
         monitor = seen_by(Health(), rows_of(3))
         for number, (training, validation) in enumerate(figures):
-            monitor.close_epoch(
-                {"loss": 2 - 0.3 * number, "accuracy": training, "exact": 0.2}
-                | {"cell_accuracy": validation}
-            )
+            monitor.close_epoch(epoch(number, accuracy=training, cell_accuracy=validation))
             monitor.rows[-1]["size_weight"] = 0.5
         monitor.epochs[0]["size_weight"] = 0.5
         return [finding.name for finding in monitor.look(SETTING)]
@@ -537,7 +558,7 @@ def test_the_curriculum_may_rest_at_its_end() -> None:
         monitor = Health()
         for number, value in enumerate(values):
             seen_by(monitor, [row(size_weight=value)])
-            monitor.close_epoch({"loss": 2 - 0.3 * number, "accuracy": 0.5, "exact": 0.2})
+            monitor.close_epoch(epoch(number))
         return [finding.name for finding in monitor.look(SETTING)]
 
     assert weights(1.0, 0.833, 0.667, 0.5) == []
