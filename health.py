@@ -517,6 +517,7 @@ class Health:
         self.shares: deque[float] = deque(maxlen=WINDOW)
         self.resident: deque[float] = deque(maxlen=WINDOW)
         self.storage = Storage()
+        self.met = 0  # batches of this process
 
     def see(
         self,
@@ -537,7 +538,8 @@ class Health:
         self.rows.append(row)
         if waited is not None:
             self.shares.append(waited)
-        if resident is not None:
+        self.met += 1
+        if resident is not None and self.met > SHORT:  # before that, buffers and caches fill
             self.resident.append(float(resident))
         return not all(math.isfinite(row.get(name, 0.0)) for name in ("loss", "grad_norm"))
 

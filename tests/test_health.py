@@ -295,7 +295,7 @@ def test_a_leak_is_said_and_only_it(quick: Any) -> None:
         time.sleep(0.05)  # else the run waits for its batches
         leak.append(b"x" * (24 << 20))
 
-    outcome = quick(step=step)
+    outcome = quick("--max_batches", 14, step=step)
     leak.clear()
     assert names_of(outcome) == ["memory_creeping"]
     assert 4 < outcome.rows("health")[0]["value"] < 40  # MiB a batch
