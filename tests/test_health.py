@@ -205,7 +205,7 @@ MODEL_FAULTS: dict[str, tuple[str, Prepare | None, tuple[Any, ...]]] = {
 SLOW = {  # their figures are also given by hand below
     "its gradient is infinite once", "the refinement harms a little",
     "the policy's spread is at its floor", "hypotheses propose nothing",
-    "learning rates are nearly 0",
+    "learning rates are nearly 0", "no cell counts as hard",
 }  # fmt: skip
 
 
