@@ -273,6 +273,12 @@ def quick(
     return call
 
 
+def test_the_whole_gradient_is_measured_before_clipping(sound_figures: Any) -> None:
+    """Breaks: the norm after clipping, which can never explode."""
+    assert max(part["grad_norm"] for part in sound_figures) > 1.01  # --clip 1
+    assert all(part["grad_norm"] >= part["qwen_grad"] for part in sound_figures)
+
+
 def test_a_slow_collator_is_said_and_only_it(quick: Any) -> None:
     def slow(run: Any) -> None:
         real = run.stream.batch
