@@ -10,6 +10,7 @@ number was healthy. It opens no files, keeps no tensors and knows neither run no
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -88,8 +89,10 @@ class Finding:
     level: str = "warning"
 
     def line(self) -> str:
-        """For the console: name, number, cause, fix."""
-        return f"{self.level}: Health: {self.name} {self.value:.4g}: {self.message}. {self.fix}"
+        """For the console: name, number, cause, fix, wrapped at 100 columns."""
+        text = f"{self.level}: Health: {self.name} {self.value:.4g}: {self.message}. {self.fix}"
+        wrapped = textwrap.wrap(text, 100, subsequent_indent=" " * 9, break_on_hyphens=False)
+        return "\n".join(wrapped)
 
 
 class Seen(NamedTuple):
