@@ -1255,7 +1255,7 @@ HYPOTHESES = [
     Mutant(
         "47 Ctrl+C waits for the demonstrations",
         EVALUATION,
-        "system, wanted, explained, progress=lambda _: heed_stop(), **options",
+        "system, wanted, explained, progress=lambda *_: heed_stop(), **options",
         "system, wanted, explained, **options",
         "wiring: stop_is_heeded",
     ),
