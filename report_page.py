@@ -102,6 +102,7 @@ PANELS: tuple[tuple[str, str, dict[str, str], str, str], ...] = (
      {"qwen_grad": ""}, "", "log"),
     ("Memory", "accuracy a task needs to be kept", {"threshold": "threshold"}, "", "share"),
 )  # fmt: skip
+STEADY = {"agent_lr", "qwen_lr", "threshold"}  # set, not measured: shown as they are
 UNTRAINED = {
     "val_accuracy": "exact_at_1",
     "cell_accuracy": "cell_accuracy",
@@ -129,13 +130,13 @@ def _lines(
     record: Record, keys: dict[str, str], epoch_key: str, number: int, of: str
 ) -> list[Line]:
     found = []
-    width = max(3, len(record.batches) // 15)
     for i, (key, name) in enumerate(keys.items()):
         x, y = run_record.points(record.batches, key)
         if any(map(math.isfinite, y)):
             label = of + (name or "training batches")
+            width = 1 if key in STEADY else max(3, len(record.batches) // 15)
             shade = 1 + number if of else 1 + 3 * i
-            if len(keys) == 1 and not of:
+            if len(keys) == 1 and not of and key not in STEADY:
                 found.append(Line(f"{label}, one by one", x, y, shade, "raw"))
             found.append(
                 Line(label, x, run_record.smooth(y, width), shade, dashed=bool(number or i))
@@ -677,7 +678,7 @@ def differing(a: Row, b: Row) -> list[tuple[str, str, str]]:
 
 def other_settings(a: Record, b: Record) -> list[tuple[str, str, str]]:
     """Flags, data, versions, commit and device in which two runs differ."""
-    flags = [tuple({f"--{k}": v for k, v in r.arguments.items()} for r in (a, b))]
+    flags = [{f"--{k}": v for k, v in r.arguments.items()} for r in (a, b)]
     rest = [
         {
             "data": part(r.config, "data").get("name"),
@@ -687,7 +688,7 @@ def other_settings(a: Record, b: Record) -> list[tuple[str, str, str]]:
         }
         for r in (a, b)
     ]
-    return [*differing(*flags[0]), *differing(*rest)]
+    return [*differing(flags[0], flags[1]), *differing(rest[0], rest[1])]
 
 
 def side_by_side(a: Record, b: Record) -> list[tuple[str, str, str]]:
@@ -743,24 +744,22 @@ def side_by_side(a: Record, b: Record) -> list[tuple[str, str, str]]:
 
 def compare(
     records: tuple[Record, Record],
-    galleries: tuple[Gallery, Gallery] | None,
+    galleries: tuple[Gallery, Gallery],
     mcnemar: Callable[[int, int], float],
 ) -> str:
     """The page that sets two runs beside each other. mcnemar: (won, lost) -> p."""
     a, b = records
-    recorded = [recorded_outcomes(r.results) for r in records]
+    recorded = recorded_outcomes(a.results), recorded_outcomes(b.results)
     lacking = [name for name, found in zip("AB", recorded, strict=True) if not found]
-    sample = None
-    if galleries is not None:
-        sample = split_of(*(outcomes_of(g.answers) for g in galleries), mcnemar)
+    sampled = outcomes_of(galleries[0].answers), outcomes_of(galleries[1].answers)
     return environment().get_template("compare.html").render(
         title=f"{a.folder.name} and {b.folder.name}",
         runs=[about(a), about(b)],
         settings=other_settings(a, b),
         results=side_by_side(a, b),
         curves=curves_of(records),
-        final=split_of(*recorded, mcnemar) if not lacking else None,
+        final=split_of(recorded[0], recorded[1], mcnemar),
         lacking=lacking,
-        sample=sample,
-        how="" if galleries is None else galleries[0].how,
+        sample=split_of(sampled[0], sampled[1], mcnemar),
+        how=galleries[0].how,
     )  # fmt: skip
