@@ -170,7 +170,7 @@ def draw_curves(record: Record) -> bytes:
         axes.grid(alpha=0.3)
         if epoch_key or key == "loss":
             axes.legend(fontsize=8)
-    canvas.suptitle(record.folder.name)
+    canvas.suptitle(record.name)
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
@@ -424,7 +424,7 @@ def tasks_of(args: argparse.Namespace, records: Sequence[Record]) -> TaskSet:
     for record in records:
         if part(record.config, "data").get("sha256") not in (None, tasks.sha256):
             print(
-                f"warning: {tasks.name} is not the data that {record.folder.name} was trained on",
+                f"warning: {tasks.name} is not the data that {record.name} was trained on",
                 file=sys.stderr,
             )
     return tasks
@@ -453,7 +453,8 @@ def run_report(args: argparse.Namespace) -> int:
             f"{sum(a.solved for a in gallery.answers)} of {len(gallery.answers)}"
             for gallery in galleries
         ]
-        print(f"Wrote {args.out}: {' and '.join(solved)} sample queries solved")
+        told = f"{' and '.join(solved)} sample queries solved" if args.tasks else "no gallery"
+        print(f"Wrote {args.out}: {told}")
     return EXIT_DONE
 
 

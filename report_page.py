@@ -572,7 +572,7 @@ def about(record: Record) -> dict[str, Any]:
     scores = run_record.headline(record)
     results = record.results
     return {
-        "name": record.folder.name,
+        "name": record.name,
         "scores": scores,
         "final": next((s for s in scores if s.kind == "final"), None),
         "results": bool(results),
@@ -612,7 +612,7 @@ def render(record: Record, gallery: Gallery) -> str:
     """The page of one run."""
     cards = [card(answer) for answer in gallery.answers]
     return environment().get_template("run.html").render(
-        title=record.folder.name,
+        title=record.name,
         run=about(record),
         curves=curves_of([record]),
         gallery=gallery,
@@ -682,7 +682,7 @@ def other_settings(a: Record, b: Record) -> list[tuple[str, str, str]]:
     rest = [
         {
             "data": part(r.config, "data").get("name"),
-            "commit": r.config.get("commit"),
+            "commit": str(r.config.get("commit"))[:12],
             "device": r.config.get("device"),
             **part(r.config, "versions"),
         }
@@ -753,7 +753,7 @@ def compare(
     lacking = [name for name, found in zip("AB", recorded, strict=True) if not found]
     sampled = outcomes_of(galleries[0].answers), outcomes_of(galleries[1].answers)
     return environment().get_template("compare.html").render(
-        title=f"{a.folder.name} and {b.folder.name}",
+        title=f"{a.name} and {b.name}",
         runs=[about(a), about(b)],
         settings=other_settings(a, b),
         results=side_by_side(a, b),
@@ -761,5 +761,6 @@ def compare(
         final=split_of(recorded[0], recorded[1], mcnemar),
         lacking=lacking,
         sample=split_of(sampled[0], sampled[1], mcnemar),
-        how=galleries[0].how,
+        how=[gallery.how for gallery in galleries],
+        counts=[figure(r.results, "n") for r in records],
     )  # fmt: skip

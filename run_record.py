@@ -54,6 +54,11 @@ class Record:
     log: list[tuple[str, str]] = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        """The run's own, also where it was reached by a link such as arc_complete_latest."""
+        return self.folder.resolve().name
+
+    @property
     def arguments(self) -> Row:
         return part(self.config, "arguments")
 
