@@ -47,7 +47,10 @@ def answer(name: str, *, wrong: int = 0, size: bool = True, **more: Any) -> Answ
     first.ravel()[:wrong] = (first.ravel()[:wrong] + 1) % 10
     first = first if size else first[:, :-1]
     second = (truth + 1) % 10 if size else truth.T
-    sources = ['hypothesis "<i>identity</i>"', "the network"]
+    sources = [
+        'hypothesis "<i>identity</i>"',
+        "y" * 120,
+    ]  # a long word must not widen a phone's page
     return Answer(task, 0, [first, second], sources, (second, first), 4, **more)
 
 
@@ -69,7 +72,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(60)
     ]  # fmt: skip
     results = {"n": 18, "exact_at_1": 13, "exact_at_2": 14, "views_done": 1.5, "minutes": 7.0}
-    arguments = {"data": "x" * 200, "seed": 3}  # a long word must not widen a phone's page
+    arguments = {"data": "x" * 200, "seed": 3}
     record = Record(
         Path("arc_complete_20260101_000000"), {"arguments": arguments}, results, rows, []
     )
@@ -160,6 +163,9 @@ def test_sorting(open_page: Any) -> None:
     assert tasks_shown(page)[:4] == ["size", "a<b>&wrong", "nearly", "lost"]
     page.select_option("#sort", "id")
     assert tasks_shown(page)[:3] == ["a<b>&wrong", "lost", "nearly"]
+    page.select_option("#sort", "best")
+    page.click("#more")
+    assert tasks_shown(page)[-4:] == ["lost", "nearly", "a<b>&wrong", "size"]
     page.select_option("#sort", "sample")
     assert tasks_shown(page)[0] == "solved00"
 
