@@ -380,6 +380,15 @@ def test_an_old_run_without_later_keys_is_shown_and_its_gaps_are_said(copied: Pa
     assert "alone" not in words.split("By origin")[0]
 
 
+def test_views_that_were_done_are_told_not_those_that_were_asked_for() -> None:
+    for results, says in (
+        ({"views_done": 1.82, "views": 8}, "1.8 views a query voted on average of the 8 that"),
+        ({"views": 8}, "up to 8 views voted; how many really did was not recorded"),
+        ({"views_done": "x"}, "how many views voted was not recorded"),
+    ):
+        assert run_record.views_line(results).startswith(says)
+
+
 def test_without_batches_or_a_folder_there_is_one_line(copied: Path, capsys: Any) -> None:
     (copied / "metrics.jsonl").write_text('{"kind": "start"}\n{"kind": "batch", "lo')
     assert report.main([str(copied), "--out", str(copied.parent / "p.html")]) == 3
