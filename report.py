@@ -206,7 +206,6 @@ def make_gallery(
     """The model's answers to the tasks' test inputs, made as the final evaluation makes them; it
     sees no test output."""
     import torch
-    from tqdm import tqdm
 
     from batches import evaluation_views
     from evaluation import (
@@ -216,6 +215,7 @@ def make_gallery(
         proposals_for,
         refined,
         without_outputs,
+        work_bar,
     )
     from report_page import Gallery
 
@@ -227,7 +227,6 @@ def make_gallery(
     }  # fmt: skip
     flags = record.arguments
     hide = no_bar(args.quiet)
-    n_tests = sum(len(task.tests) for task in tasks)
     acceptance = flags.get("acceptance", "demonstrations")
     explained: dict[Key, Explained] = {}
     if tasks and flags.get("hypotheses", "on") == "on":
@@ -237,14 +236,12 @@ def make_gallery(
     if explained and acceptance == "demonstrations":
         own_scores = contested_scores(model.system, tasks, explained, **how)
     torch.set_float32_matmul_precision("high")
-    with tqdm(
-        total=n_tests * views, desc="Answering", unit="query", leave=False, disable=hide
-    ) as bar:
+    with work_bar("Answering", hide) as bar:
         network = predict_tasks(
             model.system,
             without_outputs(tasks),
             evaluation_views(views, model.seed),
-            progress=bar.update,
+            progress=lambda _, share: bar.update(100 * share),
             proposals=proposals,
             own_scores=own_scores,
             accept=acceptance != "off",

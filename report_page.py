@@ -1,6 +1,6 @@
 """One self-contained HTML page about a run, or about two beside each other.
 
-The templates lie in report_templates/ beside this file: jinja2 fills them in, everything escaped;
+The templates lie in templates/ beside this file: jinja2 fills them in, everything escaped;
 style and script are inline, so that the page needs no network and no other file. Curves are drawn
 here as SVG; the grids of the gallery go into the page as digits and are drawn by its script.
 `from report_page import Answer, render, compare`.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dataset_arc import Task
 
 Grid = NDArray[np.uint8]
-TEMPLATES = Path(__file__).with_name("report_templates")
+TEMPLATES = Path(__file__).with_name("templates")
 NEARLY = 0.9  # share of right cells from which a wrong answer of the right size is called so
 SHOWN_DEMONSTRATIONS = 6
 STATES = {

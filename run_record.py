@@ -28,6 +28,7 @@ SKIPPED_LINE = re.compile(r"\[Batch +(\d+)\] skipped: (.*)")
 # How the log says that a process ended; a start without one of these before it was a sudden end.
 ENDS = ("Stopped by ", "Final: ", "Nothing is left to train", "results.json stays", "NOT SAVED")
 SHOWN_EVENTS = 60
+WATCHED = {"answer_spread", "retrieved_frac"}  # a batch's row has these where a monitor looked
 
 Row = dict[str, Any]
 
@@ -207,9 +208,11 @@ def summary_rows(record: Record) -> list[tuple[str, str]]:
 def facts(record: Record) -> list[tuple[str, str]]:
     """What has to stand beside a score: minutes, seed, hardware."""
     config, results, arguments = record.config, record.results, record.arguments
+    trained = figure(results, "trained_minutes")
     ended = "" if results else ", up to the last row of metrics.jsonl"
     rows: list[tuple[str, Any]] = [
         ("Minutes, evaluation included" if results else "Minutes", f"{record.minutes:.1f}{ended}"),
+        ("Minutes of training", None if trained is None else f"{trained:.1f}"),
         ("Seed", results.get("seed", arguments.get("seed"))),
         ("Hardware", results.get("device", config.get("device"))),
         ("Skipped batches", n_skipped(record)),
@@ -461,7 +464,8 @@ def n_skipped(record: Record) -> int:
 
 
 def health_rows(record: Record) -> list[Row]:
-    """The warnings of the health monitor, as texts: name, where, message, fix."""
+    """The findings of the health monitor, as texts: name, where, value, message, fix; note: it is
+    so by choice, and no warning."""
     found = []
     for row in record.others:
         if row["kind"] != "health":
@@ -477,13 +481,17 @@ def health_rows(record: Record) -> list[Row]:
                 "value": "" if value is None else f"{value:.4g}",
                 "message": str(row.get("message", "")),
                 "fix": str(row.get("fix", "")),
+                "note": row.get("level") == "note",
             }
         )
     return found
 
 
 def was_monitored(record: Record) -> bool:
-    """Whether the files say that the run had a health monitor: a row, key or flag of that name."""
+    """Whether the files say that the run had a health monitor: rows of it, figures that are there
+    for it alone, a key or flag of its name. Of a run by several versions the newest counts."""
+    if WATCHED & set(record.batches[-1]):
+        return True
     if any("health" in row for row in (*record.others, *record.epochs, record.config)):
         return True
     return any(row["kind"] == "health" for row in record.others) or any(

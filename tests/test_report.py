@@ -409,7 +409,8 @@ def test_health_says_warnings_no_warnings_and_not_watched(copied: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     kept = [row for row in rows if row["kind"] != "health"]
     for row in kept:
-        row.pop("health", None)
+        for name in ("health", *run_record.WATCHED):
+            row.pop(name, None)
     path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     config = json.loads((copied / "config.json").read_text())
     config.pop("health", None)
@@ -425,6 +426,13 @@ def test_health_says_warnings_no_warnings_and_not_watched(copied: Path) -> None:
     assert "the <b> is 0" in words
     assert "raise --qwen_lr" in words
     assert "No warnings" not in words
+    assert "! qwen_grad" in words
+    add_rows(copied, warning | {"name": "frozen", "level": "note"})
+    assert "note: frozen" in visible(shown(copied))
+    watched = kept[-1] | {"kind": "batch", "minutes": 9.0, "answer_spread": 0.5}
+    path.write_text(json.dumps(kept[-2] | watched) + "\n")
+    (copied / "config.json").write_text(json.dumps(config))
+    assert "No warnings" in shown(copied)  # its batches have the monitor's figures
 
 
 LOG = """
