@@ -22,7 +22,7 @@ LOG_BYTES = 32 << 20  # of a training.log, from its end
 LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} (.*)")
 RESUME_LINE = re.compile(
     r"Resume: (?P<verdict>\w+) \((?P<why>.*)\) \| from (?P<source>.*?), epoch (?P<epoch>\d+), "
-    r"batch (?P<batch>\d+)(?: \| batches lost: (?P<lost>\d+))?"
+    r"batch (?P<batch>-?\d+)(?: \| batches lost: (?P<lost>\d+))?"
 )
 SKIPPED_LINE = re.compile(r"\[Batch +(\d+)\] skipped: (.*)")
 # How the log says that a process ended; a start without one of these before it was a sudden end.
@@ -536,7 +536,7 @@ def history(record: Record) -> list[Event]:
                     when,
                     "resume",
                     f"Resumed {resumed['verdict']} from {resumed['source']} at epoch "
-                    f"{resumed['epoch']}, batch {resumed['batch']}"
+                    f"{resumed['epoch']}, batch {resumed['batch'].replace('-1', '0')}"
                     + ("" if lost is None else f"; batches lost: {lost}")
                     + f". {resumed['why']}",
                 )

@@ -445,6 +445,7 @@ batch 9 | batches lost: 2 | files skipped: 0
 2026-01-01 11:05:00,000 [Batch    9] Reward: +0.0000
 2026-01-01 12:00:00,000 Data:   arcagi2: 4 tasks
 2026-01-01 12:00:01,000 Resume: something new
+2026-01-01 12:00:02,000 Resume: EQUIVALENT (other) | from checkpoint 0, epoch 0, batch -1 | files
 2026-01-01 12:30:00,000 Final: 1/4 exact in two attempts
 """.lstrip()
 
@@ -454,13 +455,14 @@ def test_history_tells_of_stops_resumes_and_sudden_ends(copied: Path) -> None:
     record = run_record.read_record(copied)
     events = run_record.history(record)
     assert [e.kind for e in events] == [
-        "start", "end", "start", "resume", "sudden", "start", "resume", "end",
+        "start", "end", "start", "resume", "sudden", "start", "resume", "resume", "end",
     ]  # fmt: skip
     assert events[3].text.startswith(
         "Resumed EXACT from checkpoint 1 at epoch 0, batch 9; batches lost: 2. same state"
     )
     assert events[4].when == "2026-01-01 11:05:00"
     assert events[6].text == "Resume: something new"
+    assert events[7].text == "Resumed EQUIVALENT from checkpoint 0 at epoch 0, batch 0. other"
     assert run_record.n_skipped(record) == 1
     words = visible(shown(copied))
     assert "batch 3: loss nan" in words
