@@ -530,17 +530,11 @@ def history(record: Record) -> list[Event]:
             found.append(Event(when, "start", "A process started"))
             running = True
         elif resumed:
-            lost = resumed["lost"]
-            found.append(
-                Event(
-                    when,
-                    "resume",
-                    f"Resumed {resumed['verdict']} from {resumed['source']} at epoch "
-                    f"{resumed['epoch']}, batch {resumed['batch'].replace('-1', '0')}"
-                    + ("" if lost is None else f"; batches lost: {lost}")
-                    + f". {resumed['why']}",
-                )
-            )
+            lost, batch = resumed["lost"], int(resumed["batch"])
+            place = f"after batch {batch}" if batch >= 0 else "before the first batch"
+            told = f"Resumed {resumed['verdict']} from {resumed['source']}, {place} of epoch "
+            told += resumed["epoch"] + ("" if lost is None else f"; batches lost: {lost}")
+            found.append(Event(when, "resume", f"{told}. {resumed['why']}"))
         elif text.startswith("Resume: "):
             found.append(Event(when, "resume", text))
         elif text.startswith(ENDS):

@@ -458,11 +458,12 @@ def test_history_tells_of_stops_resumes_and_sudden_ends(copied: Path) -> None:
         "start", "end", "start", "resume", "sudden", "start", "resume", "resume", "end",
     ]  # fmt: skip
     assert events[3].text.startswith(
-        "Resumed EXACT from checkpoint 1 at epoch 0, batch 9; batches lost: 2. same state"
+        "Resumed EXACT from checkpoint 1, after batch 9 of epoch 0; batches lost: 2. same state"
     )
     assert events[4].when == "2026-01-01 11:05:00"
     assert events[6].text == "Resume: something new"
-    assert events[7].text == "Resumed EQUIVALENT from checkpoint 0 at epoch 0, batch 0. other"
+    fresh = "Resumed EQUIVALENT from checkpoint 0, before the first batch of epoch 0. other"
+    assert events[7].text == fresh
     assert run_record.n_skipped(record) == 1
     words = visible(shown(copied))
     assert "batch 3: loss nan" in words
