@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 import run_record
+from grid_pictures import PALETTE
 from run_record import Record, Row, figure, part, percent
 
 if TYPE_CHECKING:
@@ -616,6 +617,7 @@ def render(record: Record, gallery: Gallery) -> str:
         run=about(record),
         curves=curves_of([record]),
         gallery=gallery,
+        palette=PALETTE,
         cards=cards,
         outcomes=[(one["id"], one["test"], one["says"]) for one in cards],
     )  # fmt: skip

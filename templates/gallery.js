@@ -1,11 +1,10 @@
 (function () {
   "use strict";
-  var PALETTE = ["#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00",
-    "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25"];
   var DARK_INK = "3489657".split("").map(Number); // colours on which black digits are read best
   var PAGE = 12; // cards added at a time
   var cards = JSON.parse(document.getElementById("cards").textContent);
   var gallery = document.getElementById("gallery");
+  var PALETTE = gallery.dataset.palette.split(" ");
   var tools = document.getElementById("tools");
   var more = document.getElementById("more");
   var zoom = document.getElementById("zoom");

@@ -6,7 +6,6 @@ Skipped where playwright or Chromium is missing; tests/test_report.py checks wha
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pytest
 
 import report_page
 from dataset_arc import Pair, Task
+from grid_pictures import PALETTE
 from report_page import Answer, Gallery
 from run_record import Record
 
@@ -170,7 +170,7 @@ def test_sorting(open_page: Any) -> None:
     assert tasks_shown(page)[0] == "solved00"
 
 
-def painted(svg: str, colours: list[str]) -> Any:
+def painted(svg: str) -> Any:
     """The grid that a picture's paths paint, each cell once."""
     cols, rows = map(int, re.findall(r'viewBox="0 0 (\d+) (\d+)"', svg)[0])
     grid = np.full((rows, cols), 255, np.uint8)
@@ -179,7 +179,7 @@ def painted(svg: str, colours: list[str]) -> Any:
             cells = grid[int(r), int(c) : int(c) + int(n)]
             assert n == back
             assert (cells == 255).all()
-            cells[:] = colours.index(colour)
+            cells[:] = PALETTE.index(colour)
     return grid
 
 
@@ -187,10 +187,6 @@ def test_pictures_paint_every_cell_once_and_cross_the_wrong_ones(open_page: Any)
     """Breaks: transposed grids, crosses at right cells, a verdict by colour alone."""
     page = open_page()
     page.click("[data-filter=wrong]")
-    script = (Path(report_page.TEMPLATES) / "gallery.js").read_text()
-    found = re.search(r"PALETTE = (\[.*?\])", script, re.DOTALL)
-    assert found is not None
-    colours = json.loads(found[1])
     some = next(a for a in ANSWERS if a.task.task_id == "a<b>&wrong")
     assert some.truth is not None
     pictures = page.eval_on_selector_all(".card svg", "all => all.map(one => one.outerHTML)")
@@ -200,7 +196,7 @@ def test_pictures_paint_every_cell_once_and_cross_the_wrong_ones(open_page: Any)
         expected += [pair.input, pair.output]
     assert len(pictures) == len(expected)
     for picture, grid in zip(pictures, expected, strict=True):
-        np.testing.assert_array_equal(painted(picture, colours), grid)
+        np.testing.assert_array_equal(painted(picture), grid)
     (crosses,) = re.findall(r'class="cross" d="([^"]*)"', pictures[1])
     at = {(int(r), int(c)) for c, r in re.findall(r"M(\d+)\.2 (\d+)\.2", crosses)}
     assert at == set(zip(*np.nonzero(some.attempts[0] != some.truth), strict=True))
