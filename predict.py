@@ -86,8 +86,13 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--data",
         default="arcagi2",
-        help="arcagi2, arcagi1, a JSON file of one task or many, a Kaggle challenges file or a "
-        "folder (default: %(default)s)",
+        help="arcagi2, arcagi1, a JSON file of one task or many, a Kaggle challenges file, a "
+        "folder or a zip archive (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first task or file of --data that cannot be used (default: leave it out)",
     )
     parser.add_argument(
         "--split",
@@ -327,11 +332,13 @@ def run_scoring(args: argparse.Namespace) -> int:
     """
     from dataset_arc import load_tasks
 
-    tasks = load_tasks(args.data)
+    tasks = load_tasks(args.data, strict=args.strict)
     split, chosen = choose_split(tasks, args.split)
     other = tasks.train if split == "evaluation" else tasks.evaluation
     answers = checked(args.score_file, chosen, other)
     figures = score(answers, chosen, known_slices(tasks, split))
+    for line in tasks.left_out:
+        print(f"warning: {line}", file=sys.stderr)
     if not args.quiet:
         say_line(data_line(tasks, split, chosen))
         say_line(f"Valid:  {args.score_file}: every test input, two attempts each")
@@ -394,7 +401,7 @@ def run_prediction(args: argparse.Namespace) -> int:
         if not args.quiet:
             say_line(text)
 
-    tasks = load_tasks(args.data)
+    tasks = load_tasks(args.data, strict=args.strict)
     split, chosen = choose_split(tasks, args.split)
     model = load_model(args.model, checkpoint=args.checkpoint, device=device, offline=args.offline)
     for note in model.notes:
@@ -404,6 +411,10 @@ def run_prediction(args: argparse.Namespace) -> int:
     weights = "averaged weights" if model.averaged else "weights as they are"
     say(f"Model:  {model.path} ({counted(model.n_batches, 'batch', 'batches')}), {weights}")
     say(data_line(tasks, split, chosen))
+    for line in tasks.found:
+        say(f"        {line}")
+    for line in tasks.left_out:
+        print(f"warning: {line}", file=sys.stderr)
     say(f"        {counted(n_known, 'task')} known from training, {len(chosen) - n_known} unseen")
     say(f"Device: {device}, {counted(n_views, 'view')}")
 

@@ -417,7 +417,8 @@ def tasks_of(args: argparse.Namespace, records: Sequence[Record]) -> TaskSet:
     """The tasks of the first run, or of --data; a warning for each run trained on others."""
     from dataset_arc import load_tasks
 
-    tasks = load_tasks(args.data or records[0].arguments.get("data", "arcagi2"))
+    data = args.data or records[0].arguments.get("data", "arcagi2")
+    tasks = load_tasks(data, training=True)
     for record in records:
         if part(record.config, "data").get("sha256") not in (None, tasks.sha256):
             print(

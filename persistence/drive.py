@@ -561,17 +561,26 @@ def refuse_unmounted_colab(path: Path) -> None:
         )
 
 
+def _project_folder() -> str:
+    """The folder that this program lies in, links resolved: whose setting it is."""
+    return str(Path(__file__).resolve().parents[1])
+
+
 def _drive_config_path() -> Path:
-    """Where `setup_drive_backup` records the folder; `ARC_TRAINER_CONFIG_DIR` overrides it."""
+    """Where `setup_drive_backup` records the folder, a file for each project folder: beside the
+    user's other settings, so that a copy of the project does not take it along.
+    `ARC_TRAINER_CONFIG_DIR` overrides where that is."""
     override = os.environ.get("ARC_TRAINER_CONFIG_DIR")
-    if override:
-        return Path(override) / "drive_backup.json"
     base = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(base) if base else Path.home() / ".config") / "arc_trainer" / "drive_backup.json"
+    folder = (Path(base) if base else Path.home() / ".config") / "arc_trainer"
+    name = hashlib.sha256(_project_folder().encode()).hexdigest()[:16]
+    return (Path(override) if override else folder) / "drive_backup" / f"{name}.json"
 
 
 def setup_drive_backup(path: str | os.PathLike[str] | None) -> Path | None:
-    """Use `path` for backups from now on, in this and in every later process of this machine.
+    """Use `path` for backups from now on, in this and in every later process of this project folder
+    (the one that this file lies in) on this machine; other copies of the project know nothing of
+    it.
 
     Prints `Drive backup enabled: <path>` and returns the path. None switches the backup off.
     """
@@ -596,18 +605,20 @@ def setup_drive_backup(path: str | os.PathLike[str] | None) -> Path | None:
         ) from e
     folder = folder.resolve()
     config.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(config, {"path": str(folder), "since": timestamp_now()})
+    record = {"project": _project_folder(), "path": str(folder), "since": timestamp_now()}
+    atomic_write_json(config, record)
     print(f"Drive backup enabled: {path}")  # noqa: T201 - the notebook cell shows this line
     return folder
 
 
 def configured_drive_backup() -> Path | None:
-    """The folder that `setup_drive_backup` recorded, or None."""
+    """The folder that `setup_drive_backup` recorded for this project folder, or None."""
     try:
         record = read_json(_drive_config_path())
     except OSError:
         return None
-    path = record.get("path") if isinstance(record, dict) else None
+    mine = isinstance(record, dict) and record.get("project") == _project_folder()
+    path = record.get("path") if mine else None
     return Path(path) if isinstance(path, str) and path else None
 
 

@@ -40,18 +40,20 @@ class Candidate(NamedTuple):
     touched: float  # a rough sign of life, for the notes alone
 
 
+def newest_seal(folder: Path, files: Mapping[int, Path]) -> dict[str, Any] | None:
+    """What a run's newest readable seal says (epoch, batch, timestamp, ...); not verified."""
+    paths = [files[i] for i in sorted(files, reverse=True)]
+    return next((seal for p in [*paths, folder / "best_model.pt"] if (seal := seal_of(p))), None)
+
+
 def saved_last(folder: Path, files: Mapping[int, Path]) -> tuple[float | None, Any]:
     """When a run was last saved and its run_id, by its newest readable seal; not verified."""
-    paths = [files[i] for i in sorted(files, reverse=True)]
-    if is_file(folder / "best_model.pt"):
-        paths.append(folder / "best_model.pt")
-    for path in paths:
-        if (seal := seal_of(path)) is not None:
-            return seconds_of(seal.get("timestamp")) or 0.0, seal.get("run_id")
+    if (seal := newest_seal(folder, files)) is not None:
+        return seconds_of(seal.get("timestamp")) or 0.0, seal.get("run_id")
     marker = read_json(folder / RESTORING)
     if isinstance(marker, dict):  # the first file is not yet back
         return seconds_of(marker.get("timestamp")) or 0.0, None
-    return (0.0 if paths else None), None
+    return (0.0 if files or is_file(folder / "best_model.pt") else None), None
 
 
 def local_files(folder: Path) -> dict[int, Path]:

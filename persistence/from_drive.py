@@ -11,7 +11,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +48,7 @@ from persistence.find_run import (
     date_text,
     find_latest_run,
     local_files,
+    newest_seal,
     run_of,
     saved_last,
     saved_order,
@@ -56,6 +57,7 @@ from persistence.run_guard import RunLock
 from persistence.run_index import CHECKPOINT_NAME, RunIndex, remove_temporaries
 
 FIRST_BACK = ("config.json", "best_metadata.json")  # a resume needs them before any checkpoint
+FLAT_NAME = "arc_complete_restored"  # of a run whose checkpoints were laid into Drive by hand
 DRIVE_ANSWER_S = 30.0  # a mount that says nothing for so long is left out of account
 
 
@@ -215,17 +217,46 @@ def restore_run_from_drive(
     `arc_complete_restored`. Bad copies that were passed over are appended to `skipped`. An
     interrupted restore is finished by the next call, or by `--resume`.
     """
-    root = Path(drive_dir)
     if run_name is not None and not RUN_NAME.fullmatch(run_name):
         raise PersistenceError(f"not a run name: {run_name!r}", "", "Use the run directory's name.")
-    skipped = [] if skipped is None else skipped
+    wanted = [b for b in backups_in(Path(drive_dir)) if run_name in (None, b.name)]
+    return _restore_first(wanted, Path(runs_dir), fs, [] if skipped is None else skipped, say)
+
+
+class Backup(NamedTuple):
+    """A run on Drive: where its files are, and the name it gets here."""
+
+    folder: Path
+    name: str
+    saved: float  # of its newest seal, seconds since 1970; 0 without one
+    run_id: Any  # copies of one run have the same; None: unknown
+    seal: Mapping[str, Any]  # what its newest file says of itself: epoch, batch, ...; not verified
+
+
+def backups_in(root: Path) -> list[Backup]:
+    """The runs in a Drive folder, saved last first; checkpoints laid flat into it by hand last."""
     found = [c for c in candidates(root, flat_files) if c.saved is not None]
     found.sort(key=saved_order, reverse=True)
-    sources = [(c.folder, c.folder.name) for c in found if run_name in (None, c.folder.name)]
-    if run_name is None and saved_last(root, flat_files(root))[0] is not None:
-        sources.append((root, "arc_complete_restored"))
-    for source, name in sources:
-        target = Path(runs_dir) / name
+    places = [(c.folder, c.folder.name, c.saved, c.run_id) for c in found]
+    saved, run_id = saved_last(root, flat_files(root))
+    if saved is not None:
+        places.append((root, FLAT_NAME, saved, run_id))
+    return [
+        Backup(folder, name, saved or 0.0, run_id, newest_seal(folder, flat_files(folder)) or {})
+        for folder, name, saved, run_id in places
+    ]
+
+
+def _restore_first(
+    sources: Sequence[Backup],
+    runs_dir: Path,
+    fs: FileSystem,
+    skipped: list[dict[str, str]],
+    say: Callable[[str], None],
+) -> Path | None:
+    """The run directory of the first of these backups that has a good checkpoint; None: none."""
+    for source, name, *_ in sources:
+        target = runs_dir / name
         new = not target.exists()
         with RunLock(target):
             remove_temporaries(target, fs)
@@ -237,6 +268,15 @@ def restore_run_from_drive(
                     (target / "checkpoints").rmdir()
                     target.rmdir()
     return None
+
+
+Choose = Callable[[list[Backup], list[str]], list[Backup]]
+
+
+def runs_among(backups: Sequence[Backup]) -> list[Backup]:
+    """Of copies of one run the first alone."""
+    first = {b.name if b.run_id is None else str(b.run_id): b for b in reversed(backups)}
+    return [b for b in backups if any(b is kept for kept in first.values())]
 
 
 class Located(NamedTuple):
@@ -253,12 +293,15 @@ def locate_run(
     runs_dir: str | os.PathLike[str] = "runs",
     drive: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = lambda _: None,
+    choose: Choose = lambda backups, _: backups,
 ) -> Located:
     """Find the run to resume, and bring it back, or up to date, from Drive.
 
     resume: "latest" or "auto" (what was saved last in `runs_dir`), or a run folder. An interrupted
     restore is finished; a run that is gone is restored; if its backup is newer than the run here
-    and the run here is that one's past, the newer state is taken. Raises PersistenceError.
+    and the run here is that one's past, the newer state is taken. Where no run is here, none is
+    named and Drive has several, `choose` gets them, saved last first, and the notes, and returns
+    those to be tried in turn. Raises PersistenceError.
     """
     notes: list[str] = []
     skipped: list[dict[str, str]] = []
@@ -282,7 +325,10 @@ def locate_run(
             _take_newer(folder, Path(drive), latest, notes, skipped, say)
         elif drive is not None:  # a new machine
             refuse_unmounted_colab(Path(drive))
-            folder = restore_run_from_drive(drive, parent, name, skipped=skipped, say=say)
+            backups = [b for b in backups_in(Path(drive)) if name in (None, b.name)]
+            if name is None and len(runs_among(backups)) > 1:
+                backups = choose(backups, notes)
+            folder = _restore_first(backups, parent, REAL_FS, skipped, say)
             if folder is not None:
                 notes.append(f"Restored {folder} from {drive}")
         if folder is not None and saved_last(folder, local_files(folder))[0] is None:

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("trainloop_complete_with_fixes", "predict", "report")
+SCRIPTS = ("trainloop_complete_with_fixes", "predict", "report", "export")
 HEAD = """# Flags
 
-Every flag of every script, made from the scripts themselves by `python tests/flags_table.py`; a test compares. What to use for what stands
-in the README, which of them a resume may change in `resume_rules.py`.
+Every flag of every script, made from the scripts themselves by `python tests/flags_table.py`; a
+test compares. What to use for what stands in the README, which of them a resume may change in
+`resume_rules.py`.
 """
 
 

@@ -1,4 +1,4 @@
-"""The README and the notebook name files, flags and words that exist."""
+"""README and documents name files, flags and words that exist."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import flags_table
 import pytest
 
 import export
@@ -43,15 +44,6 @@ PARSERS = {
 }
 
 
-def notebook() -> dict[str, Any]:
-    return json.loads((ROOT / "notebooks" / "colab.ipynb").read_text(encoding="utf-8"))
-
-
-def code_of_notebook() -> str:
-    cells = [cell for cell in notebook()["cells"] if cell["cell_type"] == "code"]
-    return "\n".join("".join(cell["source"]) for cell in cells)
-
-
 def commands(text: str) -> list[list[str]]:
     """Every `python SCRIPT flags` in a text, as words."""
     found = re.findall(r"python ([\w/]+\.py[^\n`#]*)", text)
@@ -63,10 +55,10 @@ LOGS = ("LOG.md",)  # speaks of the past: what it names may be gone
 
 
 def all_commands() -> list[list[str]]:
-    """Of README, notebook and documents; the fault scripts have no parser to ask."""
+    """Of README and documents; the fault scripts have no parser to ask."""
     pages = [path.read_text(encoding="utf-8") for path in DOCUMENTS if path.name not in LOGS]
     found = [words for page in pages for words in commands(page) if words[0] in PARSERS]
-    return commands(README) + commands(code_of_notebook()) + found
+    return commands(README) + found
 
 
 @pytest.mark.parametrize("words", all_commands(), ids=" ".join)
@@ -86,28 +78,6 @@ def test_readme_flags_exist() -> None:
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]*", README))
     assert named - known == set()
-
-
-def test_notebook_is_format_4_without_outputs() -> None:
-    book = notebook()
-    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
-    ids = [cell["id"] for cell in book["cells"]]
-    assert len(set(ids)) == len(ids)
-    for cell in book["cells"]:
-        assert cell["cell_type"] in ("code", "markdown")
-        assert all(isinstance(line, str) for line in cell["source"])
-        if cell["cell_type"] == "code":
-            assert cell["outputs"] == []
-            assert cell["execution_count"] is None
-
-
-def test_notebook_python_compiles_and_its_names_exist() -> None:
-    import model_persistence
-
-    assert callable(model_persistence.setup_drive_backup)
-    lines = [line for line in code_of_notebook().splitlines() if line[:1] not in "!%"]
-    compile("\n".join(lines), "colab.ipynb", "exec")
-    assert (ROOT / "requirements.txt").is_file()
 
 
 def test_ablations_of_the_benchmark_are_flags_of_the_trainer() -> None:
@@ -240,5 +210,14 @@ def test_the_table_of_fixes_has_all_34_rows_each_with_code_and_a_test() -> None:
     assert all(len(row) == 4 and "`" in row[2] and "`tests/" in row[3] for row in rows)
 
 
+def test_the_table_of_flags_is_that_of_the_parsers() -> None:
+    page = (ROOT / "docs" / "FLAGS.md").read_text(encoding="utf-8")
+    assert page == flags_table.table(), "python tests/flags_table.py writes it anew"
+
+
 def test_the_readme_leads_to_every_document() -> None:
-    assert [path.name for path in DOCUMENTS if f"`docs/{path.name}`" not in README] == []
+    """By name, or through a page that it names."""
+    named = [path for path in DOCUMENTS if f"`docs/{path.name}`" in README]
+    pages = README + "".join(path.read_text(encoding="utf-8") for path in named)
+    assert [path.name for path in DOCUMENTS if f"`docs/{path.name}`" not in pages] == []
+    assert len(named) > 15

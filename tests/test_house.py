@@ -49,6 +49,7 @@ LIGHT: Mapping[str, frozenset[str]] = {
     "resume_rules.py": frozenset(),
     "run_log.py": frozenset(),
     "grid_features.py": frozenset({"numpy"}),
+    "task_files.py": frozenset(),
     "dataset_arc.py": frozenset({"numpy"}),
     "size_rules.py": frozenset({"numpy"}),
     "rule_list.py": frozenset({"numpy"}),

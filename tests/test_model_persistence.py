@@ -1114,6 +1114,29 @@ def test_drive_setup_reaches_the_next_process(
     assert configured_drive_backup() is None
 
 
+def test_drive_setup_belongs_to_one_project_folder(tmp_path: Path) -> None:
+    """Breaks: a setting of the whole account, and one that a copy of the project takes along."""
+    ours, theirs = Path(model_persistence.__file__).parent, tmp_path / "another checkout"
+    shutil.copytree(ours / "persistence", theirs / "persistence")
+    (tmp_path / "link").symlink_to(ours)
+
+    def said_in(project: Path, code: str) -> str:
+        code = f"import sys; sys.path[:0] = sys.argv[1:]; from persistence.drive import *; {code}"
+        output, errors = python("-c", code, str(project)).communicate(timeout=60)
+        assert not errors
+        return output
+
+    setup_drive_backup(tmp_path / "Drive")
+    shutil.copytree(ours / "persistence", theirs / "later" / "persistence")
+    ask = "print(configured_drive_backup())"
+    assert said_in(theirs / "later", ask) == "None\n"
+    own = f"setup_drive_backup({str(tmp_path / 'Other')!r}); {ask}"
+    assert said_in(theirs, own).splitlines()[-1] == str(tmp_path / "Other")
+    assert said_in(tmp_path / "link", ask) == f"{tmp_path / 'Drive'}\n"
+    assert said_in(theirs, "setup_drive_backup(None)") == "Drive backup disabled\n"
+    assert configured_drive_backup() == tmp_path / "Drive"
+
+
 def test_drive_that_is_not_mounted_or_not_writable_is_an_error(tmp_path: Path) -> None:
     if not Path("/content/drive").is_mount():
         with pytest.raises(PersistenceError, match=r"not mounted.*drive\.mount"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -349,6 +350,104 @@ def test_a_newer_run_of_another_name_on_drive_is_said(bare: Bare, here: Path) ->
     done = bare("--resume", "--drive_backup", "drive", "--dry_run")
     assert done.code == 0, done.err
     assert "--resume runs/arc_complete_20200101_000000 takes that run" in done.out
+
+
+@pytest.fixture
+def two_on_drive(here: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """No run is here; Drive holds one that was saved in 2001, and the run of two epochs."""
+    backup = on_a_new_machine(here)
+    with monkeypatch.context() as patch:
+        patch.setattr("model_persistence.timestamp_now", lambda: "2001-02-03T04:05:06+00:00")
+        toy_run(here / "drive" / "arc_complete_older", 3)
+    flags = {"arguments": {"data": "arcagi1", "seed": 5}}
+    (here / "drive" / "arc_complete_older" / "config.json").write_text(json.dumps(flags))
+    shutil.copytree(backup, here / "drive" / "a copy by hand")  # the same run
+    return backup, here / "drive" / "arc_complete_older"
+
+
+def test_several_runs_on_drive_are_listed_and_one_is_named(
+    bare: Bare, here: Path, two_on_drive: tuple[Path, Path], reference: Outcome
+) -> None:
+    """Breaks: a foreign run restored in place of one's own."""
+    backup, older = two_on_drive
+    asked = bare("--resume", "--drive_backup", "drive", "--device", "cpu")
+    assert asked.code == 3
+    head, *listed = asked.err.strip().splitlines()
+    assert head == (
+        f"error: --resume: 2 runs in {here / 'drive'} and none in runs; say which one with "
+        "--resume NAME:"
+    )
+    assert len(listed) == 2
+    assert re.fullmatch(
+        rf"    {backup.name}  saved 20[\d-]+ [\d:]+, epoch 0, batch \d+, evaluated, data: \S+",
+        listed[0],
+    )
+    assert re.fullmatch(
+        rf"    {older.name}  saved 2001-02-0. \S+, epoch 0, batch 2, data: arcagi1", listed[1]
+    )
+    assert not (here / "runs").exists()
+    done = bare("--resume", backup.name, "--drive_backup", "drive", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert "Resume: EXACT" in done.out
+    assert done.folder == Path("runs") / backup.name
+    assert differing(done.checkpoint()["agent"], reference.checkpoint()["agent"]) == []
+    line = one_line(bare("--resume", "no_such_run", "--drive_backup", "drive"), 3)
+    assert "nothing to resume in runs/no_such_run" in line
+
+
+def test_flags_that_are_given_say_which_run_on_drive_is_meant(
+    bare: Bare, here: Path, two_on_drive: tuple[Path, Path]
+) -> None:
+    backup, older = two_on_drive
+    asked = bare("--resume", "--drive_backup", "drive", "--seed", 7)
+    assert (asked.code, len(asked.err.splitlines())) == (3, 3)
+    assert "2 runs, none of them with this --seed, in" in asked.err
+    done = bare("--resume", "--drive_backup", "drive", "--seed", 0, "--epochs", 9, "--dry_run")
+    assert done.code == 0, done.err
+    took = f"Drive: took {backup.name} from {here / 'drive'}, the only one with this --seed; "
+    assert f"{took}passed over {older.name}" in done.out
+    assert f"Run:    runs/{backup.name}" in done.out
+
+
+def test_resume_auto_takes_the_run_on_drive_that_was_saved_last_and_says_so(
+    here: Path, two_on_drive: tuple[Path, Path]
+) -> None:
+    backup, older = two_on_drive
+
+    def located(*flags: str) -> Any:
+        given = ["--resume", "auto", "--drive_backup", "drive", *flags]
+        args = trainloop.read_flags(given)
+        return resuming.locate(args, trainloop.explicit_arguments(given))
+
+    found = located()
+    assert found.folder == Path("runs") / backup.name
+    took = f"Drive: took {backup.name} from {here / 'drive'}, the one saved last"
+    assert f"{took}; passed over {older.name}" in found.notes
+    shutil.rmtree(here / "runs")
+    found = located("--data", "arcagi1", "--seed", "5")
+    assert found.folder == Path("runs") / older.name
+    assert any(f"saved last with this --seed, --data; passed over {backup.name}" in note
+               for note in found.notes)  # fmt: skip
+    shutil.rmtree(here / "runs")
+    flip_a_bit(max(backup.glob("checkpoint_*.pt")))  # then its other files, not another run
+    assert located().folder == Path("runs") / backup.name
+
+
+def test_a_backup_that_is_set_up_can_be_left_out_for_one_run(
+    train: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARC_TRAINER_CONFIG_DIR", str(tmp_path / "configuration"))
+    setup_drive_backup(tmp_path / "drive")
+    before = contents(tmp_path / "drive")
+    flags = ("--max_batches", 1, *SMALL)
+    done = train(*flags, "--drive_backup", "off")
+    assert done.code == 0, done.err
+    assert train("--resume", "--epochs", 2, *flags).code == 0  # a run's own word
+    assert contents(tmp_path / "drive") == before
+    assert " --drive_backup off" in resuming.resume_command(done.run)
+    assert not Path("off").exists()
+    assert train("--resume", "--epochs", 3, *flags, "--drive_backup", tmp_path / "drive").code == 0
+    assert (tmp_path / "drive" / done.folder.name / "best_model.pt").exists()
 
 
 # -- folders that are no backup --------------------------------------------------------------------

@@ -806,7 +806,7 @@ OTHERS = [
     Mutant(
         "27 --drive_backup ignored",
         T,
-        "drive_backup=args.drive_backup,",
+        "drive_backup=drive_folder(args) or False,",
         "drive_backup=None,",
         "resuming: comes_back_from_drive",
     ),
