@@ -250,6 +250,13 @@ class System:
         inverse = self.agent.backward_model.fit(batch) if backwards else None
         return Reading(batch, prompt, sight, summary, pairs, inverse)
 
+    def retrieved(self, reading: Reading) -> Tensor:
+        """Share of the queries whose prompt holds something of the memory, 0-dim float32."""
+        memory = self.solver2
+        if not memory.use_memory:
+            return torch.zeros((), device=reading.prompt.mask.device)
+        return reading.prompt.mask[:, -memory.n_retrieved :].any(1).float().mean()
+
     def answer(
         self,
         reading: Reading,

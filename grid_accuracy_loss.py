@@ -53,6 +53,14 @@ def mask_ratio(prediction: Tensor, target: Tensor) -> Tensor:
     return wrong.float() / _cells(target)
 
 
+def answer_spread(answers: Tensor) -> Tensor:
+    """How much the answers (batch, rows, cols) differ: standard deviation of their mean colours
+    over the batch, 0-dim float32; 0 where all are alike."""
+    inside = valid_cells(answers)
+    colour = (answers * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp(min=1)
+    return colour.float().std(correction=0)
+
+
 def hard_cell_weights(prediction: Tensor, target: Tensor, *, easy_weight: float = 1.0) -> Tensor:
     """Cell weights, float32 (batch, rows, cols), that lift the wrong cells of a grid over the right
     ones.

@@ -428,6 +428,11 @@ class ModelPersistence:
         """How many saves came while the one before was still being written."""
         return self._writer.skipped_saves
 
+    def drive_state(self) -> tuple[str, int]:
+        """State of the copy on Drive, "off" without one, and how many files it lacks. Looks at the
+        local disk alone."""
+        return ("off", 0) if self._drive is None else (self._drive.state, len(self._drive.behind()))
+
     @property
     def last_durable_id(self) -> int | None:
         """The newest checkpoint that this process has on the disk."""

@@ -28,6 +28,7 @@ from batches import Collator, TrainingStream
 from command_line import EXIT_MISSING, EXIT_UNEXPECTED, UserError, device_name
 from curriculum import DynamicMemoryThreshold, GradientMonitor, Schedule, SizeWarmupCurriculum
 from dataset_arc import TaskSet
+from health import Health
 from hypotheses import Fitter
 from loss_function import PARTS
 from model_persistence import (
@@ -161,6 +162,7 @@ class Clock:
     epoch_s: float = 0.0
     train_s: float = 0.0  # of the epochs before
     query_s: float = 0.0  # of evaluation, per query and view
+    wait_s: float = 0.0  # of training, for the next batch
 
     def state_dict(self) -> dict[str, float]:
         return dict(vars(self))
@@ -202,6 +204,8 @@ class Run:
     # Of the newest save: where it was, its metrics, and the metric of a best_model.pt that failed.
     last_save: tuple[Place, dict[str, float]] | None = None
     owed_best: str | None = None
+    health: Health = field(default_factory=Health)
+    watched: tuple[float, float] = (0.0, 0.0)  # time.monotonic(), clock.wait_s at the last batch
 
     @property
     def folder(self) -> Path:
@@ -357,7 +361,8 @@ def commit_hash() -> str | None:
 
 def checkpoint_extra(run: Run) -> dict[str, Any]:
     """All that a checkpoint holds beside the six objects: `Run.state`, the settings and what the
-    arithmetic depends on, which model it is, Qwen's kept readings, and the random state."""
+    arithmetic depends on, which model it is, Qwen's kept readings, what is known to be wrong, and
+    the random state."""
     run.clock.elapsed_s = time.monotonic() - run.started
     extra = {name: part.state_dict() for name, part in run.state().items()}
     extra["config"] = run_config(run)
@@ -365,6 +370,7 @@ def checkpoint_extra(run: Run) -> dict[str, Any]:
     extra["in_use"] = in_use(run)
     extra |= describe(run.system, run.average, run.stream.task_table)
     extra["qwen_cache"] = run.system.qwen.cache_state()
+    extra["health"] = run.health.state_dict()
     extra["rng"] = capture_rng_state()
     return extra
 
@@ -422,6 +428,7 @@ def restore(run: Run, metadata: dict[str, Any]) -> tuple[list[str], list[str]]:
         if name == "progress":
             raise unknown_position(metadata)
     run.progress.skipped_in_a_row = 0  # the next ones decide anew
+    run.health.load_state_dict(extra.get("health", {}))
     run.started = time.monotonic() - run.clock.elapsed_s
     try:
         missing = restore_rng_state(extra["rng"])

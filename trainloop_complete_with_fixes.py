@@ -302,6 +302,7 @@ from curriculum import (
 from dataset_arc import Task, TaskSet, default_data, found_by_itself, load_tasks
 from distributed import check_data, check_flags, nothing_saved, share_state, shared_fitter
 from grid_accuracy_loss import (
+    answer_spread,
     cell_accuracy,
     exact_match,
     resize_logits,
@@ -354,6 +355,7 @@ from run_state import (
 )
 from time_budget import batches_expected, note_time, out_of_time, plan_decay, share_time
 from trained_model import known_errors
+from watching import timed, watch_batch, watch_epoch
 
 WIDE_FROM = 20 * 10**9  # bytes of a GPU: an agent of width 512 from there on (estimate)
 LOG_EVERY = 50  # batches between two batch lines
@@ -783,6 +785,7 @@ def train_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
             where = {"epoch": progress.epoch, "batch": progress.batch, "minutes": minutes}
             where |= {"batches_done": progress.total}
             run.log.record({"kind": "batch", **where, **figures})
+            watch_batch(run, persistence, figures)
             progress.add(figures)
             progress.last_epoch, progress.last_batch = progress.epoch, progress.batch
             progress.batch += 1
@@ -821,7 +824,8 @@ def batches_of_epoch(run: Run, n_batches: int) -> Iterator[tuple[Batch, Targets]
     """The epoch's remaining (batch, targets), made ahead in a thread, on the run's device."""
     epoch = run.progress.epoch
     positions = range(run.progress.batch, n_batches)
-    for batch, targets in prefetch(lambda p: run.stream.batch(epoch, p), positions, depth=3):
+    made = prefetch(lambda p: run.stream.batch(epoch, p), positions, depth=3)
+    for batch, targets in timed(run.clock, made):
         yield run.ranks.level(batch.to(run.device)), targets.to(run.device)
 
 
@@ -1009,11 +1013,14 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         "exact": exact.mean(),
         "size": size_right.float().mean(),
         "fits_frac": targets.fits.float().mean(),
+        "answer_spread": answer_spread(before.grids()),
+        "retrieved_frac": system.retrieved(reading),
         "change": none[0] if refinement is None else refinement.info.change_frac,
         **proposed,
     }
     common = {
         "stored": kept[3].sum(),
+        **({"grad_norm": norm} if last else {}),
         **norms,
         **{ours: health[theirs] for theirs, ours in POLICY_FIGURES.items() if health},
         **choosing,
@@ -1091,6 +1098,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
         "batches_done": progress.total,
     }
     run.log.record(row)
+    watch_epoch(run, persistence, row)
     run.log.flush()
     note_time(run, plan.limits)
     if progress.counted:  # one average an epoch: batches are too unlike to follow one by one

@@ -37,7 +37,7 @@ from hypotheses import explain_demonstrations, pairs_of, proposals_of
 SCRIPT = Path(trainloop.__file__)
 MODULES = ("agent", "qwen", "solver2", "efe_loss", "policy_rl")
 # Of a checkpoint's extra: what two equal runs may differ in.
-CLOCKS = ("clock", "rng", "flags", "in_use")
+CLOCKS = ("clock", "rng", "flags", "in_use", "health")
 # Of a batch row, where there are hypotheses to choose from.
 CHOICE_FIGURES = (
     "proposal_loss", "proposal_sure_loss", "proposal_entropy", "group_zero_frac",

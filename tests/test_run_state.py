@@ -95,7 +95,7 @@ def test_the_names_that_save_writes_are_the_names_that_restore_reads(fresh_run: 
     # The rest is for `resume` (config) and for other programs (what the model is).
     identity = set(Description.__annotations__)
     assert set(NEEDED) <= set(written)
-    assert set(written) - extra.read == {"config", "flags", "in_use"} | identity
+    assert set(written) - extra.read == {"config", "flags", "in_use", "health"} | identity
     assert set(run.state()) | {"qwen_cache", "rng"} == extra.read
 
 

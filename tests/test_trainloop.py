@@ -276,9 +276,10 @@ def test_early_stops_show_in_steps_saved_and_leave_training_alone(train):
 
 def test_every_figure_of_metrics_is_explained_and_no_other(reference):
     text = (SCRIPT.parent / "docs" / "METRICS.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`(\w+)`", text)) - {"kind", "start", "batch", "epoch", "null"}
-    named -= {"train_step", "random", "off", "policy_", "untrained"}
-    written = {key for kind in ("batch", "epoch") for row in reference.rows(kind) for key in row}
+    kinds = ("batch", "epoch", "health")
+    named = set(re.findall(r"`(\w+)`", text)) - {"kind", "start", "null", *kinds}
+    named -= {"train_step", "random", "off", "policy_", "untrained", "warning", "note"}
+    written = {key for kind in kinds for row in reference.rows(kind) for key in row}
     written |= set(CHOICE_FIGURES)  # with hypotheses, see the test of a resume with them
     assert written - named - {"kind", "epoch", "batch"} == set()
     assert named - written == set()

@@ -1255,7 +1255,7 @@ HYPOTHESES = [
     Mutant(
         "47 Ctrl+C waits for the demonstrations",
         EVALUATION,
-        "system, wanted, explained, progress=lambda _: heed_stop(), **options",
+        "system, wanted, explained, progress=lambda *_: heed_stop(), **options",
         "system, wanted, explained, **options",
         "wiring: stop_is_heeded",
     ),
@@ -1366,4 +1366,63 @@ HYPOTHESES = [
     ),
 ]
 
-MUTANTS = SURVIVORS + OTHERS + HYPOTHESES
+HEALTH = [
+    Mutant(
+        "49 batches are not watched",
+        T,
+        "            watch_batch(run, persistence, figures)\n",
+        "",
+        "health: colour",
+    ),
+    Mutant(
+        "49 epochs are not watched",
+        T,
+        "    watch_epoch(run, persistence, row)\n",
+        "",
+        "health: stands",
+    ),
+    Mutant(
+        "49 waiting for batches is not timed",
+        T,
+        "timed(run.clock, made)",
+        "made",
+        "health: slow_collator",
+    ),
+    Mutant(
+        "49 the spread is the targets'",
+        T,
+        "answer_spread(before.grids())",
+        "answer_spread(target)",
+        "health: colour",
+    ),
+    Mutant(
+        "49 the gradient's norm is that after clipping",
+        T,
+        '"grad_norm": norm}',
+        '"grad_norm": norm.clamp(max=args.clip)}',
+        "health: before_clipping",
+    ),
+    Mutant(
+        "49 other tokens count as memory",
+        SYSTEM,
+        "mask[:, -memory.n_retrieved :]",
+        "mask[:, : memory.n_retrieved]",
+        "health: gives",
+    ),
+    Mutant(
+        "49 what was said is not saved",
+        STATE,
+        '    extra["health"] = run.health.state_dict()\n',
+        "",
+        "health: resumed",
+    ),
+    Mutant(
+        "49 what was said is not restored",
+        STATE,
+        '    run.health.load_state_dict(extra.get("health", {}))\n',
+        "",
+        "health: resumed",
+    ),
+]
+
+MUTANTS = SURVIVORS + OTHERS + HYPOTHESES + HEALTH
