@@ -1,25 +1,24 @@
-"""One HTML page about a run: settings, results, learning curves, pictures of what it answers.
+"""One HTML page about a run, or about two: results, health, learning curves, pictures of answers.
 
     python report.py runs/arc_complete_20260101_120000 --out report.html
+    python report.py runs/first runs/second --out comparison.html
     python report.py runs/arc_complete_20260101_120000 --curves curves.png
 
-The page needs no network and no other file. It trains nothing and never writes to the run. The
-curves need matplotlib (`pip install matplotlib`).
+The page needs no network and no other file. It trains nothing and never writes to the run. Only the
+PNG of `--curves` needs matplotlib (`pip install matplotlib`).
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import html
 import io
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import (
+    EXIT_ARGUMENTS,
     EXIT_DONE,
     EXIT_MISSING,
     Parser,
@@ -33,26 +32,22 @@ from command_line import (
     pick_precision,
     write,
 )
-from persistence.files import atomic_write_bytes, read_json
-from run_log import read_metrics
+from persistence.files import atomic_write_bytes
+from run_record import Record, counted, figure, part, points, read_record, smooth
 from trained_model import find_run, known_errors, load_model
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from collections.abc import Sequence
 
-    from dataset_arc import Task
+    from dataset_arc import Task, TaskSet
+    from evaluation import Key, Prediction
+    from report_page import Answer, Gallery, Grid
+    from rule_list import Explained
     from trained_model import Model
 
-# The colours 0..9 as the ARC web pages show them.
-PALETTE = (
-    "#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00",
-    "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25",
-)  # fmt: skip
-PICTURE_PX = 112  # longest side of a grid's picture
-CELL_PX = 16  # largest side of a cell
-SHOWN_DEMONSTRATIONS = 4
 SAMPLE_SEED = 0  # the sample is the same for every run on the same data
+VIEWS_CPU, VIEWS_GPU = 2, 8  # as in a final evaluation that no clock hurries
+BATCH_CPU, BATCH_GPU = 16, 256  # queries
 CURVES = (
     # (title, key of batch rows, key of epoch rows)
     ("Loss", "loss", None),
@@ -68,7 +63,8 @@ def build_parser() -> Parser:
     """All flags, each with its unit and default."""
     parser = Parser(
         prog="report.py",
-        description="Write one HTML page about a run: settings, results, curves, pictures.",
+        description="Write one HTML page about a run: results, health, curves, pictures; or about "
+        "two runs beside each other.",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit codes: 0 done, 1 unexpected, 2 arguments, 3 run/data/matplotlib missing or\n"
@@ -78,6 +74,9 @@ def build_parser() -> Parser:
         "run", metavar="RUN", help="a run folder, or a folder of runs (its newest run)"
     )
     parser.add_argument(
+        "other", metavar="RUN_B", nargs="?", help="a second run, to compare with the first"
+    )
+    parser.add_argument(
         "--out", default="report.html", metavar="FILE", help="the page (default: %(default)s)"
     )
     parser.add_argument(
@@ -85,16 +84,17 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--data", help="where the tasks are (default: as in the run)")
     parser.add_argument(
-        "--pool",
-        type=number(int, 1),
-        default=120,
-        help="test queries answered for the pictures, a fixed sample (default: %(default)s)",
+        "--tasks",
+        type=number(int, 0),
+        default=100,
+        metavar="N",
+        help="tasks answered for the gallery, a fixed sample; 0: no gallery (default: %(default)s)",
     )
     parser.add_argument(
-        "--pictures",
-        type=number(int, 0),
-        default=8,
-        help="solved and unsolved queries shown at most, each (default: %(default)s)",
+        "--views",
+        type=number(int, 1, 64),
+        metavar="N",
+        help=f"views that vote in the gallery (default: {VIEWS_CPU} on CPU, {VIEWS_GPU} on a GPU)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -112,74 +112,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     output = ("--curves", args.curves) if args.curves else ("--out", args.out)
     check_arguments(parser, args, [output])
+    if args.curves and args.other:
+        parser.error("--curves: it draws one run; leave the second out")
     return args
 
 
 # ---------------------------------------------------------------------------------------------
-# What the run wrote
+# Curves as a PNG
 # ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Record:
-    """The files of a run that a report reads; `results` is empty before the final evaluation."""
-
-    folder: Path
-    config: dict[str, Any]
-    results: dict[str, Any]
-    batches: list[dict[str, Any]]
-    epochs: list[dict[str, Any]]
-
-
-def read_record(folder: Path) -> Record:
-    """Read a run's JSON files. Raises UserError where there is nothing to report on."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        why = "it is not a file" if path.exists() else "there is no such file"
-        raise UserError(
-            f"{path}: cannot be read ({why}). Give the folder of a run that trained.", EXIT_MISSING
-        )
-    rows = read_metrics(path)
-    batches = [row for row in rows if row["kind"] == "batch"]
-    if not batches:
-        raise UserError(f"{path}: no batches in it yet. Wait for the first save.", EXIT_MISSING)
-    config, results = (read_json(folder / name) for name in ("config.json", "results.json"))
-    return Record(
-        folder,
-        config if isinstance(config, dict) else {},
-        results if isinstance(results, dict) else {},
-        batches,
-        [row for row in rows if row["kind"] == "epoch"],
-    )
-
-
-# ---------------------------------------------------------------------------------------------
-# Curves
-# ---------------------------------------------------------------------------------------------
-
-
-def smooth(values: list[float], width: int) -> list[float]:
-    """Mean of up to `width` values around each, over those that are finite."""
-    out = []
-    for i in range(len(values)):
-        window = values[max(0, i - width // 2) : i + width // 2 + 1]
-        finite = [v for v in window if math.isfinite(v)]
-        out.append(sum(finite) / len(finite) if finite else math.nan)
-    return out
-
-
-def points(rows: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """(minutes, values) of the rows that have both as numbers; null, not finite, is NaN."""
-
-    def plain(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
-    some = [row for row in rows if key in row and plain(row.get("minutes"))]
-    some = [row for row in some if row[key] is None or plain(row[key])]
-    return (
-        [float(row["minutes"]) for row in some],
-        [math.nan if row[key] is None else float(row[key]) for row in some],
-    )
 
 
 def draw_curves(record: Record) -> bytes:
@@ -192,15 +132,17 @@ def draw_curves(record: Record) -> bytes:
             EXIT_MISSING,
         ) from error
 
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    canvas = Figure(figsize=(13, 6.4), layout="constrained")
     width = max(1, len(record.batches) // 40)
     results = record.results
+    right, n = figure(results, "exact_at_2"), figure(results, "n")
     final = {
-        "val_accuracy": results.get("exact_at_2", 0) / max(1, results.get("n", 0)),
-        "cell_accuracy": results.get("cell_accuracy"),
-        "size_accuracy": results.get("size_accuracy"),
+        "val_accuracy": right / n if right is not None and n else None,
+        "cell_accuracy": figure(results, "cell_accuracy"),
+        "size_accuracy": figure(results, "size_accuracy"),
     }
-    for axes, (title, key, epoch_key) in zip(figure.subplots(2, 3).flat, CURVES, strict=True):
+    ended = figure(results, "minutes")
+    for axes, (title, key, epoch_key) in zip(canvas.subplots(2, 3).flat, CURVES, strict=True):
         minutes, values = points(record.batches, key)
         axes.plot(minutes, values, color="#0074d9", alpha=0.15, linewidth=0.6)
         axes.plot(minutes, smooth(values, width), color="#0074d9", label="training batches")
@@ -211,9 +153,9 @@ def draw_curves(record: Record) -> bytes:
                 color="#ff851b",
                 label="validation, one view",
             )
-            if results and final[epoch_key] is not None:
+            if ended is not None and final[epoch_key] is not None:
                 axes.plot(
-                    results["minutes"],
+                    ended,
                     final[epoch_key],
                     "*",
                     markersize=12,
@@ -228,9 +170,9 @@ def draw_curves(record: Record) -> bytes:
         axes.grid(alpha=0.3)
         if epoch_key or key == "loss":
             axes.legend(fontsize=8)
-    figure.suptitle(record.folder.name)
+    canvas.suptitle(record.name)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    canvas.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -245,293 +187,307 @@ def robust_range(values: list[float]) -> tuple[float, float]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures
+# Answers for the gallery
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Answer:
-    """What the model says to one test query: a grid per planning step, all of the same size."""
-
-    task: Task
-    number: int
-    steps: list[NDArray[np.uint8]]
-
-    @property
-    def truth(self) -> NDArray[np.uint8]:
-        output = self.task.tests[self.number].output
-        assert output is not None
-        return output
-
-    def right(self, step: int = -1) -> bool:
-        grid = self.steps[step]
-        return grid.shape == self.truth.shape and bool((grid == self.truth).all())
-
-
-def sample_queries(tasks: tuple[Task, ...], n: int) -> list[tuple[Task, int]]:
-    """A fixed sample of n test queries with known outputs."""
+def sample_tasks(tasks: tuple[Task, ...], n: int) -> list[Task]:
+    """A fixed sample of n tasks of which a test output is known."""
     import numpy as np
 
-    known = [(t, i) for t in tasks for i, pair in enumerate(t.tests) if pair.output is not None]
+    known = [task for task in tasks if any(pair.output is not None for pair in task.tests)]
     order = np.random.default_rng(SAMPLE_SEED).permutation(len(known))[:n]
     return [known[i] for i in order]
 
 
-def answer_queries(
-    model: Model, queries: list[tuple[Task, int]], device: str, *, quiet: bool
-) -> list[Answer]:
-    """The model's planning steps for the queries, in their order; it sees no test output."""
+def make_gallery(
+    model: Model, record: Record, tasks: Sequence[Task], args: argparse.Namespace, device: str
+) -> Gallery:
+    """The model's answers to the tasks' test inputs, made as the final evaluation makes them; it
+    sees no test output."""
+    import torch
+
+    from batches import evaluation_views
+    from evaluation import (
+        contested_scores,
+        joined,
+        predict_tasks,
+        proposals_for,
+        refined,
+        without_outputs,
+        work_bar,
+    )
+    from report_page import Gallery
+
+    views = args.views or (VIEWS_CPU if device == "cpu" else VIEWS_GPU)
+    dtype, _ = pick_precision("auto", device)
+    how: dict[str, Any] = {
+        "task_index": model.task_index, "device": device, "dtype": dtype, "seed": model.seed,
+        "batch_size": BATCH_CPU if device == "cpu" else BATCH_GPU,
+    }  # fmt: skip
+    flags = record.arguments
+    hide = no_bar(args.quiet)
+    acceptance = flags.get("acceptance", "demonstrations")
+    explained: dict[Key, Explained] = {}
+    if tasks and flags.get("hypotheses", "on") == "on":
+        explained = explain(tasks, hide)
+    proposals = proposals_for(explained) if flags.get("demonstrations", "on") == "on" else None
+    own_scores = None
+    if explained and acceptance == "demonstrations":
+        own_scores = contested_scores(model.system, tasks, explained, **how)
+    torch.set_float32_matmul_precision("high")
+    with work_bar("Answering", hide) as bar:
+        network = predict_tasks(
+            model.system,
+            without_outputs(tasks),
+            evaluation_views(views, model.seed),
+            progress=lambda _, share: bar.update(100 * share),
+            proposals=proposals,
+            own_scores=own_scores,
+            accept=acceptance != "off",
+            **how,
+        )
+    steps = planning_steps(model, tasks, proposals, how)
+    votes = joined(network, explained) if explained else refined(network)
+    answers = [
+        answer_of(task, i, network[task.task_id, i], votes[task.task_id, i],
+                  explained.get((task.task_id, i)), steps[task.task_id, i])
+        for task in tasks
+        for i in range(len(task.tests))
+    ]  # fmt: skip
+    return Gallery(answers, how_made(model, record, answers, views, bool(explained), acceptance))
+
+
+def explain(tasks: Sequence[Task], hide: bool) -> dict[Key, Explained]:
+    """Hypotheses for the tasks' test inputs, fitted in a process of their own."""
+    from tqdm import tqdm
+
+    from evaluation import without_outputs
+    from hypotheses import Fitter
+
+    fitter = Fitter(without_outputs(tasks))
+    try:
+        with tqdm(
+            total=len(tasks), desc="Hypotheses", unit="task", leave=False, disable=hide
+        ) as bar:
+            found = fitter.collect(waiting=lambda n: bar.update(n - bar.n))
+    finally:
+        fitter.close()
+    if fitter.failed:
+        print(
+            f"warning: hypotheses for {fitter.n_first()} of {len(tasks)} tasks only: "
+            f"{fitter.failed}",
+            file=sys.stderr,
+        )
+    return found
+
+
+def planning_steps(
+    model: Model, tasks: Sequence[Task], proposals: Any, how: dict[str, Any]
+) -> dict[Key, tuple[Grid, Grid, int]]:
+    """(first, last, number of steps) of each query's planning in the first view, by query."""
     import numpy as np
     import torch
-    from tqdm import tqdm
 
     from batches import View, evaluation_batches
     from evaluation import without_outputs
 
-    tasks = {task.task_id: task for task, _ in queries}
-    dtype, _ = pick_precision("auto", device)
-    generator = torch.Generator(device=device).manual_seed(model.seed)
-    steps: dict[tuple[str, int], list[Any]] = {}
-    bar = tqdm(
-        total=sum(len(task.tests) for task in tasks.values()),
-        desc="Answering",
-        unit="query",
-        leave=False,
-        disable=no_bar(quiet),
-    )
+    device, dtype = how["device"], how["dtype"]
+    generator = torch.Generator(device=device).manual_seed(how["seed"])
+    found: dict[Key, tuple[Grid, Grid, int]] = {}
     batches = evaluation_batches(
-        without_outputs(tasks.values()), View(), batch_size=32, task_table=model.task_index
+        without_outputs(tasks), View(), batch_size=how["batch_size"],
+        task_table=how["task_index"], proposals=proposals,
+    )  # fmt: skip
+    for batch in batches:
+        with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
+            output = model.system.predict(batch.to(device), generator).before
+        sizes, taken = output.size.tolist(), output.n_steps.tolist()
+        grids = [output.grids(s).cpu().numpy() for s in (0, len(output.logits) - 1)]
+        for row, (task_id, _, i) in enumerate(batch.pair_ids):
+            rows, cols = sizes[row]
+            first, last = (g[row, :rows, :cols].astype(np.uint8) for g in grids)
+            found[task_id, i] = first, last, int(taken[row])
+    return found
+
+
+def answer_of(
+    task: Task,
+    number: int,
+    network: Prediction,
+    vote: Prediction,
+    explained: Explained | None,
+    steps: tuple[Grid, Grid, int],
+) -> Answer:
+    """What the gallery shows of one query. network: its own ballot; vote: the joint one."""
+    import numpy as np
+
+    from report_page import Answer
+
+    truth = task.tests[number].output
+
+    def exact(grid: Grid) -> bool:
+        return truth is not None and np.array_equal(grid, truth)
+
+    attempts = vote.attempts()
+    mended = [not exact(c.before) and exact(c.after) for c in network.changes if c.accepted]
+    spoilt = [exact(c.before) and not exact(c.after) for c in network.changes if c.accepted]
+    alone = any(map(exact, network.attempts()))
+    first = network.changes[0] if network.changes else None
+    return Answer(
+        task,
+        number,
+        attempts,
+        [source_of(grid, network, explained) for grid in attempts],
+        steps[:2],
+        steps[2],
+        None if first is None else (first.before, first.after, first.accepted),
+        won=any(mended),
+        lost=any(spoilt) or (alone and not any(map(exact, attempts))),
     )
-    with bar:
-        for batch in batches:
-            with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
-                output = model.system.predict(batch.to(device), generator).before
-            sizes = output.size.tolist()
-            grids = [output.grids(s).cpu().numpy() for s in range(len(output.logits))]
-            for row, (task_id, _, number_in_task) in enumerate(batch.pair_ids):
-                rows, cols = sizes[row]
-                steps[(task_id, number_in_task)] = [
-                    grid[row, :rows, :cols].astype(np.uint8) for grid in grids
-                ]
-            bar.update(len(sizes))
-    return [Answer(task, i, steps[(task.task_id, i)]) for task, i in queries]
 
 
-def svg(grid: NDArray[np.uint8], label: str) -> str:
-    """A grid as inline SVG: one path per colour, runs of cells in a row drawn as one."""
-    rows, cols = grid.shape
-    cell = min(CELL_PX, PICTURE_PX / max(rows, cols))
-    runs: dict[int, list[str]] = {}
-    for r in range(rows):
-        c = 0
-        while c < cols:
-            end = c
-            while end < cols and grid[r, end] == grid[r, c]:
-                end += 1
-            runs.setdefault(int(grid[r, c]), []).append(f"M{c} {r}h{end - c}v1h{c - end}z")
-            c = end
-    paths = "".join(
-        f'<path fill="{PALETTE[k]}" d="{"".join(d)}"/>' for k, d in sorted(runs.items())
-    )
-    lines = "".join(f"M0 {r}h{cols}" for r in range(1, rows))
-    lines += "".join(f"M{c} 0v{rows}" for c in range(1, cols))
-    return (
-        f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {cols} {rows}" '
-        f'width="{cols * cell:.0f}" height="{rows * cell:.0f}">{paths}'
-        f'<path d="{lines}" stroke="#555" stroke-width=".04" fill="none"/></svg>'
-    )
+def source_of(grid: Grid, network: Prediction, explained: Explained | None) -> str:
+    """Where an answer comes from, in words: the best hypothesis that gives it, the network."""
+    import numpy as np
 
+    from evaluation import content
 
-def figure_of(grid: NDArray[np.uint8], caption: str, kind: str = "") -> str:
-    """A picture with its caption and size."""
-    rows, cols = grid.shape
-    return (
-        f'<figure class="{kind}">{svg(grid, f"{caption}, {rows} x {cols}")}'
-        f"<figcaption>{html.escape(caption)}<br><small>{rows} x {cols}</small></figcaption>"
-        "</figure>"
-    )
-
-
-def card(answer: Answer) -> str:
-    """One query: demonstrations, then query, answer by planning step, and the truth."""
-    task = answer.task
-    shown = task.demonstrations[:SHOWN_DEMONSTRATIONS]
-    demonstrations = []
-    for i, pair in enumerate(shown):
-        assert pair.output is not None
-        demonstrations.append(
-            '<div class="pair">'
-            + figure_of(pair.input, f"demonstration {i}")
-            + figure_of(pair.output, "output")
-            + "</div>"
+    own = network.candidates.get(content(grid))
+    seen = f"the network alone says so in {own.votes} of {counted(network.views, 'view')}" if (
+        own is not None and own.votes
+    ) else ""  # fmt: skip
+    same = [
+        h for h in (explained.hypotheses if explained else ()) if np.array_equal(h.answer, grid)
+    ]
+    if same:
+        best = same[0]
+        tried = best.verdict.n_tried
+        judged = (
+            f"re-predicts {best.verdict.n_right} of {counted(tried, 'demonstration')}"
+            if tried
+            else "could not be tried on the demonstrations"
         )
-    more = len(task.demonstrations) - len(shown)
-    rest = f"<p>and {more} more</p>" if more else ""
-    steps = []
-    for s in range(len(answer.steps)):
-        mark = "&#10003;" if answer.right(s) else "&#10007;"
-        kind = "right" if answer.right(s) else "wrong"
-        picture = figure_of(answer.steps[s], f"step {s + 1}", kind)
-        steps.append(picture.replace("<figcaption>", f"<figcaption>{mark} ", 1))
-    state = "right" if answer.right() else "wrong"
-    word = "solved" if answer.right() else "not solved"
-    return (
-        f'<section class="card"><h3 class="{state}">{html.escape(task.task_id)}, test '
-        f'{answer.number}: {word}</h3><div class="strip">{"".join(demonstrations)}{rest}</div>'
-        f'<div class="strip">{figure_of(task.tests[answer.number].input, "query")}'
-        f"{''.join(steps)}{figure_of(answer.truth, 'truth')}</div></section>"
-    )
+        text = f'hypothesis "{best.words}" ({best.arm}; {judged}; size: {best.size_rule})'
+        if len(same) > 1:
+            text += f", and {counted(len(same) - 1, 'more way')} of fitting"
+        return text + (f"; {seen}." if seen else "; the network alone does not say so.")
+    if seen:
+        return f"no hypothesis; {seen}."
+    if own is not None:
+        return "no hypothesis; an earlier planning step of the network."
+    return "the network, with a hypothesis in sight that answers otherwise."
 
 
-# ---------------------------------------------------------------------------------------------
-# The page
-# ---------------------------------------------------------------------------------------------
-
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;
-color:#222;background:#fff}
-table{border-collapse:collapse;margin:.5rem 0 1rem}
-td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd;text-align:left}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-img{max-width:100%}
-figure{margin:.2rem;text-align:center;font-size:12px}
-svg{border:1px solid #555;display:block;margin:auto}
-.strip{display:flex;flex-wrap:wrap;align-items:flex-start;gap:.4rem;margin:.4rem 0}
-.pair{display:flex;border:1px solid #ddd;border-radius:4px;padding:.2rem}
-.card{border-top:1px solid #bbb;padding:.4rem 0}
-h3{margin:.2rem 0;font-size:15px}
-h3.right,.right figcaption{color:#137333}
-h3.wrong,.wrong figcaption{color:#b3261e}
-small{color:#666}
-"""
-
-
-def table(rows: list[tuple[Any, ...]], head: tuple[str, ...] = ()) -> str:
-    """An HTML table; numbers, and percentages in text, to the right."""
-
-    def cell(value: Any, tag: str, column: int) -> str:
-        kind = ' class="n"' if column and head else ""
-        return f"<{tag}{kind}>{html.escape(str(value))}</{tag}>"
-
-    parts = ["<table>"]
-    if head:
-        parts.append("<tr>" + "".join(cell(v, "th", i) for i, v in enumerate(head)) + "</tr>")
-    for row in rows:
-        parts.append("<tr>" + "".join(cell(v, "td", i) for i, v in enumerate(row)) + "</tr>")
-    return "".join([*parts, "</table>"])
-
-
-def percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.2f}%" if whole else "-"
-
-
-def summary_rows(record: Record) -> list[tuple[Any, ...]]:
-    """What was run, in a few lines; what an interrupted run has not written is left out."""
-    config, results, last = record.config, record.results, record.batches[-1]
-    minutes = max(points(record.batches, "minutes")[0], default=0.0)
-    arguments = config.get("arguments", {})
-    data, versions = config.get("data", {}), config.get("versions", {})
-    rows = [
-        ("Data", f"{data.get('name')}: {data.get('tasks')} training tasks"),
-        ("Qwen", f"{arguments.get('qwen_model')}, trained: {arguments.get('qwen_train')}"),
-        ("Agent", f"width {arguments.get('width')}, {arguments.get('planning_steps')} steps"),
-        ("Seed", arguments.get("seed")),
-        ("Device", config.get("device")),
-        ("Batches", f"{len(record.batches)}, in epoch {last.get('epoch', '?')} at the end"),
-        ("Minutes", f"{results.get('minutes', minutes):.1f}"),
-        ("Commit", config.get("commit") or "not a git checkout"),
-        ("Versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
-    ]
-    return [row for row in rows if row[1] is not None]
-
-
-def result_tables(results: dict[str, Any]) -> str:
-    """The final evaluation and its slices."""
-    if not results:
-        return "<p>No final evaluation yet: the run is going on, or was stopped.</p>"
-    n = results["n"]
-    rows = [("all", n, results["exact_at_1"], results["exact_at_2"])]
-    rows += [
-        (name, c["n"], c["exact_at_1"], c["exact_at_2"])
-        for name, c in results.get("slices", {}).items()
-    ]
-    head = ("test pairs", "n", "exact in one attempt", "exact in two attempts", "share")
-    views = results.get("views")
-    return (
-        table([(*row, percent(row[3], row[1])) for row in rows], head)
-        + f"<p>Size right: {100 * results['size_accuracy']:.1f}%. Cells right: "
-        f"{100 * results['cell_accuracy']:.1f}% (0 where the size is wrong). "
-        f"{views} views voted; weights of the last batch, averaged.</p>"
-    )
-
-
-def page(
-    record: Record, curves: bytes, answers: list[Answer], model: Model, n_pictures: int
+def how_made(
+    model: Model,
+    record: Record,
+    answers: Sequence[Answer],
+    views: int,
+    with_hypotheses: bool,
+    acceptance: str,
 ) -> str:
-    """The whole page."""
-    title = html.escape(record.folder.name)
-    image = base64.b64encode(curves).decode()
-    solved = [a for a in answers if a.right()]
-    unsolved = [a for a in answers if not a.right()]
-    arguments = record.config.get("arguments", {})
-    parts = [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
-        f"<style>{STYLE}</style></head><body><h1>{title}</h1>",
-        table(summary_rows(record)),
-        "<details><summary>All settings</summary>",
-        table(sorted(arguments.items())),
-        "</details><h2>Final evaluation</h2>",
-        result_tables(record.results),
-        "<h2>Learning curves</h2>",
-        f'<img alt="Learning curves" src="data:image/png;base64,{image}">',
-        "<h2>Answers</h2>",
-        f"<p>{len(answers)} test queries, the same sample for every run on these tasks, answered "
-        f"in one view and one attempt by {html.escape(model.path.name)} (after {model.n_batches} "
-        f"batches): {len(solved)} solved. Shown are the first of each kind; the marks "
-        "say whether a planning step's grid is right.</p>",
-    ]
-    for name, group in (("Solved", solved), ("Not solved", unsolved)):
-        parts.append(f"<h2>{name}: {len(group)} of {len(answers)}</h2>")
-        parts += [card(answer) for answer in group[:n_pictures]]
-    parts.append("</body></html>\n")
-    return "".join(parts)
+    """How the gallery's answers came about, and that they are not the headline."""
+    if not answers:
+        return "No task was answered for this page (--tasks 0, or no output is known)."
+    n = len(answers)
+    solved = sum(answer.solved for answer in answers)
+    voters = "network and hypotheses" if with_hypotheses else "the network alone, no hypotheses"
+    text = (
+        f"{counted(n, 'test query', 'test queries')}, a fixed sample, answered for this page by "
+        f"{model.path.name} (after {counted(model.n_batches, 'batch', 'batches')}) in "
+        f"{counted(views, 'view')} and two attempts, {voters} voting as in the final evaluation "
+        f"(acceptance: {acceptance}): {solved} solved."
+    )
+    of = figure(record.results, "n")
+    if of:
+        text += (
+            f" This is a sample and not the headline, which counts {of:.0f} queries and may have "
+            "had other views."
+        )
+    return text
+
+
+# ---------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------
+
+
+def tasks_of(args: argparse.Namespace, records: Sequence[Record]) -> TaskSet:
+    """The tasks of the first run, or of --data; a warning for each run trained on others."""
+    from dataset_arc import load_tasks
+
+    data = args.data or records[0].arguments.get("data", "arcagi2")
+    tasks = load_tasks(data, training=True)
+    for record in records:
+        if part(record.config, "data").get("sha256") not in (None, tasks.sha256):
+            print(
+                f"warning: {tasks.name} is not the data that {record.name} was trained on",
+                file=sys.stderr,
+            )
+    return tasks
 
 
 def run_report(args: argparse.Namespace) -> int:
     """From parsed arguments to the written file."""
-    import torch
+    notes: list[str] = []
+    folders = [Path(spec).expanduser() for spec in (args.run, args.other) if spec is not None]
+    records = [read_record(find_run(folder, notes)) for folder in folders]
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+    if len(records) > 1 and records[0].folder.resolve() == records[1].folder.resolve():
+        raise UserError(f"{args.other}: this is the first run again. Give another.", EXIT_ARGUMENTS)
+    if args.curves:
+        curves = draw_curves(records[0])
+        write(args.curves, lambda path: atomic_write_bytes(path, curves))
+        if not args.quiet:
+            print(f"Wrote {args.curves}: curves of {len(records[0].batches)} batches")
+        return EXIT_DONE
+    galleries = make_galleries(args, records)
+    text = page_of(records, galleries)
+    write(args.out, lambda path: atomic_write_bytes(path, text.encode()))
+    if not args.quiet:
+        solved = [
+            f"{sum(a.solved for a in gallery.answers)} of {len(gallery.answers)}"
+            for gallery in galleries
+        ]
+        told = f"{' and '.join(solved)} sample queries solved" if args.tasks else "no gallery"
+        print(f"Wrote {args.out}: {told}")
+    return EXIT_DONE
 
-    from dataset_arc import load_tasks
+
+def make_galleries(args: argparse.Namespace, records: Sequence[Record]) -> list[Gallery]:
+    """A gallery a run; two runs answer the same tasks, those of the first."""
+    from report_page import Gallery
+
+    if not args.tasks:
+        return [Gallery([], "No task was answered for this page (--tasks 0).") for _ in records]
+    import torch
 
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    notes: list[str] = []
-    record = read_record(find_run(Path(args.run).expanduser(), notes))
-    for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
-    curves = draw_curves(record)
-    if args.curves:
-        write(args.curves, lambda path: atomic_write_bytes(path, curves))
-        if not args.quiet:
-            print(f"Wrote {args.curves}: curves of {len(record.batches)} batches")
-        return EXIT_DONE
-    arguments = record.config.get("arguments", {})
-    tasks = load_tasks(args.data or arguments.get("data", "arcagi2"), training=True)
-    expected = record.config.get("data", {}).get("sha256")
-    if expected not in (None, tasks.sha256):
-        print(f"warning: {tasks.name} is not the data that the run was trained on", file=sys.stderr)
-    model = load_model(
-        record.folder, checkpoint=args.checkpoint, device=device, offline=args.offline
-    )
-    queries = sample_queries(tasks.train, args.pool)
-    answers = answer_queries(model, queries, device, quiet=args.quiet)
-    text = page(record, curves, answers, model, args.pictures)
-    write(args.out, lambda path: atomic_write_bytes(path, text.encode()))
-    if not args.quiet:
-        solved = sum(answer.right() for answer in answers)
-        print(f"Wrote {args.out}: {solved} of {len(answers)} sample queries solved")
-    return EXIT_DONE
+    chosen = sample_tasks(tasks_of(args, records).train, args.tasks)
+    made = []
+    for record in records:
+        model = load_model(
+            record.folder, checkpoint=args.checkpoint, device=device, offline=args.offline
+        )
+        for note in model.notes:
+            print(f"warning: {note}", file=sys.stderr)
+        made.append(make_gallery(model, record, chosen, args, device))
+    return made
+
+
+def page_of(records: Sequence[Record], galleries: Sequence[Gallery]) -> str:
+    """The text of the page of one run, or of two."""
+    from report_page import compare, render
+
+    if len(records) == 1:
+        return render(records[0], galleries[0])
+    from evaluation import mcnemar
+
+    return compare((records[0], records[1]), (galleries[0], galleries[1]), mcnemar)
 
 
 def main(argv: list[str] | None = None) -> int:
