@@ -183,7 +183,7 @@ def vote(run: Run, plan: Plan, views: int, slices: Slices) -> None:
         "minutes": (time.monotonic() - run.started) / 60,
         "device": device_name(run.device),
     }
-    written = run.log.write_json("results.json", result)
+    written = run.log.write_results(result)
     say_results(run, result, written)
     schedule = run.schedule
     if plan.limits.deadline is not None and schedule.stop_at is not None and run.device == "cpu":
