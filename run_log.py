@@ -246,6 +246,13 @@ class RunLog:
         if self.sink is not None:
             self.sink.row(row)
 
+    def write_config(self, config: dict[str, Any]) -> bool:
+        """Replace config.json, as `write_json` does, and begin what --report_to says."""
+        written = self.write_json("config.json", config)
+        if self.sink is not None:
+            self.sink.begin(config["arguments"])
+        return written
+
     def write_results(self, results: dict[str, Any]) -> bool:
         """Replace results.json, as `write_json` does."""
         if self.sink is not None:

@@ -43,7 +43,7 @@ def check_installed(name: str) -> None:
 
 
 class Sink:
-    """One place more for the figures of a run. It opens with the first of them; no method raises.
+    """One place more for the figures of a run; no method raises.
 
     name: of `NAMES`; folder: the run's; offline: send nothing; quiet: print nothing of the
     package's own; warn: what is told when it fails, a line.
@@ -61,7 +61,15 @@ class Sink:
         self.name, self.folder, self.offline, self.quiet = name, folder, offline, quiet
         self.warn = warn
         self.place: Any = None  # the package's own object
+        self.settings: Mapping[str, Any] = {}  # the run's flags, to be shown with it
         self.ended = False
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Before the training: whoever is asked for a password is still there. TensorBoard opens
+        with the first figure, which says where a resumed run goes on."""
+        self.settings = settings
+        if self.name != "tensorboard":
+            self._do(lambda: self._open(0))
 
     def row(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl, as `kind/figure` at `batches_done`; one without that is left
@@ -81,14 +89,17 @@ class Sink:
         """Have everything written, and sent for CLOSE_S seconds at most."""
         if self.place is None or self.ended:
             return
-        closing = threading.Thread(target=lambda: self._do(self._end), daemon=True)
-        closing.start()
-        closing.join(CLOSE_S)
-        if closing.is_alive():
-            self.warn(
-                f"--report_to {self.name}: not everything was sent within {CLOSE_S:.0f} seconds; "
-                "metrics.jsonl has every figure."
-            )
+        if self.name != "wandb":  # trackio waits 30 seconds at most by itself, and in this thread
+            self._do(self._end)
+        else:
+            closing = threading.Thread(target=lambda: self._do(self._end), daemon=True)
+            closing.start()
+            closing.join(CLOSE_S)
+            if closing.is_alive():
+                self.warn(
+                    f"--report_to wandb: not everything was sent within {CLOSE_S:.0f} seconds; "
+                    f"`wandb sync` sends what is in {self.folder / 'wandb'}."
+                )
         self.ended = True
 
     def _do(self, action: Callable[[], object]) -> None:
@@ -108,8 +119,7 @@ class Sink:
             )
 
     def _put(self, figures: Mapping[str, float], step: int, purge: int) -> None:
-        if self.place is None:
-            self.place = OPEN[self.name](self, purge)
+        self._open(purge)
         if self.name == "tensorboard":
             for name, value in figures.items():
                 self.place.add_scalar(name, value, step)
@@ -118,9 +128,17 @@ class Sink:
         else:
             self.place.log({**figures, "batches_done": step})
 
+    def _open(self, purge: int) -> None:
+        if self.place is None:
+            self.place = OPEN[self.name](self, purge)
+
     def _end(self) -> None:
-        end = self.place.close if self.name == "tensorboard" else self.place.finish
-        end()
+        if self.name == "tensorboard":
+            self.place.close()
+        elif self.name == "wandb":
+            self.place.finish()
+        else:  # not the run's own: the package would finish it once more when the process ends
+            importlib.import_module("trackio").finish()
 
     # -- what is kept of it in the run's folder ----------------------------------------------------
     def kept_id(self, fresh: str) -> str:
@@ -132,12 +150,6 @@ class Sink:
             known[self.name] = fresh
             atomic_write_json(path, known)
         return str(known[self.name])
-
-    def settings(self) -> dict[str, Any]:
-        """The run's flags, as its config.json has them."""
-        config = read_json(self.folder / "config.json")
-        flags = config.get("arguments") if isinstance(config, dict) else None
-        return flags if isinstance(flags, dict) else {}
 
 
 def open_tensorboard(sink: Sink, purge: int) -> Any:
@@ -159,7 +171,7 @@ def open_trackio(sink: Sink, _: int) -> Any:
             os.environ.pop(name, None)
     name = sink.kept_id(f"{sink.folder.name}-{secrets.token_hex(2)}")
     project = os.environ.get("TRACKIO_PROJECT") or PROJECT
-    return trackio.init(project, name=name, config=sink.settings(), resume="allow", embed=False)
+    return trackio.init(project, name=name, config=dict(sink.settings), resume="allow", embed=False)
 
 
 def open_wandb(sink: Sink, _: int) -> Any:
@@ -171,7 +183,7 @@ def open_wandb(sink: Sink, _: int) -> Any:
         id=sink.kept_id(secrets.token_hex(8)),
         name=sink.folder.name,
         dir=str(sink.folder),
-        config=sink.settings(),
+        config=dict(sink.settings),
         resume="allow",
         mode="offline" if sink.offline else None,
         settings=wandb.Settings(console="off", silent=sink.quiet),

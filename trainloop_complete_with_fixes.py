@@ -677,7 +677,7 @@ def run_in_folder(run: Run, plan: Plan, folder: Path, located: Located) -> int:
                     run.log.say(nothing_left(run), important=True)
                     over = results_stand(run)
             if not share_state(run, over):
-                run.log.write_json("config.json", full_config(run, plan.tasks))
+                run.log.write_config(full_config(run, plan.tasks))
                 slices = slices_in(plan, args.hold_out)
                 train_and_score(run, plan, persistence, slices)
                 finish_saving(run, persistence)
