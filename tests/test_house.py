@@ -113,6 +113,7 @@ def file_of(module: str, files: Mapping[str, object]) -> str | None:
 def project() -> dict[str, list[Use]]:
     """The imports of every file at the root and in persistence/, by its path."""
     paths = [*ROOT.glob("*.py"), *(ROOT / "persistence").glob("*.py")]
+    paths.remove(ROOT / "setup.py")  # for pip alone
     found = {}
     for path in sorted(paths):
         package = "persistence" if path.parent != ROOT else ""
