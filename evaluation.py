@@ -138,7 +138,7 @@ def predict_tasks(
     only: set[Key] | None = None,
     deadline: float | None = None,
     max_batches: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, float], None] | None = None,
     proposals: Mapping[Key, Proposals] | None = None,
     own_scores: Mapping[str, float] | None = None,
     accept: bool = True,
@@ -154,12 +154,13 @@ def predict_tasks(
     time.monotonic() after which no further batch is started, except in the first view. Small
     tasks come first: each gets up to N_EARLY_VIEWS views, then each the others. max_batches:
     batches after which likewise none is started; progress is called with the number of queries
-    done. proposals: what the policy may choose from; own_scores: by task id, how well the system
-    does on the demonstrations without them (`demonstration_scores`); accept=False: see
-    `System.predict`; whole_first=False: the deadline and max_batches hold in the first view, too,
-    small tasks first; what is not reached has no prediction. ranks: processes that take the batches
-    in turn and all have all predictions in the end; progress then hears of 0 queries meanwhile, and
-    of the batches at the end. Raises ValueError if a test output is in sight.
+    done and their share of all work, by cells. proposals: what the policy may choose from;
+    own_scores: by task id, how well the system does on the demonstrations without them
+    (`demonstration_scores`); accept=False: see `System.predict`; whole_first=False: the deadline
+    and max_batches hold in the first view, too, small tasks first; what is not reached has no
+    prediction. ranks: processes that take the batches in turn and all have all predictions in the
+    end; progress then hears of 0 queries meanwhile, and of the batches at the end. Raises
+    ValueError if a test output is in sight.
     """
     if any(pair.output is not None for task in tasks for pair in task.tests):
         raise ValueError("predict_tasks must not see test outputs: pass without_outputs(tasks)")
@@ -167,12 +168,15 @@ def predict_tasks(
     found: dict[Key, Prediction] = {}
     turns = _Turns(ranks)
 
+    cost = {task.task_id: _cells(task) for task in tasks}
+    whole = len(views) * sum(cost[task.task_id] * len(task.tests) for task in tasks)
+
     def take(cast: Ballots) -> None:
         for key, ballot in cast:
             if only is None or key in only:
                 found.setdefault(key, Prediction()).take(ballot)
         if progress is not None:
-            progress(len(cast))
+            progress(len(cast), sum(cost[task_id] for (task_id, _), _ in cast) / whole)
 
     def batches() -> Iterator[tuple[int, View, Batch, int]]:
         """(number of the view, view, batch, number of the batch), of those that are this
@@ -228,7 +232,7 @@ def predict_tasks(
             for n, some in ballots():
                 made[n] = some
                 if progress is not None:
-                    progress(0)
+                    progress(0, 0.0)
             return made
 
         by_number = {n: some for part in ranks.gather_made(mine) for n, some in part.items()}
@@ -680,24 +684,30 @@ def scores_alone(
     tasks: Sequence[Task],
     both: Mapping[Key, Prediction],
 ) -> dict[str, dict[str, Any]]:
-    """`exact_at_1` and `exact_at_2` of the network and of the hypotheses, each by itself; and of
-    the queries that either it or `both` solves alone, in two attempts, how many `both` won and
-    lost, with McNemar's p."""
+    """The figures of `score`, without slices, of the network and of the hypotheses, each by itself
+    on the queries that it answers; and of the queries that either it or `both` solves alone, in two
+    attempts, how many `both` won and lost, with McNemar's p."""
     together = outcomes(dict(both), tasks)
     found: dict[str, dict[str, Any]] = {}
     for part, mine in {"network": predictions, "hypotheses": alone(explained)}.items():
-        rows = outcomes(mine, tasks)
-        solved = {key for key, row in rows.items() if row.exact}
+        solved = {key for key, row in outcomes(mine, tasks).items() if row.exact}
         solved_together = {key for key, row in together.items() if row.exact}
         won, lost = len(solved_together - solved), len(solved - solved_together)
+        figures = score(mine, tasks)
+        del figures["slices"]
         found[part] = {
-            "exact_at_1": sum(row.attempt_1 for row in rows.values()),
-            "exact_at_2": len(solved),
+            **figures,
             "both_won": won,
             "both_lost": lost,
             "p": mcnemar(won, lost),
         }
     return found
+
+
+def work_bar(title: str, hide: bool) -> tqdm[Any]:
+    """A progress bar in percent of the work: queries cost too different amounts to count them."""
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    return tqdm(total=100.0, desc=title, leave=False, disable=hide, bar_format=form)
 
 
 def validation_keys(tasks: Iterable[Task], limit: int | None, seed: int) -> set[Key]:
@@ -773,18 +783,22 @@ def evaluate(
     own_scores = None
     if fitter is not None and acceptance == "demonstrations":
         own_scores = contested_scores(
-            system, wanted, explained, progress=lambda _: heed_stop(), **options
+            system, wanted, explained, progress=lambda *_: heed_stop(), **options
         )
     n_done = n_batches = 0
-    with tqdm(
-        total=len(keys) * len(views), desc=title, unit="query", leave=False, disable=hide_bar
-    ) as bar:
+    with work_bar(title, hide_bar) as bar:
+        begun = time.monotonic()
+        done = 0.0
 
-        def step(n: int) -> None:
-            nonlocal n_done, n_batches
+        def step(n: int, share: float) -> None:
+            nonlocal n_done, n_batches, done
             n_done += n
             n_batches += n > 0
-            bar.update(n)
+            done += share
+            spent = 0.0  # of the time: the deadline may be the end
+            if deadline is not None:
+                spent = (time.monotonic() - begun) / max(1e-9, deadline - begun)
+            bar.update(min(100.0, 100 * max(done, spent)) - bar.n)
             heed_stop()
 
         predictions = predict_tasks(
@@ -802,16 +816,16 @@ def evaluate(
             **options,
         )
     views_done = n_done / max(1, sum(len(task.tests) for task in wanted))
-    done = {"views_done": round(views_done, 2), "batches_done": n_batches}
+    came = {"views_done": round(views_done, 2), "batches_done": n_batches}
     if fitter is None:
-        return {**score(predictions, wanted, slices), **done}
+        return {**score(predictions, wanted, slices), **came}
     explained = collect(deadline if last is None else None, last)
     if fitter.failed:
         say(f"Hypotheses: {fitter.failed}; {fitter.n_first()} tasks were fitted before")
     both = answered_all(joined(predictions, explained), wanted, keys)
     return {
         **score(both, wanted, slices),
-        **done,
+        **came,
         "network_queries": len(predictions),
         "alone": scores_alone(predictions, explained, wanted, both),
         "gains": gains(predictions, wanted),

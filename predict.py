@@ -275,6 +275,7 @@ def run_prediction(args: argparse.Namespace) -> int:
         proposals_for,
         scores_alone,
         without_outputs,
+        work_bar,
     )
     from hypotheses import Fitter
 
@@ -353,18 +354,12 @@ def run_prediction(args: argparse.Namespace) -> int:
         own_scores = None
         if args.acceptance == "demonstrations":
             own_scores = contested_scores(system, tasks, explained, **how)
-        with tqdm(
-            total=sum(len(task.tests) for task in tasks) * n_views,
-            desc=title,
-            unit="query",
-            leave=False,
-            disable=hide_bar,
-        ) as bar:
+        with work_bar(title, hide_bar) as bar:
             return predict_tasks(
                 system,
                 without_outputs(tasks),
                 evaluation_views(n_views, model.seed),
-                progress=bar.update,
+                progress=lambda _, share: bar.update(100 * share),
                 proposals=offered,
                 own_scores=own_scores,
                 accept=args.acceptance != "off",

@@ -18,6 +18,8 @@ from evaluation import gains_line
 from loss_function import PARTS
 from run_state import REWARD_FIGURES, Run
 
+FEW_BATCHES = 50  # a --time_budget that trains fewer was too short (guess)
+
 
 def banner(run: Run, tasks: TaskSet, folder: Path | None, found: list[str]) -> None:
     """What is about to run, in a few lines. found: how the run to resume was found."""
@@ -50,20 +52,37 @@ def banner(run: Run, tasks: TaskSet, folder: Path | None, found: list[str]) -> N
 
 
 def log_batch(run: Run, figures: dict[str, float]) -> None:
-    """The batch line of the contract; more fields only after the first four."""
-    run.log.say(
-        f"[Batch {run.progress.batch:4d}] Reward: {figures['reward']:+.4f} | "
+    """The batch line of the contract, and beneath it what explains it and how the batches since the
+    line before went on average."""
+    say = run.log.say
+    head = f"[Batch {run.progress.batch:4d}] "
+    say(
+        f"{head}Reward: {figures['reward']:+.4f} | "
         f"Loss: {figures['loss']:.4f} | Qwen_grad: {figures['qwen_grad']:.2e} | "
-        f"Mask_ratio: {figures['mask_ratio']:.4f} | d_acc: {figures['d_acc']:+.4f} | "
-        f"Exact: {figures['exact']:.3f}"
-        + ("" if figures["fits_frac"] else " | sizes only: no output fits the canvas of its input")
-        + qwen_note(run, figures["qwen_grad"])
+        f"Mask_ratio: {figures['mask_ratio']:.4f}"
     )
+    notes = [] if figures["fits_frac"] else ["sizes only: no output fits the canvas of its input"]
+    notes += [qwen_note(run, figures["qwen_grad"])] if not figures["qwen_grad"] else []
+    for note in notes:
+        say(" " * len(head) + note)
+    recent = run.recent.means()
+    if run.progress.batch and recent:
+        say(
+            " " * len(head) + f"last {len(run.recent.rows)} on average: "
+            f"reward {recent['reward']:+.4f}, d_acc {recent['d_acc']:+.4f}, "
+            f"loss {recent['loss']:.4f}, exact {recent['exact']:.3f}"
+        )
+
+
+def bar_figures(run: Run) -> dict[str, str]:
+    """What a training bar carries: the last batches' loss and exact grids, on average."""
+    recent = run.recent.means()
+    return {"loss": f"{recent['loss']:.2f}", "exact": f"{recent['exact']:.2f}"} if recent else {}
 
 
 def qwen_note(run: Run, gradient: float) -> str:
-    """Why the language model has no gradient, for the line that shows a 0; empty if it has one."""
-    return "" if gradient else f" | Qwen: {run.system.qwen.without_gradient() or 'no gradient!'}"
+    """Why the language model has no gradient, for the line of a 0; empty if it has one."""
+    return "" if gradient else f"Qwen: {run.system.qwen.without_gradient() or 'no gradient!'}"
 
 
 def say_epoch(run: Run, mean: dict[str, float]) -> None:
@@ -75,7 +94,8 @@ def say_epoch(run: Run, mean: dict[str, float]) -> None:
     say(line)
     say(f"  Average Loss: {mean['loss']:.4f}")
     say(f"  Average RL Reward: {mean['reward']:+.4f}")
-    say(f"  Qwen Gradient Norm: {mean['qwen_grad']:.2e}" + qwen_note(run, mean["qwen_grad"]))
+    why = qwen_note(run, mean["qwen_grad"])
+    say(f"  Qwen Gradient Norm: {mean['qwen_grad']:.2e}" + (f" | {why}" if why else ""))
     weight = run.curriculum.get_size_loss_weight(run.progress.epoch)
     say(f"  Size Warmup Weight: {weight:.3f}")
     say(f"  Memory Threshold: {run.threshold.get_threshold():.4f}")
@@ -101,6 +121,19 @@ def say_results(run: Run, result: dict[str, Any], written: bool) -> None:
         f"{result['cell_accuracy']:.3f}; {result['minutes']:.1f} minutes",
         important=True,
     )
+    budget, n = run.args.time_budget, result["batch"]
+    over = result["minutes"] - budget if budget else 0.0
+    run.log.say(
+        f"       trained {n} {'batch' if n == 1 else 'batches'} in "
+        f"{result['trained_minutes']:.1f} minutes; {result['views_done']:.1f} views on average"
+        + (f"; --time_budget {budget:g} overrun by {60 * over:.0f} s" if over > 0 else ""),
+        important=important or over > 0,
+    )
+    if budget and n < FEW_BATCHES:
+        run.log.warn(
+            f"warning: {n} trained {'batch is' if n == 1 else 'batches are'} too few to learn "
+            "from; give --time_budget more minutes"
+        )
     for name, counts in result["slices"].items():
         run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}", important=important)
     for part, counts in result.get("alone", {}).items():
@@ -124,8 +157,7 @@ def say_results(run: Run, result: dict[str, Any], written: bool) -> None:
     if run.fitter is not None:
         run.log.say(
             f"       hypotheses for {result['hypothesis_queries']}/{result['n']}, the network for "
-            f"{result['network_queries']}/{result['n']}, {result['views_done']:.1f} views on "
-            "average",
+            f"{result['network_queries']}/{result['n']}",
             important=important,
         )
 

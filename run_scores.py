@@ -25,7 +25,7 @@ from model_persistence import ModelPersistence
 from optimizers import WeightAverage
 from ranks import ALONE
 from run_lines import how_to_repeat, say_results
-from run_state import VALIDATED, Run, StopRequested
+from run_state import VALIDATED, Run, StopRequested, is_over
 from time_budget import FINAL_RESERVE_S, Limits
 
 Slices = Mapping[str, AbstractSet[Key]]
@@ -43,7 +43,11 @@ class Plan:
     tasks: TaskSet
     validation: set[Key]
     final: set[Key]
+    slices: Slices = field(default_factory=dict)  # of the final queries, counted apart
+    views: int = 1  # that vote in the final evaluation
     limits: Limits = field(default_factory=Limits)
+    # The final evaluation where the last validation was one, and the batch it was made after.
+    voted: tuple[int, dict[str, Any]] | None = None
 
 
 def make_plan(args: argparse.Namespace, tasks: TaskSet) -> Plan:
@@ -158,29 +162,53 @@ def evaluate(
         return run.ranks.gather_made(scored)[0]
 
 
-def vote(run: Run, plan: Plan, views: int, slices: Slices) -> None:
-    """The final evaluation: results.json, and what the console says of it."""
-    args, progress = run.args, run.progress
+def validate(run: Run, plan: Plan) -> dict[str, Any]:
+    """The network alone on the validation queries, in one view, at the end of an epoch.
+
+    Where the final evaluation comes next and asks the same queries in one view, it is made here
+    and kept for `vote`: what the network answers first does not depend on proposals.
+    """
+    args = run.args
+    last = run.progress.epoch + 1 >= args.epochs or is_over(run)
+    in_full = plan.limits.deadline is None and args.vote_batches is None
+    if last and in_full and plan.views == 1 and plan.validation == plan.final:
+        result = final_scores(run, plan)
+        plan.voted = run.progress.total, result
+        return result["alone"]["network"] if "alone" in result else result
+    return evaluate(run, plan.tasks, plan.validation, 1)
+
+
+def final_scores(run: Run, plan: Plan) -> dict[str, Any]:
+    """The final evaluation's figures, of `evaluation.evaluate`."""
     until = plan.limits.deadline - FINAL_RESERVE_S if plan.limits.deadline is not None else None
-    result = evaluate(
+    return evaluate(
         run,
         plan.tasks,
         plan.final,
-        views,
-        slices=slices,
+        plan.views,
+        slices=plan.slices,
         deadline=until,
-        max_batches=args.vote_batches,
+        max_batches=run.args.vote_batches,
         fitter=run.fitter,
         title="Final voting",
     )
+
+
+def vote(run: Run, plan: Plan) -> None:
+    """The final evaluation: results.json, and what the console says of it."""
+    args, progress = run.args, run.progress
+    at, result = plan.voted or (-1, {})
+    if at != progress.total:
+        result = final_scores(run, plan)
     result |= {
         "untrained": progress.untrained,
         "validated": progress.validated,
-        "views": views,
+        "views": plan.views,
         "seed": args.seed,
         "epoch": progress.epoch,
         "batch": progress.total,
         "minutes": (time.monotonic() - run.started) / 60,
+        "trained_minutes": run.clock.train_s / 60,
         "device": device_name(run.device),
     }
     written = run.log.write_results(result)

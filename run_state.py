@@ -15,6 +15,7 @@ import os
 import platform
 import shlex
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -134,12 +135,33 @@ class Progress:
         self.sums = dict.fromkeys(SUMS, 0.0) | self.sums  # an older version summed fewer
 
 
+RECENT = ("loss", "reward", "d_acc", "exact")
+
+
+@dataclass
+class Recent:
+    """The last batches of this process, for a moving average; not saved."""
+
+    rows: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=50))
+
+    def add(self, figures: dict[str, float]) -> None:
+        """Take a batch, unless a figure is not finite."""
+        if all(math.isfinite(figures[name]) for name in RECENT):
+            self.rows.append({name: figures[name] for name in RECENT})
+
+    def means(self) -> dict[str, float]:
+        """Over the batches held; empty where there are none."""
+        n = len(self.rows)
+        return {name: sum(row[name] for row in self.rows) / n for name in RECENT if n}
+
+
 @dataclass
 class Clock:
     """Seconds spent, over all processes of the run. Saved, but no part of the training state."""
 
     elapsed_s: float = 0.0
     epoch_s: float = 0.0
+    train_s: float = 0.0  # of the epochs before
     query_s: float = 0.0  # of evaluation, per query and view
 
     def state_dict(self) -> dict[str, float]:
@@ -171,6 +193,7 @@ class Run:
     clock: Clock
     started: float  # time.monotonic() of the process's start
     ranks: Ranks = ALONE  # the processes that train it together
+    recent: Recent = field(default_factory=Recent)
     train_started: float = 0.0  # time.monotonic() of this process's first batch
     resumed_at: int = 0  # batches that were done before this process
     stop: StopSignals | None = None  # while they are caught

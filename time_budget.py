@@ -53,6 +53,10 @@ def share_time(run: Run, limits: Limits, n_queries: int, views: int) -> None:
     end = deadline - FINAL_RESERVE_S
     until = end - share
     limits.train_until = max(until, now + LEAST_TRAINING_FRAC * (end - now))
+    minutes = (limits.train_until - run.started) / 60
+    run.log.say(
+        f"Time:   training ends after {minutes:.1f} of {args.time_budget:g} minutes, voting follows"
+    )
     if limits.train_until > until and run.fitter is None:
         over = limits.train_until + one_view_s + FINAL_RESERVE_S - deadline
         run.log.say(
@@ -68,6 +72,22 @@ def out_of_time(limits: Limits) -> bool:
         return False
     ranks, late = limits.ranks, time.monotonic() >= limits.train_until
     return bool(ranks.highest(int(ranks.first and late)))
+
+
+def batches_expected(run: Run, limits: Limits, n_batches: int) -> int:
+    """How many batches of the epoch there will be, of n_batches: fewer where the schedule or the
+    clock ends training before; by the mean speed of this process."""
+    progress, schedule = run.progress, run.schedule
+    ends = [end for end in (schedule.stop_at, schedule.end_at) if end is not None]
+    here = progress.total - run.resumed_at
+    if ends:
+        left = min(ends) - progress.total
+    elif limits.train_until is not None and here:
+        now = time.monotonic()
+        left = int((limits.train_until - now) * here / max(1e-9, now - run.train_started))
+    else:
+        return n_batches
+    return min(n_batches, progress.batch + max(0, left))
 
 
 def note_time(run: Run, limits: Limits) -> None:

@@ -314,7 +314,6 @@ import torch
 from tqdm import tqdm
 
 import evaluation
-import run_scores
 from arc_agent import drawn_steps
 from arc_system import (
     SystemConfig,
@@ -358,9 +357,9 @@ from resuming import (
     take_saved_arguments,
     unsaved_line,
 )
-from run_lines import banner, log_batch, say_epoch
+from run_lines import banner, bar_figures, log_batch, say_epoch
 from run_log import MutedLog, RunLog, listener
-from run_scores import Plan, Slices, make_plan, score_untrained, seen_tasks, slices_in, vote
+from run_scores import Plan, make_plan, score_untrained, seen_tasks, slices_in, validate, vote
 from run_state import (
     GRADIENT_FIGURES,
     POLICY_FIGURES,
@@ -384,7 +383,7 @@ from run_state import (
     save_last,
     settle_best,
 )
-from time_budget import note_time, out_of_time, plan_decay, share_time
+from time_budget import batches_expected, note_time, out_of_time, plan_decay, share_time
 from trained_model import known_errors
 
 WIDE_FROM = 20 * 10**9  # bytes of a GPU: an agent of width 512 from there on (estimate)
@@ -678,8 +677,8 @@ def run_in_folder(run: Run, plan: Plan, folder: Path, located: Located) -> int:
                     over = results_stand(run)
             if not share_state(run, over):
                 run.log.write_config(full_config(run, plan.tasks))
-                slices = slices_in(plan, args.hold_out)
-                train_and_score(run, plan, persistence, slices)
+                plan.slices = slices_in(plan, args.hold_out)
+                train_and_score(run, plan, persistence)
                 finish_saving(run, persistence)
             drive_s = DRIVE_WAIT_S if args.drive_wait is None else args.drive_wait
             failed = False
@@ -719,7 +718,7 @@ def run_beside(run: Run, plan: Plan) -> int:
         run.stop = stop
         try:
             if not share_state(run):
-                train_and_score(run, plan, nothing_saved(), {})
+                train_and_score(run, plan, nothing_saved())
         except StopRequested:
             run.stopping()
             code = stop.exit_code
@@ -730,7 +729,7 @@ def run_beside(run: Run, plan: Plan) -> int:
     return code
 
 
-def train_and_score(run: Run, plan: Plan, persistence: ModelPersistence, slices: Slices) -> None:
+def train_and_score(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
     """Untrained accuracy, the loop, the final evaluation with voting, results.json."""
     args = run.args
     plan.limits.ranks = run.ranks
@@ -740,12 +739,12 @@ def train_and_score(run: Run, plan: Plan, persistence: ModelPersistence, slices:
         start_fitting(run, plan)
     score_untrained(run, plan, persistence)
     unhurried = run.device == "cpu" and plan.limits.deadline is None
-    views = args.eval_views or ((1 if args.max_batches else 2) if unhurried else 8)
-    share_time(run, plan.limits, len(plan.final), views)
+    plan.views = args.eval_views or ((1 if args.max_batches else 2) if unhurried else 8)
+    share_time(run, plan.limits, len(plan.final), plan.views)
     run.train_started, run.resumed_at = time.monotonic(), run.progress.total
     train(run, plan, persistence)
     if plan.final:
-        vote(run, plan, views, slices)
+        vote(run, plan)
     run.log.say(f"Run: {run.folder}", important=True)
 
 
@@ -803,6 +802,7 @@ def train_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
             # Gradients are in no checkpoint: save and stop only where none are pending.
             last = (progress.batch + 1) % args.grad_accum == 0 or progress.batch + 1 == n_batches
             figures = train_step(run, batch, targets, last=last)
+            run.recent.add(figures)
             if progress.batch % LOG_EVERY == 0:
                 log_batch(run, figures)
             minutes = (time.monotonic() - run.started) / 60
@@ -814,6 +814,8 @@ def train_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
             progress.batch += 1
             progress.total += 1
             run.clock.epoch_s = time.monotonic() - epoch_started
+            bar.total = batches_expected(run, plan.limits, n_batches)
+            bar.set_postfix(bar_figures(run), refresh=False)
             bar.update()
             plan_decay(run, plan.limits)
             if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -1089,7 +1091,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
         "skipped": progress.skipped,
     }
     if plan.validation:
-        result = run_scores.evaluate(run, plan.tasks, plan.validation, 1)
+        result = validate(run, plan)
         progress.validated = {name: result[name] for name in VALIDATED}
         exact = result["exact_at_1"] / max(1, result["n"])
         delta = result["cell_accuracy"] - progress.untrained_accuracy
@@ -1120,6 +1122,7 @@ def finish_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
     if progress.counted:  # one average an epoch: batches are too unlike to follow one by one
         run.threshold.update(mean["accuracy"])
     progress.next_epoch()
+    run.clock.train_s += run.clock.epoch_s
     run.clock.epoch_s = 0.0
     metric = row.get(args.best_metric)
     metrics = {k: v for k, v in row.items() if isinstance(v, float)}

@@ -110,10 +110,17 @@ def test_without_outputs_leaves_inputs_and_demonstrations(task_set: Any, hidden:
 
 
 def test_every_query_gets_one_vote_per_view(system: Any, hidden: Any) -> None:
-    done: list[int] = []
-    found = predict_tasks(system, hidden, evaluation_views(3), batch_size=4, progress=done.append)
+    done: list[tuple[int, float]] = []
+    found = predict_tasks(
+        system,
+        hidden,
+        evaluation_views(3),
+        batch_size=4,
+        progress=lambda n, share: done.append((n, share)),
+    )
     assert set(found) == keys_of(hidden)
-    assert sum(done) == 3 * len(found)
+    assert sum(n for n, _ in done) == 3 * len(found)
+    assert sum(share for _, share in done) == pytest.approx(1)  # a bar ends at 100%
     for prediction in found.values():
         assert sum(c.votes for c in prediction.candidates.values()) == 3
         weight = sum(c.weight for c in prediction.candidates.values())
@@ -176,7 +183,7 @@ def test_max_batches_ends_the_voting_and_never_the_first_view(system: Any, hidde
             evaluation_views(3),
             batch_size=2,
             max_batches=max_batches,
-            progress=done.append,
+            progress=lambda n, _: done.append(n),
         )
         assert set(found) == keys_of(hidden)
         return len(done)

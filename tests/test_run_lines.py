@@ -18,7 +18,12 @@ NUMBER = r"\d+\.\d{4}"
 BATCH_LINE = re.compile(
     rf"^\[Batch (?P<batch> {{0,3}}\d+)\] Reward: (?P<reward>[+-]{NUMBER}) \| "
     rf"Loss: (?P<loss>{NUMBER}) \| Qwen_grad: (?P<grad>\d\.\d\de[+-]\d\d) \| "
-    rf"Mask_ratio: (?P<mask>[01]\.\d{{4}})(?: \| .+)?$"
+    rf"Mask_ratio: (?P<mask>[01]\.\d{{4}})$"
+)
+RECENT_LINE = re.compile(
+    rf"^ {{13}}last (?P<n>\d+) on average: reward (?P<reward>[+-]{NUMBER}), "
+    rf"d_acc (?P<d_acc>[+-]{NUMBER}), loss (?P<loss>{NUMBER}), exact (?P<exact>[01]\.\d{{3}})$",
+    re.MULTILINE,
 )
 
 SUMMARY = re.compile(
@@ -73,6 +78,13 @@ def test_a_batch_line_comes_every_fifty_batches(train: Any) -> None:
     assert float(lines[1]["loss"]) == pytest.approx(rows[50]["loss"], abs=1e-4)
     saved = [e["batch"] for e in json.loads(index)["checkpoints"].values()]
     assert 49 in saved  # a checkpoint after every fiftieth batch
+    batch_lines = outcome.out[outcome.out.index("[Batch") : outcome.out.index("=====")]
+    assert max(map(len, batch_lines.splitlines())) <= 100
+    (said,) = RECENT_LINE.finditer(outcome.out)
+    assert said["n"] == "50"
+    for name, close in (("reward", 1e-4), ("d_acc", 1e-4), ("loss", 1e-4), ("exact", 1e-3)):
+        mean = sum(row[name] for row in rows[1:51]) / 50
+        assert float(said[name]) == pytest.approx(mean, abs=close), name
 
 
 def test_epoch_summaries_are_to_the_letter(reference: Any) -> None:
@@ -124,8 +136,10 @@ def test_quiet_says_epoch_lines_only(train: Any) -> None:
 def test_a_qwen_grad_of_zero_is_explained_in_its_line(train: Any, flags: Any, why: Any) -> None:
     outcome = train(*flags, "--epochs", 2, "--val_pairs", 1, "--eval_views", 1)
     assert outcome.code == 0, outcome.err
-    lines = [line for line in outcome.out.splitlines() if line.startswith("[Batch")]
-    assert lines[1].endswith(f" | Qwen: {why}")
+    printed = outcome.out.splitlines()
+    at = [number for number, line in enumerate(printed) if line.startswith("[Batch")]
+    lines = [printed[number] for number in at]
+    assert f"Qwen: {why}" in [line.strip() for line in printed[at[1] + 1 : at[1] + 3]]
     assert "Qwen_grad: 0.00e+00" in lines[1]
     first_has_gradient = flags[0] == "--qwen_cache_interval"  # nothing to reuse yet
     assert ("Qwen_grad: 0.00e+00" not in lines[0]) == first_has_gradient

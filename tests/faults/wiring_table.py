@@ -294,7 +294,7 @@ OTHERS = [
     Mutant(
         "1 --vote_batches ignored",
         SCORES,
-        "max_batches=args.vote_batches",
+        "max_batches=run.args.vote_batches",
         "max_batches=None",
         "wiring: headline_is_of_all",
     ),
