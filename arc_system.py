@@ -629,11 +629,17 @@ def answer_stats(output: AgentOutput) -> Tensor:
 
 
 def build_system(
-    config: SystemConfig, device: Any = "cpu", *, offline: bool = False, weights: bool = True
+    config: SystemConfig,
+    device: Any = "cpu",
+    *,
+    offline: bool = False,
+    weights: bool = True,
+    revision: str | None = None,
 ) -> System:
     """Build the modules; weights are a pure function of `config.seed`. Raises ModelError.
 
     weights=False: shapes alone, all on torch's device "meta", unless the language model is `tiny`.
+    revision: of a hub's language model, default its newest.
     """
     qwen_mode = "null" if config.demonstrations == "off" else config.prompt
     qwen = build_qwen_prompt(
@@ -646,6 +652,7 @@ def build_system(
         seed=config.seed,
         cache_interval=config.qwen_cache_interval,
         mode=qwen_mode,
+        revision=revision,
         weights=weights,
     )
     device = qwen.start_token.device

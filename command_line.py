@@ -139,6 +139,11 @@ def number(kind: type, low: float, high: float = float("inf")) -> Any:
     return parse
 
 
+def counted(n: int, noun: str, nouns: str = "") -> str:
+    """A number with its noun: "1 task", "2 tasks"; nouns: a plural that takes more than an s."""
+    return f"{n} {noun}" if n == 1 else f"{n} {nouns or noun + 's'}"
+
+
 def batch_pair(text: str) -> tuple[int, ...]:
     """An argparse type: A:B or A:B:C, whole numbers with A < B and 0 < C <= B."""
     parts = text.split(":")

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,7 +85,8 @@ class Prediction:
     """The candidates of one query, in the order they came up; views asked and planning steps taken.
 
     refined: the ballot in which refined answers and proposals vote too, None where no policy ran;
-    changes: a view each.
+    changes: a view each. spare: what to hand in as attempt 2 where nothing else came up, and its
+    chance beside the answer that it departs from, in [0, 1].
     """
 
     candidates: dict[tuple[Any, ...], Candidate] = field(default_factory=dict)
@@ -93,6 +94,7 @@ class Prediction:
     steps: int = 0  # of all views together
     refined: Prediction | None = None
     changes: list[Change] = field(default_factory=list)
+    spare: tuple[Grid, float] | None = None
 
     def add(self, grid: Grid, weight: float, votes: int = 1) -> None:
         candidate = self.candidates.setdefault(content(grid), Candidate(grid))
@@ -106,15 +108,21 @@ class Prediction:
         self.views += other.views
         self.steps += other.steps
         self.changes += other.changes
+        if other.spare is not None and (self.spare is None or other.spare[1] > self.spare[1]):
+            self.spare = other.spare
         if other.refined is not None:
             if self.refined is None:
                 self.refined = Prediction()
             self.refined.take(other.refined)
 
     def attempts(self, n: int = N_ATTEMPTS) -> list[Grid]:
-        """The best `n` different grids, heaviest vote first; fewer if fewer came up."""
+        """The best `n` different grids, heaviest vote first; where fewer came up, the spare is the
+        last, if it is another; fewer where there is none."""
         ranked = sorted(self.candidates.values(), key=lambda c: -c.weight)  # stable
-        return [c.grid for c in ranked[:n]]
+        grids = [c.grid for c in ranked[:n]]
+        if len(grids) < n and self.spare and content(self.spare[0]) not in self.candidates:
+            grids.append(self.spare[0])
+        return grids
 
 
 def without_outputs(tasks: Iterable[Task]) -> list[Task]:
@@ -284,6 +292,8 @@ def _ballots(
     n_steps = len(own.logits)
     grids, *earlier = (own.grids(step).cpu().numpy() for step in range(n_steps - 1, -1, -1))
     sure = answer_probability(own).tolist()
+    second, beside = second_best(own)
+    others, chances_of_others = second.cpu().numpy(), beside.tolist()
     recovered = [[0.0] * batch.n_queries, [0.0] * batch.n_queries]
     again = answered.again
     for column, output, backward in (
@@ -306,14 +316,15 @@ def _ballots(
         def mine(canvas: Any, size: Sequence[int], row: int = row) -> Grid:
             return view.invert(canvas[row, : size[0], : size[1]].astype(np.uint8))
 
-        ballot = Prediction(views=1, steps=taken[row])
+        spare = mine(others, sizes[row]), chances_of_others[row]
+        ballot = Prediction(views=1, steps=taken[row], spare=spare)
         grid = mine(grids, sizes[row])
         ballot.add(grid, 1.0 + SURE_WEIGHT * sure[row])
         for age, grids_then in enumerate(earlier, start=1):
             ballot.add(mine(grids_then, sizes[row]), EARLIER_WEIGHT / age, votes=0)
         if choice is not None:
             chance, number = chances[row], numbers[row]
-            both = Prediction(views=1, steps=taken[row])
+            both = Prediction(views=1, steps=taken[row], spare=spare)
             weights: dict[tuple[Any, ...], tuple[Grid, float]] = {}
 
             def vote(
@@ -537,6 +548,19 @@ def answer_probability(output: AgentOutput) -> torch.Tensor:
     return ((best * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)).exp()
 
 
+def second_best(output: AgentOutput) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest other answers of the last planning step at the same sizes: (Q, H, W) int64, the
+    least sure cell in its second colour and all others as they are, -1 outside; and how likely that
+    is beside the answer itself, (Q,) in [0, 1]."""
+    grids, logits = output.grids(), output.logits[-1]
+    best = logits.argmax(-1, keepdim=True)
+    others, second = logits.scatter(-1, best, float("-inf")).max(-1)
+    gap = (logits.amax(-1) - others).masked_fill(grids < 0, float("inf")).flatten(1)
+    least, place = gap.min(1, keepdim=True)
+    changed = grids.flatten(1).scatter(1, place, second.flatten(1).gather(1, place))
+    return changed.view_as(grids), (-least[:, 0]).exp()
+
+
 def trust(verdict: Verdict) -> float:
     """How likely an answer with this verdict is exact, in (0, 1), where no policy judged it."""
     return PRIOR[verdict_name(verdict)]
@@ -563,7 +587,7 @@ def joined(
             if asked <= set(network.refined.candidates):
                 found[key] = network.refined
                 continue
-        both = Prediction(views=network.views, steps=network.steps)
+        both = Prediction(views=network.views, steps=network.steps, spare=network.spare)
         total = sum(c.weight for c in network.candidates.values())
         for c in network.candidates.values():
             both.add(c.grid, NETWORK * c.weight / max(total, 1e-9), c.votes)
@@ -583,14 +607,19 @@ def _hypotheses(explained: Mapping[Key, Explained], key: Key) -> tuple[Hypothesi
 def answered_all(
     predictions: Mapping[Key, Prediction], tasks: Iterable[Task], only: set[Key]
 ) -> dict[Key, Prediction]:
-    """The predictions, with the input as it is where there is none: every query gets an answer."""
+    """The predictions, with the input as it is where there is none: every query gets an answer. The
+    input is the spare, too, where the network, which has a better one, was not asked."""
     found = dict(predictions)
     for task in tasks:
         for number, pair in enumerate(task.tests):
             key = (task.task_id, number)
-            if key in only and not (key in found and found[key].candidates):
+            if key not in only:
+                continue
+            if not (key in found and found[key].candidates):
                 found[key] = Prediction()
                 found[key].add(pair.input, 0.0, votes=0)
+            if found[key].spare is None:
+                found[key] = replace(found[key], spare=(pair.input, 0.0))
     return found
 
 

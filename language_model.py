@@ -384,6 +384,28 @@ def load_folder(folder: Path, name: str) -> tuple[nn.Module, Any | None]:
     return backbone, tokenizer
 
 
+def tokenizer_of(name: str, *, offline: bool = False, revision: str | None = None) -> Any | None:
+    """The tokenizer that `load_language_model` finds beside a model; None where there is none.
+    Raises ModelError as `locate_model`."""
+    if name == TINY:
+        return character_tokenizer()
+    from transformers import AutoTokenizer
+
+    folder, _ = locate_model(name, offline=offline, revision=revision)
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return None
+    with _quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def save_folder(backbone: Any, tokenizer: Any | None, folder: Path) -> None:
+    """What `load_folder` reads: the model, in the dtype that it is in, and its tokenizer if any."""
+    with _quiet_transformers():
+        backbone.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
 def build_meta(folder: Path, name: str) -> nn.Module:
     """The model of a config.json without numbers, on torch's device "meta", in the dtype that the
     file names. Raises ModelError where it describes no model that transformers can build."""

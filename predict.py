@@ -2,16 +2,20 @@
 
     python predict.py runs/arc_complete_20260101_120000 --data arcagi2 --split evaluation --score
     python predict.py best_model.pt --data arc-agi_test_challenges.json --out submission.json
+    python predict.py --score_file submission.json --data arcagi2 --split evaluation
 
-A checkpoint is all it needs; it never writes to the run, not even when it adapts to new tasks first
-(`adaptation`). The predictor gets tasks without their test outputs, which only `--score` reads,
-afterwards. In a program of your own: `from trained_model import load_model, load_modules`.
+A checkpoint or an export is all it needs; it never writes to the run, not even when it adapts to
+new tasks first (`adaptation`). The predictor gets tasks without their test outputs, which are read
+afterwards alone, to score and to mark wrong cells in pictures. `--score_file` needs no model and no
+torch. In a program of your own: `from trained_model import load_model, load_modules`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -23,6 +27,7 @@ from command_line import (
     UserError,
     add_process_arguments,
     check_arguments,
+    counted,
     guarded,
     no_bar,
     number,
@@ -30,11 +35,13 @@ from command_line import (
     pick_precision,
     write,
 )
+from grid_pictures import Picture, answers_page, colours_of, in_terminal
 from persistence.files import atomic_write_bytes, atomic_write_json
+from submissions import Answers, checked, outcome_words, score, task_lines, total_lines
 from trained_model import known_errors, load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from adaptation import Adapted
     from arc_system import System
@@ -44,6 +51,18 @@ if TYPE_CHECKING:
 VIEWS_CPU, VIEWS_GPU = 4, 8  # guess: a CPU user waits for every view
 BATCH_CPU, BATCH_GPU = 16, 256  # queries; as in the evaluations of training
 ADAPT_BATCH = 8  # queries; as in training on a CPU
+# What says nothing where no model answers.
+OF_THE_MODEL = (
+    "out", "checkpoint", "views", "batch_size", "hypotheses", "acceptance", "adapt_seconds",
+    "adapt_batches", "adapt_parts", "device", "threads", "offline",
+)  # fmt: skip
+EXAMPLES = """examples:
+  python predict.py runs --data my_task.json --show          answer one task, see the grids
+  python predict.py runs --data arcagi2 --split evaluation --score --page answers.html
+  python predict.py runs --data new_tasks.json --adapt_seconds 60
+  python predict.py --score_file submission.json --data arcagi2 --split evaluation
+
+"""
 
 
 def build_parser() -> Parser:
@@ -53,13 +72,16 @@ def build_parser() -> Parser:
         description="Answer ARC tasks with a trained run; writes Kaggle's submission.json.",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 done, 1 unexpected, 2 arguments, 3 data/model/checkpoint missing or\n"
-        "unreadable, 4 out of memory, 130 interrupted (nothing is written).",
+        epilog=EXAMPLES + "exit codes: 0 done, 1 unexpected, 2 arguments, 3 data/model/checkpoint "
+        "missing or\nunreadable, or a submission that is not valid, 4 out of memory, 130 "
+        "interrupted (nothing\nis written).",
     )
     parser.add_argument(
         "model",
+        nargs="?",
         metavar="RUN_OR_MODEL",
-        help="a run folder, a folder of runs (its newest run), best_model.pt or a checkpoint file",
+        help="a run folder, a folder of runs (its newest run), best_model.pt, a checkpoint file or "
+        "a folder of export.py",
     )
     parser.add_argument(
         "--data",
@@ -85,6 +107,22 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--score_json", metavar="FILE", help="write the scores there; means --score (default: off)"
+    )
+    parser.add_argument(
+        "--score_file",
+        metavar="FILE",
+        help="check and score this submission.json; takes no model (default: off)",
+    )
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="draw every test input and both attempts, wrong cells marked (!) where the output is "
+        "known",
+    )
+    parser.add_argument(
+        "--page",
+        metavar="FILE",
+        help="write such pictures as one HTML page, with demonstrations (default: off)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -147,11 +185,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, checked as far as is possible without torch."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    outputs = (("--out", args.out), ("--score_json", args.score_json))
+    outputs = (("--out", args.out), ("--score_json", args.score_json), ("--page", args.page))
     check_arguments(parser, args, [(flag, path) for flag, path in outputs if path is not None])
     if args.adapt_seconds and args.adapt_batches:
         parser.error("--adapt_seconds and --adapt_batches: give one of them")
-    args.score = args.score or args.score_json is not None
+    if args.score_file is None and args.model is None:
+        parser.error("give a RUN_OR_MODEL that is to answer, or --score_file to score answers")
+    if args.score_file is not None:
+        if args.model is not None:
+            parser.error(f"--score_file scores a file as it is: leave {args.model} out")
+        unused = [name for name in OF_THE_MODEL if getattr(args, name) != parser.get_default(name)]
+        if unused:
+            parser.error(f"--{unused[0]} is for a model that answers; --score_file has none")
+    files = [(f, os.path.realpath(path)) for f, path in outputs if path is not None]
+    for i, (flag, path) in enumerate(files):
+        for other, same in files[:i]:
+            if path == same:
+                parser.error(f"{other} and {flag} name the same file")
+    args.score = args.score or args.score_json is not None or args.score_file is not None
     return args
 
 
@@ -175,12 +226,29 @@ def choose_split(tasks: TaskSet, split: str | None) -> tuple[str, tuple[Task, ..
     return split, chosen
 
 
-def submission(predictions: dict[Key, Prediction], tasks: tuple[Task, ...]) -> dict[str, Any]:
+def data_line(tasks: TaskSet, split: str, chosen: tuple[Task, ...]) -> str:
+    """What is answered; the split is said where there are two."""
+    which = f", {split}" if tasks.train and tasks.evaluation else ""
+    n_inputs = sum(len(task.tests) for task in chosen)
+    return (
+        f"Data:   {tasks.name}{which}: {counted(len(chosen), 'task')}, "
+        f"{counted(n_inputs, 'test input')}"
+    )
+
+
+def known_slices(tasks: TaskSet, split: str) -> Any:
+    """The reporting slices, of the one set that has them."""
+    from dataset_arc import slices_of
+
+    return slices_of(tasks) if (tasks.name, split) == ("arcagi2", "train") else None
+
+
+def submission(predictions: dict[Key, Prediction], tasks: tuple[Task, ...]) -> Answers:
     """Kaggle's format: every task id, every test input in order, two attempts each.
 
-    Where all views agreed there is one candidate, and attempt 2 repeats it.
+    Attempt 2 repeats attempt 1 only where the network has no second-best answer either.
     """
-    answers: dict[str, list[dict[str, Any]]] = {}
+    answers: Answers = {}
     for task in tasks:
         answers[task.task_id] = []
         for i in range(len(task.tests)):
@@ -189,53 +257,87 @@ def submission(predictions: dict[Key, Prediction], tasks: tuple[Task, ...]) -> d
     return answers
 
 
-def score_report(
-    predictions: dict[Key, Prediction], tasks: tuple[Task, ...], slices: Any
-) -> tuple[dict[str, Any], list[str], list[str]]:
-    """(figures for a file, one line per task with each of its outputs, lines of totals)."""
-    from evaluation import outcomes, score
+def say_line(text: str) -> None:
+    """A line on stdout. Where its reader has gone, as `head` does, the work goes on in silence."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    totals = score(predictions, tasks, slices)
-    found = outcomes(predictions, tasks)
-    lines, by_task = [], {}
-    unknown = 0
+
+def pictures_of(
+    answers: Answers, tasks: tuple[Task, ...], by_task: dict[str, Any]
+) -> Iterator[tuple[str, list[Picture], list[Picture]]]:
+    """(heading, input and both attempts and the known output, demonstrations) of every query."""
     for task in tasks:
-        known = [found.get((task.task_id, i)) for i in range(len(task.tests))]
-        unknown += sum(outcome is None for outcome in known)
-        states = []
-        for i, outcome in enumerate(known):
-            if outcome is None:
-                states.append(f"test {i}: no known output")
-            elif outcome.exact:
-                states.append(f"test {i}: exact in attempt {1 if outcome.attempt_1 else 2}")
-            elif outcome.size:
-                states.append(f"test {i}: wrong, {100 * outcome.cells:.1f}% of cells")
-            else:
-                states.append(f"test {i}: wrong size")
-        scored = [outcome for outcome in known if outcome is not None]
-        right = sum(outcome.exact for outcome in scored)
-        mark = "solved" if scored and right == len(scored) else "      "
-        mark = mark if scored else "unknown"
-        lines.append(f"{task.task_id:<10} {mark:<7} {right}/{len(scored)}  " + "; ".join(states))
-        by_task[task.task_id] = [
-            None if o is None else {**o._asdict(), "exact": o.exact} for o in known
-        ]
-    n = totals["n"]
-    if not n:
-        ends = [f"Nothing to score: none of the {unknown} test inputs has a known output."]
-    else:
-        ends = [
-            f"Outputs: {totals['exact_at_2']}/{n} exact in two attempts "
-            f"({100 * totals['exact_at_2'] / n:.2f}%), {totals['exact_at_1']} in one; size right "
-            f"{100 * totals['size_accuracy']:.1f}%, cells {100 * totals['cell_accuracy']:.1f}%",
-            f"Tasks:   {totals['tasks_solved']}/{totals['tasks']} solved: every known output "
-            "exact in two attempts",
-        ]
-        if unknown:
-            ends.append(f"Not scored: {unknown} test inputs without a known output")
-        for name, c in totals["slices"].items():
-            ends.append(f"  {name:<11} {c['exact_at_2']}/{c['n']}  ({c['exact_at_1']} in one)")
-    return {**totals, "unknown": unknown, "by_task": by_task}, lines, ends
+        shown = []
+        for i, pair in enumerate(task.demonstrations):
+            shown.append(Picture(f"input {i}", pair.input.tolist()))
+            if pair.output is not None:
+                shown.append(Picture(f"output {i}", pair.output.tolist()))
+        for i, pair in enumerate(task.tests):
+            truth = None if pair.output is None else pair.output.tolist()
+            pictures = [Picture("input", pair.input.tolist())]
+            for name, grid in answers[task.task_id][i].items():
+                pictures.append(Picture(name.replace("_", " "), grid, truth))
+            if truth is not None:
+                pictures.append(Picture("known output", truth))
+            words = outcome_words(by_task[task.task_id][i])
+            yield f"{task.task_id}, test {i}: {words}", pictures, shown
+
+
+def hand_out(
+    args: argparse.Namespace,
+    answers: Answers,
+    tasks: tuple[Task, ...],
+    figures: dict[str, Any],
+    more: Sequence[str] = (),
+) -> None:
+    """What --page, --score_json, --show and --score ask for: files first, then what is printed,
+    totals last. figures: of `submissions.score`, as they go into the file; more: further totals."""
+    totals = [*total_lines(figures), *more]
+    if args.page:
+        title = f"Answers of {args.score_file or args.model} to {args.data}"
+        cards = pictures_of(answers, tasks, figures["by_task"])
+        text = answers_page(title, totals, cards)
+        write(args.page, lambda path: atomic_write_bytes(path, text.encode()))
+    if args.score_json:
+        write(args.score_json, lambda path: atomic_write_json(path, figures))
+    for path in filter(None, (args.page, args.score_json)):
+        if not args.quiet:
+            say_line(f"Wrote {path}")
+    if args.show:
+        width = shutil.get_terminal_size().columns
+        colours = colours_of(sys.stdout, os.environ) if sys.stdout else 0
+        for heading, pictures, _ in pictures_of(answers, tasks, figures["by_task"]):
+            for line in ("", heading, *in_terminal(pictures, width, colours)):
+                say_line(line)
+        say_line("")
+    if args.score:
+        for line in () if args.quiet else task_lines(figures["by_task"]):
+            say_line(line)
+        for line in totals:
+            say_line(line)
+
+
+def run_scoring(args: argparse.Namespace) -> int:
+    """--score_file, from parsed arguments to the totals; returns the exit code.
+
+    Raises UserError or DataError where the data cannot be read or the file is not valid.
+    """
+    from dataset_arc import load_tasks
+
+    tasks = load_tasks(args.data)
+    split, chosen = choose_split(tasks, args.split)
+    other = tasks.train if split == "evaluation" else tasks.evaluation
+    answers = checked(args.score_file, chosen, other)
+    figures = score(answers, chosen, known_slices(tasks, split))
+    if not args.quiet:
+        say_line(data_line(tasks, split, chosen))
+        say_line(f"Valid:  {args.score_file}: every test input, two attempts each")
+    about = {"submission": str(args.score_file), "data": tasks.name, "split": split}
+    hand_out(args, answers, chosen, about | figures)
+    return EXIT_DONE
 
 
 def adaptation_report(adapted: Adapted) -> list[str]:
@@ -248,7 +350,7 @@ def adaptation_report(adapted: Adapted) -> list[str]:
     exact = [sum(m.exact for m in measures.values()) for measures in (before, after)]
     cells = [sum(m.cells for m in measures.values()) / n for measures in (before, after)]
     return [
-        f"Adapted: {n} tasks, {n_accepted} accepted, {n - n_accepted} refused{late}; "
+        f"Adapted: {counted(n, 'task')}, {n_accepted} accepted, {n - n_accepted} refused{late}; "
         f"{adapted.n_batches} batches",
         f"         their demonstrations, held out: {exact[0]} -> {exact[1]} exact, cells "
         f"{100 * cells[0]:.1f}% -> {100 * cells[1]:.1f}%",
@@ -265,7 +367,7 @@ def run_prediction(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from batches import evaluation_views
-    from dataset_arc import load_tasks, slices_of
+    from dataset_arc import load_tasks
     from evaluation import (
         contested_scores,
         gains,
@@ -288,9 +390,9 @@ def run_prediction(args: argparse.Namespace) -> int:
     on_cpu = device == "cpu"
     n_views = args.views or (VIEWS_CPU if on_cpu else VIEWS_GPU)
 
-    def say(text: str, *, important: bool = False) -> None:
-        if important or not args.quiet:
-            print(text, flush=True)
+    def say(text: str) -> None:
+        if not args.quiet:
+            say_line(text)
 
     tasks = load_tasks(args.data)
     split, chosen = choose_split(tasks, args.split)
@@ -300,10 +402,10 @@ def run_prediction(args: argparse.Namespace) -> int:
     n_inputs = sum(len(task.tests) for task in chosen)
     n_known = sum(task.task_id in model.task_index for task in chosen)
     weights = "averaged weights" if model.averaged else "weights as they are"
-    say(f"Model:  {model.path} ({model.n_batches} batches), {weights}")
-    say(f"Data:   {tasks.name}, {split}: {len(chosen)} tasks, {n_inputs} test inputs")
-    say(f"        {n_known} tasks known from training, {len(chosen) - n_known} unseen")
-    say(f"Device: {device}, {n_views} views")
+    say(f"Model:  {model.path} ({counted(model.n_batches, 'batch', 'batches')}), {weights}")
+    say(data_line(tasks, split, chosen))
+    say(f"        {counted(n_known, 'task')} known from training, {len(chosen) - n_known} unseen")
+    say(f"Device: {device}, {counted(n_views, 'view')}")
 
     hide_bar = no_bar(args.quiet)
     fitter = Fitter(without_outputs(chosen)) if args.hypotheses == "on" else None
@@ -374,41 +476,45 @@ def run_prediction(args: argparse.Namespace) -> int:
     predictions = joined(predictions, explained)
     answers = submission(predictions, chosen)
     write(args.out, lambda path: atomic_write_bytes(path, json.dumps(answers).encode()))
-    say(f"Wrote {args.out}: {n_inputs} answers in {time.monotonic() - started:.1f} s")
-    if args.score:
-        slices = slices_of(tasks) if (tasks.name, split) == ("arcagi2", "train") else None
-        figures, lines, totals = score_report(predictions, chosen, slices)
-        for line in lines:
-            say(line)
-        for line in totals:
-            say(line, important=True)
+    seconds = time.monotonic() - started
+    say(f"Wrote {args.out}: {counted(n_inputs, 'answer')} in {seconds:.1f} s")
+    if args.score or args.show or args.page:
+        figures = score(answers, chosen, known_slices(tasks, split) if args.score else None)
+        passes = [(predictions[key].steps, predictions[key].views) for key in predictions]
+        figures["planning_steps"] = sum(s for s, _ in passes) / max(1, sum(v for _, v in passes))
         known = figures["n"] and explained
         figures["alone"] = scores_alone(network, explained, chosen, predictions) if known else {}
         figures["gains"] = gains(network, chosen)
-        for part, counts in figures["alone"].items():
-            say(
-                f"  {part} alone: {counts['exact_at_2']}/{figures['n']} "
-                f"({counts['exact_at_1']} in one)",
-                important=True,
-            )
+        more = [
+            f"  {part} alone: {counts['exact_at_2']}/{figures['n']} ({counts['exact_at_1']} in one)"
+            for part, counts in figures["alone"].items()
+        ]
         if known:
-            say("  " + gains_line(figures["gains"], args.acceptance != "off"), important=True)
-        if args.score_json:
-            about: dict[str, Any] = {"model": str(model.path), "data": tasks.name, "split": split}
-            about |= {"views": n_views, "seconds": time.monotonic() - started}
-            write(args.score_json, lambda path: atomic_write_json(path, about | figures))
+            more.append("  " + gains_line(figures["gains"], args.acceptance != "off"))
+        about: dict[str, Any] = {"model": str(model.path), "data": tasks.name, "split": split}
+        about |= {"views": n_views, "seconds": seconds}
+        hand_out(args, answers, chosen, about | figures, more)
     return EXIT_DONE
 
 
 def main(argv: list[str] | None = None) -> int:
     """The script: parse, predict, and return an exit code."""
     args = parse_arguments(argv)
+    if args.score_file is not None:
+        return guarded(lambda: run_scoring(args), "Score fewer tasks.", data_errors)
     return guarded(
         lambda: run_prediction(args),
         "Use a smaller --batch_size.",
         known_errors,
         "interrupted; nothing was written",
     )
+
+
+def data_errors() -> tuple[type[Exception], ...]:
+    """The errors of data alone: those of models would import torch."""
+    from dataset_arc import DataError
+
+    return (DataError,)
 
 
 if __name__ == "__main__":

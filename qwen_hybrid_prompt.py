@@ -648,6 +648,14 @@ class QwenHybridPrompt(nn.Module):
                 )
         self.load_state_dict(dict(state), strict=False)
 
+    def merge_adapters(self) -> None:
+        """LoRA's adapters become part of the weights they adapt: from now on a plain model, all of
+        which counts as trained. Its numbers stay the same up to rounding."""
+        if self.train_mode != "lora":
+            return
+        self.backbone = self.backbone.merge_and_unload()  # type: ignore[operator]
+        self.train_mode, self._frozen_names, self._frozen_sha256 = "full", (), None
+
     def cache_state(self) -> dict[str, Tensor]:
         """The cache and the counters as tensors, for an exact resume."""
         read = torch.tensor([self.n_pairs, self.n_truncated], dtype=torch.long)

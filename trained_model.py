@@ -5,7 +5,7 @@ trained or averaged.
     agent, qwen, solver2, efe_loss, policy_rl, optimizer, metadata = load_modules("runs")
 
 Reads files and never writes one; no training, no scores. `runs` means the newest run in it; a run
-folder, `best_model.pt` or a checkpoint file do as well.
+folder, `best_model.pt`, a checkpoint file or a folder of `exported_model` do as well.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Model:
 def load_model(
     spec: str | Path, *, checkpoint: str = "latest", device: str = "cpu", offline: bool = False
 ) -> Model:
-    """The model of a run folder, of a folder's newest run, or of a .pt file; only reads.
+    """The model of a run folder, of a folder's newest run, of a .pt file or an export; only reads.
 
     checkpoint: latest, best or a number. Of the newest checkpoints a damaged one is passed over and
     noted. Raises UserError, ModelError or PersistenceError, each one line: what, why, fix.
@@ -90,6 +90,10 @@ def load_modules(
     from persistence.restoring import apply_state
 
     payload, path, notes = read_model(spec, checkpoint)
+    if "optimizer" not in payload:
+        raise UserError(
+            f"{path}: an export holds no optimizer. Take load_model, or give the run.", EXIT_MISSING
+        )
     system = system_of(payload, path, device=device, offline=offline)
     optimizer = optimizer_of(payload, system)
     apply_state(payload, {"optimizer": optimizer}, str(path))
@@ -112,9 +116,18 @@ def known_errors() -> tuple[type[Exception], ...]:
 
 def read_model(spec: str | Path, checkpoint: str) -> tuple[dict[str, Any], Path, list[str]]:
     """(payload, its file, what was passed over and why) of the first file that is good."""
+    from exported_model import is_export, read_export
     from model_persistence import CheckpointError, CorruptCheckpointError, verify_checkpoint_file
 
     notes: list[str] = []
+    folder = Path(spec).expanduser()
+    if is_export(folder):
+        if checkpoint != "latest":
+            raise UserError(
+                f"--checkpoint {checkpoint}: {spec} is an export, which holds one model",
+                EXIT_ARGUMENTS,
+            )
+        return read_export(folder), folder, notes
     for path in model_files(Path(spec).expanduser(), checkpoint, notes):
         try:
             payload = verify_checkpoint_file(path).payload
@@ -197,7 +210,7 @@ def model_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool)
     system = system_of(payload, path, device=device, offline=offline)
     extra = payload["extra"]
     try:
-        averaged = apply_average(system, extra, path)
+        averaged = apply_average(system, extra, path) or extra["average"].get("applied", False)
         index = {task_id: row for row, task_id in enumerate(extra["task_ids"])}
         n_batches = extra["progress"]["total"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -224,16 +237,37 @@ def system_of(payload: dict[str, Any], path: Path, *, device: str, offline: bool
             EXIT_MISSING,
         )
     config = described_config(extra["system"], payload, path)
+    revision = payload.get("revision")  # of an export's language model; a checkpoint has its hash
     try:
-        system = build_system(config, device, offline=offline)
+        system = build_system(config, device, offline=offline, revision=revision)
     except (TypeError, ValueError, KeyError, ArithmeticError, AssertionError) as error:
         raise UserError(
             f"{path}: no model can be built from its settings ({error}). Use the version that "
             "trained it.",
             EXIT_MISSING,
         ) from error
+    if "language_model" in payload:
+        payload = with_language_model(payload, system, path)
     apply_state(payload, system.modules(), str(path))
     return system.train(False)
+
+
+def with_language_model(payload: dict[str, Any], system: System, path: Path) -> dict[str, Any]:
+    """An export's payload with the weights of its language model, which has been built from files
+    of its own. Raises UserError where those are not the exported ones."""
+    from exported_model import language_model_facts
+
+    live, saved = language_model_facts(system.qwen), payload["language_model"]
+    wrong = [key for key, value in live.items() if saved.get(key) != value]
+    if wrong:
+        raise UserError(
+            f"{path}: its language model is not the one that was exported ({wrong[0]} differs). "
+            "Export the run again.",
+            EXIT_MISSING,
+        )
+    own = system.qwen.persistent_state_dict().items()
+    backbone = {key: value for key, value in own if key.startswith("backbone.")}
+    return {**payload, "qwen": {**payload["qwen"], **backbone}}
 
 
 def described_config(saved: Any, payload: dict[str, Any], path: Path) -> SystemConfig:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import export
 import predict
 import report
 import trainloop_complete_with_fixes as trainloop
@@ -36,6 +37,7 @@ PARSERS = {
     "trainloop_complete_with_fixes.py": trainloop.build_parser,
     "fixed.py": trainloop.build_parser,
     "predict.py": predict.build_parser,
+    "export.py": export.build_parser,
     "report.py": report.build_parser,
     "benchmarks/bench_learning.py": lambda: load_bench().build_parser(),
 }

@@ -37,6 +37,7 @@ LATE = {
     SCRIPT: "--help and wrong flags must not wait for torch",
     "predict.py": "--help and wrong flags must not wait for torch",
     "report.py": "--help and wrong flags must not wait for torch",
+    "export.py": "--help and wrong flags must not wait for torch",
     "trained_model.py": "the scripts import it before they parse",
     "command_line.py": "the scripts parse with it",
     "run_log.py": "the scripts import it before they parse",
@@ -46,6 +47,8 @@ LATE = {
 # What a process that only parses flags, or only fits hypotheses, has to load.
 LIGHT: Mapping[str, frozenset[str]] = {
     "command_line.py": frozenset(),
+    "grid_pictures.py": frozenset(),
+    "submissions.py": frozenset(),
     "resume_rules.py": frozenset(),
     "run_log.py": frozenset(),
     "sinks.py": frozenset(),

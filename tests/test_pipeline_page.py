@@ -1,4 +1,4 @@
-"""docs/PIPELINE.md: every shape in its tables is that of a real pass over the task it walks along."""
+"""docs/PIPELINE.md: every shape in its tables is that of a real pass over one task."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_kaggle_challenges_without_outputs(
     assert tables[-1] == trained_model.load_model(run).task_index
     assert len(tables[-1]) == 5
     printed = capsys.readouterr().out
-    assert "1 tasks known from training, 1 unseen" in printed
+    assert "1 task known from training, 1 unseen" in printed
     assert "test 1: no known output" in printed
     assert "Nothing to score: none of the 3 test inputs has a known output." in printed
 
@@ -164,8 +164,43 @@ def test_one_task_file_and_a_folder_of_runs(run: Path, tmp_path: Path, capsys: A
     assert call(run.parent, "--data", file, "--out", out, "--views", 1, "--score") == 0
     assert list(json.loads(out.read_text())) == ["my_task"]
     printed = capsys.readouterr().out
+    assert f"Data:   {file}: 1 task, 1 test input\n" in printed
     assert "0 tasks known from training, 1 unseen" in printed
+    assert f"Wrote {out}: 1 answer in " in printed
+    assert "1 view\n" in printed
     assert "my_task" in printed
+
+
+def test_answers_are_drawn_and_scored_as_they_were_written(
+    run: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Breaks: pictures of other answers than those in the file, marks on right cells, totals that
+    scroll away, a score that the file itself does not get."""
+    out, page = tmp_path / "s.json", tmp_path / "page.html"
+    flags: tuple[Any, ...] = ("--data", data, "--views", 1, "--out", out, "--score", "--quiet")
+    assert call(run, *flags, "--show", "--page", page) == 0
+    printed = capsys.readouterr().out
+    answers, tasks = json.loads(out.read_text()), json.loads(data.read_text())
+    blocks = {block.strip().split(",")[0]: block for block in printed.split("\n\n")[:-1]}
+    for task_id in ("t0_flip", "t1_same"):
+        lines = blocks[task_id].strip().splitlines()[1:]
+        first, truth = answers[task_id][0]["attempt_1"], tasks[task_id]["test"][0]["output"]
+        assert len(first[0]) == len(truth[0])
+        wrong = int((np.array(first) != np.array(truth)).sum())
+        column = lines[0].index("attempt 1")
+        drawn = [line[column : column + 2 * len(first[0])] for line in lines if "  " in line]
+        drawn = [line for line in drawn if line[1:2].isdigit()]
+        assert [[int(c) for c in line[1::2]] for line in drawn] == first
+        assert sum(line.count("!") for line in drawn) == wrong
+    assert "\x1b" not in printed
+    assert printed.rstrip().splitlines()[-3].startswith("  network alone")
+    text = page.read_text()
+    assert text.count("<section>") == sum(len(task["test"]) for task in tasks.values()) == 6
+    assert text.count(">known output") == 6
+    assert predict.main(["--score_file", str(out), "--data", str(data), "--quiet"]) == 0
+    again = capsys.readouterr().out
+    assert len(again.splitlines()) == 4
+    assert "\n" + again in printed
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_left_alone(
@@ -268,12 +303,16 @@ def test_an_interrupted_or_failed_write_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_one_candidate_is_handed_in_twice() -> None:
+def test_one_candidate_is_handed_in_twice_only_without_a_second_best() -> None:
     found = evaluation.Prediction()
     found.add(np.ones((1, 2), np.uint8), 1.0)
     task: Any = type("T", (), {"task_id": "a", "tests": (None,)})()
     assert predict.submission({("a", 0): found}, (task,)) == {
         "a": [{"attempt_1": [[1, 1]], "attempt_2": [[1, 1]]}]
+    }
+    found.spare = (np.array([[1, 2]], np.uint8), 0.5)
+    assert predict.submission({("a", 0): found}, (task,)) == {
+        "a": [{"attempt_1": [[1, 1]], "attempt_2": [[1, 2]]}]
     }
     found.add(np.zeros((1, 1), np.uint8), 2.0)
     assert predict.submission({("a", 0): found}, (task,)) == {
@@ -281,7 +320,7 @@ def test_one_candidate_is_handed_in_twice() -> None:
     }
 
 
-@pytest.mark.parametrize("script", ["predict", "report"])
+@pytest.mark.parametrize("script", ["predict", "report", "export"])
 def test_help_does_not_wait_for_torch(script: str) -> None:
     code = (
         f"import sys, {script}; {script}.build_parser().format_help(); "
