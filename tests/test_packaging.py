@@ -77,7 +77,7 @@ def test_its_commands_start_as_the_scripts_do(wheel: Path, tmp_path: Path) -> No
         found = configparser.ConfigParser()
         found.read_string(file.read(name).decode())
     commands = dict(found["console_scripts"])
-    assert set(commands) == {"arc-efe-train", "arc-efe-predict", "arc-efe-report"}
+    assert set(commands) == {f"arc-efe-{name}" for name in ("train", "predict", "report", "export")}
     for command, target in commands.items():
         module, function = target.split(":")
         start = f"import sys; sys.path.insert(0, {str(home)!r}); from {module} import {function}; "
