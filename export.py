@@ -22,6 +22,7 @@ from command_line import (
     EXIT_MISSING,
     Parser,
     UserError,
+    add_version,
     check_arguments,
     counted,
     guarded,
@@ -73,6 +74,7 @@ def build_parser() -> Parser:
         "exit codes: 0 done, 1 unexpected, 2 arguments, 3 run/model missing or unreadable, or the\n"
         "folder cannot be written, 4 out of memory, 130 interrupted (nothing is left).",
     )
+    add_version(parser)
     parser.add_argument(
         "model",
         metavar="RUN_OR_MODEL",

@@ -27,6 +27,7 @@ RULES = {
     "seed": SAME,
     "resume": PROCESS,
     "checkpoint": PROCESS,
+    "config": PROCESS,
     "allow_mismatch": PROCESS,
     "threads": PROCESS,
     "dry_run": PROCESS,

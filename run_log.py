@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from command_line import EXIT_MISSING, UserError
 from persistence.files import atomic_write_bytes, atomic_write_json
+from sinks import Sink, check_installed
 
 KEPT_BYTES = 16 << 20  # of lines and of rows each, while the disk refuses them; oldest go first
 LINE_BYTES = 1 << 20  # a longer line of metrics.jsonl is damage
@@ -166,43 +166,34 @@ class Appended:
 # ---------------------------------------------------------------------------------------------
 
 
-def tensorboard_writer(folder: Path) -> Any:
-    """TensorBoard's writer into the run folder; the package is an extra."""
-    return _summary_writer()(str(folder / "tensorboard"))
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "--report_to tensorboard: the package is not installed. pip install tensorboard, or "
-            "leave the flag out (metrics.jsonl is always written).",
-            EXIT_MISSING,
-        ) from error
-    return SummaryWriter
-
-
 class RunLog:
     """Lines to console and training.log, objects to metrics.jsonl, and whole small JSON files.
 
-    folder: the run's, None to write nothing. No method raises OSError: what the disk refuses is
+    folder: the run's, None to write nothing; report_to: where figures are shown as well (`sinks`);
+    offline: no sink sends anything. The constructor raises UserError where the sink's package is
+    missing. No method raises OSError: what the disk refuses is
     kept (see `Appended`) and tried again at every `flush`; the trouble is said once on stderr, and
     so is its end. The console goes through tqdm, so that a progress bar and lines do not mix.
     """
 
-    def __init__(self, folder: Path | None, *, quiet: bool, report_to: str = "none") -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        quiet: bool,
+        report_to: str = "none",
+        offline: bool = False,
+    ) -> None:
         self.folder, self.quiet = folder, quiet
-        self.board: Any = None
+        self.sink: Sink | None = None
         self.lines = Appended(folder / "training.log") if folder is not None else None
         self.rows = Appended(folder / "metrics.jsonl") if folder is not None else None
         self.files: dict[str, Any] = {}  # name -> what the disk refused to take under that name
         self._troubled: set[str] = set()  # names of files that are known to fail
         self._rewind: tuple[int, int] | None = None  # owed: the disk refused it so far
-        if report_to == "tensorboard":
-            _summary_writer()  # a package that is missing is said before there is a folder
-        if folder is not None and report_to == "tensorboard":
-            self._board(lambda: setattr(self, "board", tensorboard_writer(folder)))
+        check_installed(report_to)  # a package that is missing is said before there is a folder
+        if folder is not None and report_to != "none":
+            self.sink = Sink(report_to, folder, offline=offline, quiet=quiet, warn=self.warn)
 
     # -- lines -----------------------------------------------------------------------------------
     def say(self, text: str = "", *, important: bool = False) -> None:
@@ -252,24 +243,21 @@ class RunLog:
         """Keep one object for metrics.jsonl until `flush`."""
         if self.rows is not None:
             self.rows.add(json.dumps(finite(row)))
-        if self.board is not None and "batches_done" in row:
-            figures = {k: v for k, v in row.items() if isinstance(v, float)}
-            self._board(lambda: self._scalars(row["kind"], figures, row["batches_done"]))
+        if self.sink is not None:
+            self.sink.row(row)
 
-    def _scalars(self, kind: str, figures: dict[str, float], step: int) -> None:
-        for name, value in figures.items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
+    def write_config(self, config: dict[str, Any]) -> bool:
+        """Replace config.json, as `write_json` does, and begin what --report_to says."""
+        written = self.write_json("config.json", config)
+        if self.sink is not None:
+            self.sink.begin(config["arguments"])
+        return written
 
-    def _board(self, action: Any) -> None:
-        """Do something with TensorBoard; where its files fail, it ends: its writer stays broken."""
-        try:
-            action()
-        except OSError as error:
-            self.board = None
-            self.warn(
-                f"TensorBoard's files were not written: {error.strerror or error}. They end here; "
-                "metrics.jsonl has every figure."
-            )
+    def write_results(self, results: dict[str, Any]) -> bool:
+        """Replace results.json, as `write_json` does."""
+        if self.sink is not None:
+            self.sink.results(results)
+        return self.write_json("results.json", results)
 
     def flush(self) -> bool:
         """Write everything that waits. True if all of it is in its files now."""
@@ -353,9 +341,8 @@ class RunLog:
         if not self.flush():
             names = sorted(self._troubled)
             self._print(f"Not written to {self.folder}: {', '.join(names)}.", sys.stderr)
-        if self.board is not None:
-            self._board(self.board.close)
-            self.board = None
+        if self.sink is not None:
+            self.sink.close()
 
 
 class MutedLog(RunLog):

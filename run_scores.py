@@ -211,7 +211,7 @@ def vote(run: Run, plan: Plan) -> None:
         "trained_minutes": run.clock.train_s / 60,
         "device": device_name(run.device),
     }
-    written = run.log.write_json("results.json", result)
+    written = run.log.write_results(result)
     say_results(run, result, written)
     schedule = run.schedule
     if plan.limits.deadline is not None and schedule.stop_at is not None and run.device == "cpu":

@@ -8,11 +8,12 @@ nothing and parses no flags. `from run_state import Run, save, restore`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
 import platform
-import subprocess
+import shlex
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import torch
 
 from arc_system import System
 from batches import Collator, TrainingStream
-from command_line import EXIT_MISSING, EXIT_UNEXPECTED, UserError, device_name
+from command_line import EXIT_MISSING, EXIT_UNEXPECTED, UserError, device_name, git
 from curriculum import DynamicMemoryThreshold, GradientMonitor, Schedule, SizeWarmupCurriculum
 from dataset_arc import TaskSet
 from health import Health
@@ -41,6 +42,7 @@ from model_persistence import (
 )
 from optimizers import MuonAdamW, WeightAverage
 from persistence.checkpoint_file import SixObjects
+from persistence.files import read_json
 from persistence.restoring import version_of_package
 from ranks import ALONE, Ranks
 from resume_rules import APPLIED, BY_EFFECT, FREE, SAME, VERDICT, plain, with_meaning
@@ -320,9 +322,17 @@ def hold(folder: Path) -> RunLock:
 
 
 def full_config(run: Run, tasks: TaskSet) -> dict[str, Any]:
-    """config.json: arguments, model, versions, commit, device, data."""
+    """config.json: arguments, model, versions, commit, device, data; and what was typed, a line for
+    each time that the run was started or resumed."""
+    before = None
+    with contextlib.suppress(OSError):
+        before = read_json(run.folder / "config.json")
+    typed = before.get("commands") if isinstance(before, dict) else None
+    given = {k: v for k, v in vars(run.args).items() if k not in ("notes", "command")}
     return {
-        "arguments": {k: v for k, v in vars(run.args).items() if k != "notes"},
+        "commands": [*(typed if isinstance(typed, list) else []), shlex.join(run.args.command)],
+        "arguments": given,
+        "threads": torch.get_num_threads(),
         "system": dataclasses.asdict(run.system.config),
         "data": {"name": tasks.name, "sha256": tasks.sha256, "tasks": len(tasks.train)},
         "task_ids": [task.task_id for task in tasks.train],
@@ -340,18 +350,7 @@ def full_config(run: Run, tasks: TaskSet) -> dict[str, Any]:
 @lru_cache
 def commit_hash() -> str | None:
     """The project's commit, for config.json; None outside a git checkout."""
-    folder = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    return git("rev-parse", "HEAD")
 
 
 # ---------------------------------------------------------------------------------------------

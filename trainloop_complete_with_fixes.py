@@ -12,19 +12,23 @@ import; as a script it answers --help and wrong flags before it imports torch.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import sinks
 from command_line import (
     EXIT_DIVERGED,
     EXIT_DONE,
     EXIT_MEMORY,
     EXIT_MISSING,
     EXIT_UNSAVED,
+    Answer,
     Parser,
     UserError,
+    add_version,
     answer_early,
     backup_or_off,
     batch_pair,
@@ -41,6 +45,8 @@ from command_line import (
     pick_precision,
     task_counts,
 )
+from config_file import differences, merge_config
+from environment import environment_text
 from persistence.run_guard import DRIVE_HURRY_S
 
 STARTED = time.monotonic()  # as a script: of the process; a --time_budget counts from here
@@ -48,6 +54,15 @@ DRIVE_WAIT_S = 60.0  # at a normal end, seconds the last copy to Drive may still
 MEMORY_ADVICE = (
     "Use a smaller --batch_size (with --grad_accum), a smaller --width, or --qwen_train frozen."
 )
+EXAMPLES = """examples:
+  python %(prog)s --time_budget 4               # minutes, all included
+  python %(prog)s --epochs 20 --device cuda     # more --epochs go on later
+  python %(prog)s --resume                      # after an interruption
+  python %(prog)s --dry_run                     # what memory would it take
+  python %(prog)s --data my.json --offline      # your tasks, no network
+  python %(prog)s --config runs/RUN --seed 1    # as RUN, with another seed
+
+"""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -62,12 +77,16 @@ def build_parser() -> Parser:
         description="Train on ARC-AGI tasks: demonstrations -> Qwen prompt -> agent -> policy.",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 done, 1 unexpected, 2 arguments, 3 data/model/checkpoint missing or\n"
+        epilog=EXAMPLES
+        + "exit codes: 0 done, 1 unexpected, 2 arguments, 3 data/model/checkpoint missing or\n"
         "unreadable, 4 out of memory, 5 diverged, 6 done or stopped, but the last state is not on\n"
         "the disk, 130/143 stopped by a signal after saving.",
     )
-    count, real, share = number(int, 1), number(float, 0), number(float, 0, 1)
     # fmt: off
+    add_version(parser)
+    parser.add_argument("--env", action=Answer, const=environment_text,
+        help="print versions, GPU, memory, disk, Drive and data, for a bug report, and exit")
+    count, real, share = number(int, 1), number(float, 0), number(float, 0, 1)
     add = parser.add_argument_group("run").add_argument
     add("--epochs", type=count,
         help="passes over the training tasks (default: 20; 1 with --max_batches; as many as fit "
@@ -85,6 +104,10 @@ def build_parser() -> Parser:
     add("--checkpoint", type=checkpoint_name, metavar="N",
         help="with --resume: go on from checkpoint N, or from 'best'; newer ones move to the "
              "run's folder set_aside (default: the newest)")
+    add("--config", metavar="FILE",
+        help="the flags of a run's config.json (or of a run's folder) once more, in a fresh run; "
+             "flags given beside it win; with a --time_budget in it the clock decides again, "
+             "unless --schedule_batches is given (default: none)")
     add("--allow_mismatch", action="store_true",
         help="resume although seed, data, batch size or model differ (default: refuse)")
     add("--threads", type=number(int, 1, 1024),
@@ -188,8 +211,9 @@ def build_parser() -> Parser:
     add("--drive_wait", type=real, metavar="S",
         help="seconds that the end of a run waits for copies to Drive at most (default: "
              f"{DRIVE_WAIT_S:g}; {DRIVE_HURRY_S:g} after a signal or an error)")
-    add("--report_to", choices=("none", "tensorboard"), default="none",
-        help="extra metrics sink (default: %(default)s)")
+    add("--report_to", choices=("none", *sinks.NAMES), default="none",
+        help="where the figures of metrics.jsonl are shown as well; each needs a pip install of "
+             "that name; with --offline nothing is sent (default: %(default)s)")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_views", type=number(int, 1, 64),
@@ -247,6 +271,8 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags as given, checked as far as is possible without torch; leaves on wrong ones."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.config is not None:
+        merge_config(parser, args, explicit_arguments(argv))
     if args.checkpoint is not None and args.resume is None:
         parser.error(f"--checkpoint {args.checkpoint}: say --resume, too")
     if args.checkpoint is not None and args.resume == "auto":
@@ -260,6 +286,14 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     check_device_name(parser, args.device)
     check_width(parser, args.width)
     return args
+
+
+def explicit_arguments(argv: list[str] | None) -> set[str]:
+    """Names of the flags that were really given, defaults left out."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
 
 
 def check_width(parser: Parser, width: int | None) -> None:
@@ -401,16 +435,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.epochs = ENDLESS if timed else (1 if args.max_batches else 20)
     if args.schedule == "auto":
         args.schedule = "wsd" if timed else "constant"
-    args.notes = notes
+    args.notes, args.command = notes, sys.argv[1:] if argv is None else argv
     return args
-
-
-def explicit_arguments(argv: list[str] | None) -> set[str]:
-    """Names of the flags that were really given, defaults left out."""
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv)))
 
 
 def run_training(args: argparse.Namespace, started: float, ranks: Ranks = ALONE) -> int:
@@ -492,6 +518,7 @@ def load_data(args: argparse.Namespace) -> TaskSet:
         args.notes += found_by_itself(args.data)
     tasks = load_tasks(args.data, strict=args.strict, training=True)
     args.data_sha256 = tasks.sha256
+    args.notes += differences(args)
     return tasks
 
 
@@ -624,7 +651,7 @@ def run_in_folder(run: Run, plan: Plan, folder: Path, located: Located) -> int:
     """The run in its locked folder, signals caught; whatever happens, it ends saved. Exit code."""
     args = run.args
     with hold(folder), StopSignals() as stop:
-        run.log = RunLog(folder, quiet=args.quiet, report_to=args.report_to)
+        run.log = RunLog(folder, quiet=args.quiet, report_to=args.report_to, offline=args.offline)
         banner(run, plan.tasks, folder, located.notes)
         point_latest_at(folder)
         persistence = ModelPersistence(
@@ -652,7 +679,7 @@ def run_in_folder(run: Run, plan: Plan, folder: Path, located: Located) -> int:
                     run.log.say(nothing_left(run), important=True)
                     over = results_stand(run)
             if not share_state(run, over):
-                run.log.write_json("config.json", full_config(run, plan.tasks))
+                run.log.write_config(full_config(run, plan.tasks))
                 plan.slices = slices_in(plan, args.hold_out)
                 train_and_score(run, plan, persistence)
                 finish_saving(run, persistence)

@@ -48,6 +48,7 @@ RUN_SIDE_FILES = (
     "results.json",
     "metrics.jsonl",
     "training.log",
+    "report_to.json",
 )
 MAX_SIDE_FILE_BYTES = 64 << 20
 DRIVE_SILENT_S = 1.0  # of waiting for a copy at the end, before a line says so

@@ -13,10 +13,12 @@ import io
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -93,6 +95,35 @@ def write_tasks(path: Path, tasks: dict[str, Any]) -> Path:
     """A combined `training.json` as the trainer reads it."""
     path.write_text(json.dumps(tasks), encoding="utf-8")
     return path
+
+
+class Absent(PathFinder):
+    """Finds packages where they are installed, but for those that shall not be."""
+
+    names: frozenset[str] = frozenset()
+
+    @classmethod
+    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
+        hidden = fullname.split(".")[0] in cls.names
+        return None if hidden else super().find_spec(fullname, path, target)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--without",
+        default="",
+        metavar="A,B",
+        help="run as if these packages were not installed: the extras (matplotlib, peft, ...)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    names = [name for name in config.getoption("--without").split(",") if name]
+    if already := sorted({name.split(".")[0] for name in sys.modules} & set(names)):
+        raise pytest.UsageError(f"--without: {', '.join(already)} is imported already")
+    if names:
+        Absent.names = frozenset(names)
+        sys.meta_path[sys.meta_path.index(PathFinder)] = Absent
 
 
 @pytest.fixture(scope="session", autouse=True)

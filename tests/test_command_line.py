@@ -92,7 +92,7 @@ def test_ctrl_c_while_the_script_imports_ends_it_with_130_and_no_traceback(
 @pytest.mark.parametrize(
     ("broken", "code", "line"),
     [
-        ("raise ModuleNotFoundError('no', name='torch')", 3, "pip install -r requirements.txt"),
+        ("raise ModuleNotFoundError('no', name='torch')", 3, "torch is not installed for"),
         ("raise MemoryError", 4, "out of memory"),
         ("raise OSError(12, 'Cannot allocate memory')", 4, "out of memory"),
     ],

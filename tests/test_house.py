@@ -27,6 +27,8 @@ ON_DEMAND = {
     "huggingface_hub": "--qwen_model tiny and folders need no hub",
     "matplotlib": "an extra, of report.py",
     "peft": "an extra, of --qwen_train lora",
+    "trackio": "an extra, of --report_to",
+    "wandb": "an extra, of --report_to",
     "tokenizers": "seconds; runs without a language model need none",
     "transformers": "seconds; runs without a language model need none",
 }
@@ -39,6 +41,7 @@ LATE = {
     "trained_model.py": "the scripts import it before they parse",
     "command_line.py": "the scripts parse with it",
     "run_log.py": "the scripts import it before they parse",
+    "environment.py": "it says which packages are missing",
     "model_persistence.py": "a name of the user's pages, looked up when it is asked for (PEP 562)",
 }
 # What a process that only parses flags, or only fits hypotheses, has to load.
@@ -48,6 +51,9 @@ LIGHT: Mapping[str, frozenset[str]] = {
     "submissions.py": frozenset(),
     "resume_rules.py": frozenset(),
     "run_log.py": frozenset(),
+    "sinks.py": frozenset(),
+    "environment.py": frozenset(),
+    "config_file.py": frozenset(),
     "grid_features.py": frozenset({"numpy"}),
     "task_files.py": frozenset(),
     "dataset_arc.py": frozenset({"numpy"}),
@@ -111,6 +117,7 @@ def file_of(module: str, files: Mapping[str, object]) -> str | None:
 def project() -> dict[str, list[Use]]:
     """The imports of every file at the root and in persistence/, by its path."""
     paths = [*ROOT.glob("*.py"), *(ROOT / "persistence").glob("*.py")]
+    paths.remove(ROOT / "setup.py")  # for pip alone
     found = {}
     for path in sorted(paths):
         package = "persistence" if path.parent != ROOT else ""

@@ -155,8 +155,9 @@ def break_losses(monkeypatch, batches):
 
 
 def flags():
-    """Those that --help shows; an older name of a flag is not another flag."""
-    actions = [a for a in trainloop.build_parser()._actions if a.dest != "help"]
+    """Those that --help shows and that set something; an older name is not another flag."""
+    all_of_them = trainloop.build_parser()._actions
+    actions = [a for a in all_of_them if a.dest not in ("help", argparse.SUPPRESS)]
     shown = [a for a in actions if a.help != argparse.SUPPRESS]
     assert {a.dest for a in actions} == {a.dest for a in shown}
     return shown
