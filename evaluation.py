@@ -15,8 +15,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from proposal_policy import PRIOR
 from ranks import ALONE, Ranks
 from reward_shaping import REWARD_WEIGHTS, beyond_copying
 from rule_list import Explained, Hypothesis, Verdict
+from submissions import Outcome
 
 Grid = NDArray[np.uint8]
 Key = tuple[str, int]  # task id, number of the test input
@@ -640,20 +641,6 @@ def proposals_for(explained: Mapping[Key, Explained]) -> dict[Key, Proposals]:
     return {key: p for key, p in made.items() if p is not None}
 
 
-class Outcome(NamedTuple):
-    """How one predicted test output compares with the known one."""
-
-    attempt_1: bool  # exact
-    attempt_2: bool  # exact, in the second attempt alone
-    size: bool  # attempt 1 has the right size
-    cells: float  # share of right cells of attempt 1, 0 for a wrong size
-
-    @property
-    def exact(self) -> bool:
-        """Whether one of the two attempts is exact."""
-        return self.attempt_1 or self.attempt_2
-
-
 def outcomes(predictions: dict[Key, Prediction], tasks: Iterable[Task]) -> dict[Key, Outcome]:
     """Compare every prediction whose output is known."""
     found: dict[Key, Outcome] = {}
@@ -668,6 +655,21 @@ def outcomes(predictions: dict[Key, Prediction], tasks: Iterable[Task]) -> dict[
             cells = float((attempts[0] == pair.output).mean()) if size else 0.0
             found[key] = Outcome(right[0], any(right[1:]), size, cells)
     return found
+
+
+def outcomes_by_task(
+    predictions: dict[Key, Prediction], tasks: Iterable[Task]
+) -> dict[str, list[dict[str, Any] | None]]:
+    """Of each task the `Outcome` of its test inputs in order, as `submissions.score` has them; None
+    where nothing was compared."""
+    found = outcomes(predictions, tasks)
+    return {
+        task.task_id: [
+            None if row is None else {**asdict(row), "exact": row.exact}
+            for row in (found.get((task.task_id, n)) for n in range(len(task.tests)))
+        ]
+        for task in tasks
+    }
 
 
 def score(
@@ -768,6 +770,7 @@ def evaluate(
     acceptance: str = "demonstrations",
     title: str = "Validation",
     hide_bar: bool = True,
+    by_task: bool = False,
     heed_stop: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
     **options: Any,
@@ -783,9 +786,9 @@ def evaluate(
     counts of network and hypotheses by themselves, "gains" what the refinements won.
     hypothesis_tasks: the hypotheses of so many tasks before the voting, and after it, however long
     that takes; repeats what a deadline cut. acceptance: full, demonstrations or off, what a
-    refinement needs. heed_stop: called between batches; what it raises ends the evaluation. say:
-    hears of trouble. deadline, max_batches and options (task_index, batch_size, device, dtype,
-    seed, collator): as of `predict_tasks`.
+    refinement needs. by_task: with each query's `Outcome`. heed_stop: called between batches; what
+    it raises ends the evaluation. say: hears of trouble. deadline, max_batches and options
+    (task_index, batch_size, device, dtype, seed, collator): as of `predict_tasks`.
     """
     ids = {task_id for task_id, _ in keys}
     wanted = [task for task in tasks if task.task_id in ids]
@@ -845,13 +848,17 @@ def evaluate(
             **options,
         )
     views_done = n_done / max(1, sum(len(task.tests) for task in wanted))
-    came = {"views_done": round(views_done, 2), "batches_done": n_batches}
+    came: dict[str, Any] = {"views_done": round(views_done, 2), "batches_done": n_batches}
     if fitter is None:
+        if by_task:
+            came["by_task"] = outcomes_by_task(predictions, wanted)
         return {**score(predictions, wanted, slices), **came}
     explained = collect(deadline if last is None else None, last)
     if fitter.failed:
         say(f"Hypotheses: {fitter.failed}; {fitter.n_first()} tasks were fitted before")
     both = answered_all(joined(predictions, explained), wanted, keys)
+    if by_task:
+        came["by_task"] = outcomes_by_task(both, wanted)
     return {
         **score(both, wanted, slices),
         **came,

@@ -116,6 +116,7 @@ def evaluate(
     max_batches: int | None = None,
     fitter: Fitter | None = None,
     title: str = "Validation",
+    by_task: bool = False,
 ) -> dict[str, Any]:
     """Score the averaged weights on the given queries; see `evaluation.evaluate`.
 
@@ -144,6 +145,7 @@ def evaluate(
             propose=args.demonstrations == "on",
             acceptance=args.acceptance,
             title=title,
+            by_task=by_task,
             hide_bar=no_bar(args.quiet),
             heed_stop=heed_stop,
             say=run.log.say,
@@ -191,6 +193,7 @@ def final_scores(run: Run, plan: Plan) -> dict[str, Any]:
         max_batches=run.args.vote_batches,
         fitter=run.fitter,
         title="Final voting",
+        by_task=True,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ SMALL = (
     (r"--adapt_seconds \d+", "--adapt_batches 1"),
     (r"--device auto", "--device cpu"),
     (r"arcagi2", "arc"),  # a folder here
-    (r" RUN\b", " runs"),
+    (r"runs/arc_complete_DATE_TIME", "runs/arc_complete_latest"),
 )
 
 
@@ -71,6 +72,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("ARC_TRAINER_CONFIG_DIR", str(folder / "configuration"))
         done = python(f"python {TRAINER} --epochs 1")
     assert done.code == 0, done.err
+    (run,) = (folder / "runs").glob("arc_complete_2*")
+    for name in ("first", "second"):
+        shutil.copytree(run, folder / "runs" / name)
     return folder
 
 

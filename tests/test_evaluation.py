@@ -352,6 +352,13 @@ def test_score_by_hand() -> None:
         "y": {"n": 1, "exact_at_1": 0, "exact_at_2": 1},
         "none": {"n": 0, "exact_at_1": 0, "exact_at_2": 0},
     }
+    each = evaluation.outcomes_by_task(found, tasks)
+    assert [[o and o["exact"] for o in each[name]] for name in "abcd"] == [
+        [True, True], [False], [False], [True],
+    ]  # fmt: skip
+    assert each["b"] == [
+        {"attempt_1": False, "attempt_2": False, "size": False, "cells": 0.0, "exact": False}
+    ]
 
 
 def test_unknown_outputs_and_missing_predictions_are_not_counted() -> None:

@@ -555,7 +555,8 @@ def validations(cells: Any, exact: Any = ()) -> Iterator[Any]:
         result = real(run, *args, title=title, **options)
         if title == "Untrained model":
             result["cell_accuracy"] = 0.0
-        if title == "Validation":
+        epoch = run.progress.epoch
+        if title != "Untrained model" and epoch < len(cells):  # the last one may be the final vote
             result["cell_accuracy"] = cells[run.progress.epoch]
             if exact:
                 result["exact_at_1"] = exact[run.progress.epoch]
