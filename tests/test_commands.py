@@ -26,6 +26,8 @@ SMALL = (
     (r"--adapt_seconds \d+", "--adapt_batches 1"),
     (r"--device auto", "--device cpu"),
     (r"arcagi2", "arc"),  # a folder here
+    (r"^(predict.py (?!.*--data).*)$", r"\1 --data arc"),
+    (r"^fixed.py$", "fixed.py --epochs 1"),
     (r"runs/arc_complete_DATE_TIME", "runs/arc_complete_latest"),
 )
 
