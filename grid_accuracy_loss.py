@@ -53,12 +53,11 @@ def mask_ratio(prediction: Tensor, target: Tensor) -> Tensor:
     return wrong.float() / _cells(target)
 
 
-def answer_spread(answers: Tensor) -> Tensor:
-    """How much the answers (batch, rows, cols) differ: standard deviation of their mean colours
-    over the batch, 0-dim float32; 0 where all are alike."""
+def mean_colour(answers: Tensor) -> Tensor:
+    """The mean colour of each answer (batch, rows, cols), float32 (batch,): how far these differ
+    over a batch says whether the answers do."""
     inside = valid_cells(answers)
-    colour = (answers * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp(min=1)
-    return colour.float().std(correction=0)
+    return ((answers * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp(min=1)).float()
 
 
 def hard_cell_weights(prediction: Tensor, target: Tensor, *, easy_weight: float = 1.0) -> Tensor:

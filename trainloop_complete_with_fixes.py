@@ -336,9 +336,9 @@ from curriculum import (
 from dataset_arc import Task, TaskSet, default_data, found_by_itself, load_tasks
 from distributed import check_data, check_flags, nothing_saved, share_state, shared_fitter
 from grid_accuracy_loss import (
-    answer_spread,
     cell_accuracy,
     exact_match,
+    mean_colour,
     resize_logits,
 )
 from language_model import resolve_qwen_model
@@ -1040,12 +1040,13 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         "exact": exact.mean(),
         "size": size_right.float().mean(),
         "fits_frac": targets.fits.float().mean(),
-        "answer_spread": answer_spread(before.grids()),
         "retrieved_frac": system.retrieved(reading),
         "change": none[0] if refinement is None else refinement.info.change_frac,
         **proposed,
     }
+    colours = ranks.join(mean_colour(before.grids()), part)
     common = {
+        "answer_spread": colours.std(correction=0),
         "stored": kept[3].sum(),
         **({"grad_norm": norm} if last else {}),
         **norms,

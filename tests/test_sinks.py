@@ -99,7 +99,7 @@ def expected(outcome: Outcome) -> set[tuple[int, str, float]]:
         for row in rows(outcome)
         if "batches_done" in row
         for name, value in row.items()
-        if name not in ("kind", "epoch", "batch", "batches_done") and value is not None
+        if name not in ("kind", "epoch", "batch", "batches_done") and isinstance(value, int | float)
     }
     results = json.loads((outcome.folder / "results.json").read_text())
     return found | {(results["batch"], f"final/{k}", v) for k, v in sinks.numbers(results)}

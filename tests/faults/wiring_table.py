@@ -1391,8 +1391,8 @@ HEALTH = [
     Mutant(
         "49 the spread is the targets'",
         T,
-        "answer_spread(before.grids())",
-        "answer_spread(target)",
+        "mean_colour(before.grids())",
+        "mean_colour(target)",
         "health: colour",
     ),
     Mutant(
