@@ -7,6 +7,8 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,19 @@ ROOT = Path(trainloop.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def load_bench() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "bench_learning", ROOT / "benchmarks" / "bench_learning.py"
-    )
+def load_bench(name: str = "bench_learning") -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def parser_of(name: str) -> Callable[[], Any]:
+    """What makes the parser of a benchmark."""
+    return lambda: load_bench(name).build_parser()
 
 
 PARSERS = {
@@ -40,7 +46,11 @@ PARSERS = {
     "predict.py": predict.build_parser,
     "export.py": export.build_parser,
     "report.py": report.build_parser,
-    "benchmarks/bench_learning.py": lambda: load_bench().build_parser(),
+}
+PARSERS |= {
+    f"benchmarks/{path.name}": parser_of(path.stem)
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if "def build_parser" in path.read_text(encoding="utf-8")
 }
 
 
