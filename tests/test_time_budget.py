@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import work_moves_the_clock
 
-from time_budget import FINAL_RESERVE_S
+import run_lines
+from time_budget import FINAL_RESERVE_S, Limits, batches_expected
 
 
 def test_a_time_budget_ends_the_run_with_the_learning_rate_at_zero(train: Any) -> None:
@@ -60,4 +63,50 @@ def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(
     untimed = {"minutes": 0, "trained_minutes": 0}
     assert same | untimed == results | untimed
     assert repeated.figures() == outcome.figures()
-    assert len(outcome.figures()) > 10
+    n = len(outcome.figures())
+    assert n > 10
+    assert re.search(r"^Time:   training ends after 0\.[345] of 0\.7 minutes", outcome.out, re.M)
+    assert results["trained_minutes"] == pytest.approx(n / 60, rel=0.1)  # a step takes a second
+    said = f"       trained {n} batches in {results['trained_minutes']:.1f} minutes; "
+    assert f"{said}{results['views_done']:.1f} views on average\n" in outcome.out
+    assert f"warning: {n} trained batches are too few to learn from" in outcome.err
+    assert "too few" not in repeated.err  # nobody gave it minutes
+
+
+def test_the_bar_expects_the_batches_that_schedule_or_clock_leave() -> None:
+    """Breaks: a bar that shows the whole epoch though time ends it, and so an ETA past the end."""
+
+    def expected(until: float | None = None, **schedule: int) -> int:
+        ends = {"stop_at": None, "end_at": None, **schedule}
+        run: Any = SimpleNamespace(
+            progress=SimpleNamespace(batch=10, total=30),
+            schedule=SimpleNamespace(**ends),
+            resumed_at=20,
+            train_started=time.monotonic() - 20,  # ten batches, two seconds each
+        )
+        until = None if until is None else time.monotonic() + until
+        return batches_expected(run, Limits(train_until=until), 100)
+
+    assert expected() == 100
+    assert expected(stop_at=45) == 25
+    assert expected(stop_at=45, end_at=40) == 20
+    assert expected(stop_at=500) == 100
+    assert expected(until=30.0) in (24, 25)
+    assert expected(until=-5.0) == 10
+
+
+def test_a_budget_that_was_overrun_is_said(reference: Any) -> None:
+    run = reference.run
+    result = json.loads((reference.folder / "results.json").read_text()) | {"minutes": 4.25}
+    with pytest.MonkeyPatch.context() as patch:
+        said: list[str] = []
+        patch.setattr(
+            run, "log", SimpleNamespace(say=lambda t, **_: said.append(t), warn=said.append)
+        )
+        for budget in (4.0, 5.0):
+            patch.setattr(run.args, "time_budget", budget)
+            run_lines.say_results(run, result | {"batch": 100}, True)
+    late = [line for line in said if "overrun" in line]
+    assert len(late) == 1
+    assert late[0].endswith("; --time_budget 4 overrun by 15 s")
+    assert not any("too few" in line for line in said)
