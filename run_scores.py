@@ -46,8 +46,7 @@ class Plan:
     slices: Slices = field(default_factory=dict)  # of the final queries, counted apart
     views: int = 1  # that vote in the final evaluation
     limits: Limits = field(default_factory=Limits)
-    # The final evaluation where the last validation was one, and the batch it was made after.
-    voted: tuple[int, dict[str, Any]] | None = None
+    voted: dict[str, Any] | None = None  # the final evaluation, where the last validation was it
 
 
 def make_plan(args: argparse.Namespace, tasks: TaskSet) -> Plan:
@@ -175,7 +174,7 @@ def validate(run: Run, plan: Plan) -> dict[str, Any]:
     in_full = plan.limits.deadline is None and args.vote_batches is None
     if last and in_full and plan.views == 1 and plan.validation == plan.final:
         result = final_scores(run, plan)
-        plan.voted = run.progress.total, result
+        plan.voted = result
         return result["alone"]["network"] if "alone" in result else result
     return evaluate(run, plan.tasks, plan.validation, 1)
 
@@ -200,9 +199,7 @@ def final_scores(run: Run, plan: Plan) -> dict[str, Any]:
 def vote(run: Run, plan: Plan) -> None:
     """The final evaluation: results.json, and what the console says of it."""
     args, progress = run.args, run.progress
-    at, result = plan.voted or (-1, {})
-    if at != progress.total:
-        result = final_scores(run, plan)
+    result = plan.voted or final_scores(run, plan)
     result |= {
         "untrained": progress.untrained,
         "validated": progress.validated,

@@ -793,7 +793,7 @@ def train_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
     epoch_started = time.monotonic() - run.clock.epoch_s
     due = False
     with tqdm(
-        total=n_batches,
+        total=batches_expected(run, plan.limits, n_batches),
         initial=min(progress.batch, n_batches),
         desc=f"Epoch {progress.epoch}",
         unit="batch",

@@ -670,6 +670,10 @@ def test_a_terminal_shows_the_bar_and_a_resumed_one_goes_on_where_it_was(
     assert shown[0] == ("2", "3")
     assert "[Epoch 0] Val Accuracy" in resumed.out
     with monkeypatch.context() as patch:
+        patch.setattr(io, "StringIO", Terminal)
+        short = train("--schedule_batches", "1:2", *flags[2:])
+    assert {total for _, total in BAR.findall(short.err)} == {"2"}  # where the schedule ends
+    with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", Terminal())
         shows = [not command_line.no_bar(quiet) for quiet in (False, True)]
         patch.setattr(sys, "stderr", None)  # as Python has it where the user has closed it

@@ -1368,6 +1368,34 @@ HYPOTHESES = [
 
 HEALTH = [
     Mutant(
+        "50 nothing is taken into the moving average",
+        T,
+        "            run.recent.add(figures)\n",
+        "",
+        "run_lines: every_fifty",
+    ),
+    Mutant(
+        "50 the bar expects the whole epoch",
+        T,
+        "total=batches_expected(run, plan.limits, n_batches),",
+        "total=n_batches,",
+        "wiring: terminal_shows",
+    ),
+    Mutant(
+        "50 minutes of earlier epochs are not counted",
+        T,
+        "    run.clock.train_s += run.clock.epoch_s\n",
+        "",
+        "time_budget: repeated_bit",
+    ),
+    Mutant(
+        "50 the last validation is taken from the answers with proposals",
+        SCORES,
+        'return result["alone"]["network"] if "alone" in result else result',
+        "return result",
+        "wiring: both_ask",
+    ),
+    Mutant(
         "49 batches are not watched",
         T,
         "            watch_batch(run, persistence, figures)\n",
