@@ -27,6 +27,7 @@ RESUME_LINE = re.compile(
 SKIPPED_LINE = re.compile(r"\[Batch +(\d+)\] skipped: (.*)")
 # How the log says that a process ended; a start without one of these before it was a sudden end.
 ENDS = ("Stopped by ", "Final: ", "Nothing is left to train", "results.json stays", "NOT SAVED")
+START = "Data:   "  # a banner's first line; notes on how data were found have one space
 SHOWN_EVENTS = 60
 WATCHED = {"answer_spread", "retrieved_frac"}  # a batch's row has these where a monitor looked
 
@@ -517,7 +518,7 @@ def history(record: Record) -> list[Event]:
     running, last = False, ""
     for when, text in record.log:
         resumed = RESUME_LINE.match(text)
-        if text.startswith("Data: "):
+        if text.startswith(START):
             if running:
                 found.append(
                     Event(

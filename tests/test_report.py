@@ -437,6 +437,7 @@ def test_health_says_warnings_no_warnings_and_not_watched(copied: Path) -> None:
 
 LOG = """
 2026-01-01 10:00:00,000 Data:   arcagi2: 4 tasks
+2026-01-01 10:00:01,000 Data: training.json was found by itself, /d; --data arcagi2 for ARC-AGI-2
 2026-01-01 10:01:00,000 [Batch    3] skipped: loss nan, gradient norm nan (not finite; 1 so far)
 2026-01-01 10:02:00,000 Stopped by SIGTERM; everything is saved. Go on with:
 2026-01-01 11:00:00,000 Data:   arcagi2: 4 tasks
