@@ -707,9 +707,7 @@ def side_by_side(a: Record, b: Record) -> list[tuple[str, str, str]]:
                 for s in run_record.headline(record)
                 if (s.kind == "final" if kind == "final" else s.name == name)
             ]
-            return (
-                f"{found[0].right} of {found[0].n} ({percent(found[0].share)})" if found else None
-            )
+            return f"{found[0].text} ({percent(found[0].share)})" if found else None
 
         return read
 

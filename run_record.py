@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -227,13 +227,24 @@ def _joined(row: Row, *keys: tuple[str, str]) -> str | None:
 
 @dataclass
 class Score:
-    """One line of the headline: `right` of `n` exact; note: what it is, or is not."""
+    """One line of the headline: `right` of `n` exact; note: what it is, or is not.
+
+    of: how many there are to answer, where only `n` of them were; 0: n is all.
+    """
 
     name: str
     right: int
     n: int
     note: str = ""
     kind: str = ""  # final, part or validation
+    of: int = 0
+
+    @property
+    def text(self) -> str:
+        """`40 of 1076`, or `40 of the 150 that it answered (of 1076)`."""
+        if not self.of:
+            return f"{self.right} of {self.n}"
+        return f"{self.right} of the {self.n} that it answered (of {self.of})"
 
     @property
     def share(self) -> float:
@@ -260,12 +271,15 @@ def headline(record: Record) -> list[Score]:
     names = {"hypotheses": "Hypotheses alone", "network": "Network alone"}
     for key in sorted(alone, key=list(names).index if set(alone) <= set(names) else str):
         counts = part(alone, key)
+        answered = answered_of(results, key)
         note = "two attempts"
         won, lost, p = (figure(counts, k) for k in ("both_won", "both_lost", "p"))
-        if won is not None and lost is not None:
+        if answered is None and won is not None and lost is not None:
             note += f"; together wins {won:.0f} of its misses and loses {lost:.0f} of its hits"
             note += "" if p is None else f" (McNemar p = {p:.2g})"
-        found += score_of(counts, names.get(key, f"{key} alone"), "part", note, n)
+        of_all = n if answered is None else answered
+        for score in score_of(counts, names.get(key, f"{key} alone"), "part", note, of_all):
+            found.append(score if answered is None else replace(score, of=int(n or 0)))
     of = "validation pairs, one view, one attempt"
     found += score_of(record.untrained, "Untrained network", "validation", of)
     trained = part(results, "validated")
@@ -275,6 +289,13 @@ def headline(record: Record) -> list[Score]:
         if share is not None and n_val:
             trained = {"n": n_val, "exact_at_1": round(share * n_val)}
     return found + score_of(trained, "Trained network", "validation", of)
+
+
+def answered_of(results: Row, name: str) -> int | None:
+    """How many queries the network or the hypotheses answered by themselves, where those are not
+    all; None where they are, or where an older file does not say so."""
+    n, own = figure(results, "n"), figure(part(part(results, "alone"), name), "n")
+    return None if n is None or own is None or own >= n else int(own)
 
 
 def views_line(results: Row) -> str:
