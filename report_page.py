@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 import run_record
-from grid_pictures import PALETTE
+from grid_pictures import INK, PALETTE
 from run_record import Record, Row, figure, part, percent
 
 if TYPE_CHECKING:
@@ -618,6 +618,7 @@ def render(record: Record, gallery: Gallery) -> str:
         curves=curves_of([record]),
         gallery=gallery,
         palette=PALETTE,
+        ink=INK,
         cards=cards,
         outcomes=[(one["id"], one["test"], one["says"]) for one in cards],
     )  # fmt: skip

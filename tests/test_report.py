@@ -24,6 +24,7 @@ import run_record
 import trainloop_complete_with_fixes as trainloop
 from dataset_arc import Pair, Task
 from evaluation import Change, Prediction, mcnemar
+from grid_pictures import INK, PALETTE
 from run_record import Record
 
 VOID = {"meta", "img", "br", "wbr"}
@@ -192,6 +193,13 @@ def test_the_gallery_holds_every_query_with_what_it_took(run: Path, page: str) -
     words = visible(page)
     assert "in 2 views and two attempts, network and hypotheses voting" in words
     assert "This is a sample and not the headline, which counts 4 queries" in words
+
+
+def test_the_gallery_has_its_colours_from_one_owner(page: str) -> None:
+    ((gallery, _),) = Elements(page).all("div", id="gallery")
+    assert gallery["data-palette"].split() == list(PALETTE)
+    assert gallery["data-ink"].split() == list(INK)
+    assert "dataset.ink" in page
 
 
 def test_filters_count_what_they_find(page: str) -> None:
