@@ -645,7 +645,8 @@ def test_only_the_png_needs_matplotlib(
 def test_two_runs_are_set_beside_each_other(run: Path, copied: Path, tmp_path: Path) -> None:
     """Breaks: a comparison of a run with itself that finds a difference, or hides a flag's."""
     config = json.loads((copied / "config.json").read_text())
-    config["arguments"]["agent_lr"] = 0.125
+    config["arguments"] |= {"agent_lr": 0.125, "seed": None}
+    config["arguments"] |= dict.fromkeys(report_page.NO_SETTINGS, "elsewhere")
     (copied / "config.json").write_text(json.dumps(config))
     out = tmp_path / "both.html"
     flags = ["--out", str(out), "--device", "cpu", "--quiet", "--views", "1"]
@@ -653,14 +654,41 @@ def test_two_runs_are_set_beside_each_other(run: Path, copied: Path, tmp_path: P
     text = out.read_text(encoding="utf-8")
     words = visible(text)
     assert "--agent_lr 0.003 0.125" in words
-    assert "--width" not in words
-    assert "results.json of A and B holds counts and no outcome per query" in words
-    assert "only A 0, only B 0. Exact McNemar test: p = 1" in words
+    assert "--seed 0 not given" in words
+    found = Elements(text)
+    flags = [name for attrs, name in found.all("th", scope="row") if name.startswith("--")]
+    assert flags == ["--agent_lr", "--seed"]
+    assert len(found.all("th", **{"class": "flag"})) == 2
+    assert ".flag{white-space:nowrap}" in text
+    assert "Learning rate: agent" in words
+    assert "Reward of refinement" in words
+    split = "Of 4 queries both solve 4, neither 0; only A 0, only B 0. Exact McNemar test: p = 1"
+    assert words.count(split) == 2  # of the final evaluations, and of the answers made here
     assert "A: training batches" in words
     assert "B: training batches" in words
     results = json.loads((run / "results.json").read_text())
     score = f"{results['exact_at_2']} of {results['n']}"
     assert len(re.findall(f"<td>{score} ", text)) >= 2
+
+
+def test_two_runs_of_which_one_is_too_old_for_outcomes(run: Path, copied: Path) -> None:
+    results = json.loads((copied / "results.json").read_text())
+    del results["by_task"]
+    (copied / "results.json").write_text(json.dumps(results))
+    out = copied.parent / "both.html"
+    argv = [str(copied), str(run), "--out", str(out), "--tasks", "0", "--quiet"]
+    assert report.main(argv) == 0
+    words = visible(out.read_text(encoding="utf-8"))
+    assert "results.json of A holds counts and no outcome per query" in words
+
+
+def test_every_panel_of_two_runs_says_what_it_shows(run: Path) -> None:
+    """Breaks: panels called `agent`, `Qwen` and `reward`."""
+    record = run_record.read_record(run)
+    titles = [panel.title for panel in report_page.panels([record, record])]
+    assert len(set(titles)) == len(titles) == len(report_page.PANELS) + 2
+    own = {title for title, _, keys, *_ in report_page.PANELS if len(keys) == 1}
+    assert set(titles) == own | set(report_page.SPLIT.values())
 
 
 def test_outcomes_by_query_are_tested_exactly() -> None:
