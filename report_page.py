@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 import run_record
+from command_line import counted
 from grid_pictures import INK, PALETTE
 from run_record import Record, Row, figure, part, percent
 
@@ -410,7 +411,7 @@ def changed(before: Grid, after: Grid, truth: Grid | None) -> str:
     n = int(differ.sum())
     if not n:
         return "no cell changed"
-    text = f"{run_record.counted(n, 'cell')} changed"
+    text = f"{counted(n, 'cell')} changed"
     if truth is not None and truth.shape == after.shape:
         mended = int((differ & (after == truth)).sum())
         spoilt = int((differ & (before == truth)).sum())

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from command_line import EXIT_MISSING, UserError
+from command_line import EXIT_MISSING, UserError, counted
 from persistence.files import read_json
 from run_log import read_metrics
 
@@ -175,11 +175,6 @@ def smooth(values: list[float], width: int) -> list[float]:
 
 def percent(share: float | None, places: int = 1) -> str:
     return "-" if share is None else f"{100 * share:.{places}f}%"
-
-
-def counted(n: int, word: str, more: str = "") -> str:
-    """`1 batch`, `2 batches`: more is the plural, by default with an s."""
-    return f"{n} {word if n == 1 else more or word + 's'}"
 
 
 def ends_of(values: list[float]) -> tuple[float, float]:
@@ -510,15 +505,10 @@ def health_rows(record: Record) -> list[Row]:
 
 
 def was_monitored(record: Record) -> bool:
-    """Whether the files say that the run had a health monitor: rows of it, figures that are there
-    for it alone, a key or flag of its name. Of a run by several versions the newest counts."""
-    if WATCHED & set(record.batches[-1]):
-        return True
-    if any("health" in row for row in (*record.others, *record.epochs, record.config)):
-        return True
-    return any(row["kind"] == "health" for row in record.others) or any(
-        "health" in name for name in (*record.arguments, *record.results)
-    )
+    """Whether the files say that the run had a health monitor: rows of it, or figures that are
+    there for it alone. Of a run by several versions the newest counts."""
+    rows = any(row["kind"] == "health" for row in record.others)
+    return rows or bool(WATCHED & set(record.batches[-1]))
 
 
 @dataclass
