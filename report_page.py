@@ -208,7 +208,7 @@ def decades(low: float, high: float) -> list[float]:
     found = [float(i) for i in whole if low <= i <= high]
     if len(found) < 3:
         found = [y for i in whole for m in (1, 2, 5) if low <= (y := i + math.log10(m)) <= high]
-    return found[:: math.ceil(len(found) / 5)] or [low, high]
+    return found[:: math.ceil(len(found) / 5)] if found else [low, high]
 
 
 def short(value: float) -> str:
@@ -596,6 +596,7 @@ def about(record: Record) -> dict[str, Any]:
         "summary": run_record.summary_rows(record),
         "fixes": run_record.seven_fixes(record),
         "health": run_record.health_rows(record),
+        "few": run_record.few_batches(record),
         "monitored": run_record.was_monitored(record),
         "history": run_record.history(record),
         "has_log": bool(record.log),

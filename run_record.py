@@ -29,6 +29,7 @@ SKIPPED_LINE = re.compile(r"\[Batch +(\d+)\] skipped: (.*)")
 ENDS = ("Stopped by ", "Final: ", "Nothing is left to train", "results.json stays", "NOT SAVED")
 START = "Data:   "  # a banner's first line; notes on how data were found have one space
 SHOWN_EVENTS = 60
+FEW_BATCHES = 50  # fewer are too few to learn from, as run_lines says, which needs torch
 WATCHED = {"answer_spread", "retrieved_frac"}  # a batch's row has these where a monitor looked
 
 Row = dict[str, Any]
@@ -502,6 +503,15 @@ def health_rows(record: Record) -> list[Row]:
             }
         )
     return found
+
+
+def few_batches(record: Record) -> str:
+    """That too few batches were trained, or yet; empty where there were enough."""
+    n = len(record.batches)
+    if n >= FEW_BATCHES:
+        return ""
+    so_far = "" if record.results else " so far"
+    return f"{counted(n, 'batch', 'batches')}{so_far}: too few to learn from"
 
 
 def was_monitored(record: Record) -> bool:

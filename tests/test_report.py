@@ -20,6 +20,7 @@ from conftest import FAST, grid_of, make_task, make_tasks, write_tasks
 
 import report
 import report_page
+import run_lines
 import run_record
 import trainloop_complete_with_fixes as trainloop
 from dataset_arc import Pair, Task
@@ -460,6 +461,19 @@ def test_health_says_warnings_no_warnings_and_not_watched(copied: Path) -> None:
     assert "No warnings" in shown(copied)  # its batches have the monitor's figures
 
 
+def test_too_few_batches_are_said_as_on_the_console(run: Path) -> None:
+    record = run_record.read_record(run)
+
+    def says(n: int, results: Any) -> str:
+        made = Record(run, record.config, results, record.batches[:1] * n, [])
+        return visible(report_page.render(made, report_page.Gallery([], "-")))
+
+    assert run_record.FEW_BATCHES == run_lines.FEW_BATCHES
+    assert "! few batches 26 batches: too few to learn from." in says(26, record.results)
+    assert "1 batch so far: too few to learn from." in says(1, {})
+    assert "too few" not in says(50, record.results)
+
+
 LOG = """
 2026-01-01 10:00:00,000 Data:   arcagi2: 4 tasks
 2026-01-01 10:00:01,000 Data: training.json was found by itself, /d; --data arcagi2 for ARC-AGI-2
@@ -528,6 +542,14 @@ def test_a_real_run_shows_all_seven(run: Path) -> None:
     assert "missing" not in {fix.state for fix in found}
 
 
+def test_a_fix_that_is_seen_is_not_judged(page: str) -> None:
+    """Breaks: praise beside a figure that fell or stood still."""
+    words = visible(page).split("The seven fixes, as they showed")[1].split("History")[0]
+    assert "4. Sizes first seen in this run Weight of the size loss" in words
+    assert "at work" not in words
+    assert "badge good" not in page.split('id="fixes"')[1].split('id="history"')[0]
+
+
 def test_each_fix_notices_when_it_is_not_at_work() -> None:
     assert {fix.state for fix in fixes([healthy()] * 10).values()} == {"seen"}
     for number, change, state in (
@@ -589,6 +611,7 @@ def test_long_curves_are_thinned_and_ticks_are_round() -> None:
     assert report_page.ticks(-0.3, 0.35, 4) == pytest.approx([-0.2, 0, 0.2])
     assert report_page.ticks(2.0, 2.0) == [2.0]
     assert report_page.decades(-4.2, 0.5) == [-4, -3, -2, -1, 0]
+    assert report_page.decades(-1.6, -1.4) == [-1.6, -1.4]  # no round number is between
     assert report_page.decades(-2.1, -1.5) == pytest.approx(list(map(math.log10, (0.01, 0.02))))
 
 
