@@ -315,8 +315,8 @@ def total_lines(figures: Mapping[str, Any]) -> list[str]:
         f"Outputs: {figures['exact_at_2']}/{n} exact in two attempts ({share:.2f}%, Kaggle's "
         f"score), {figures['exact_at_1']} in one",
         f"         size right {size:.1f}%, cells {cells:.1f}%",
-        f"Tasks:   {figures['tasks_solved']}/{figures['tasks']} solved: every known output exact "
-        "in two attempts",
+        f"Tasks:   {figures['tasks_solved']}/{figures['tasks']} solved, that is with every known "
+        "output exact",
         f"         mean of the tasks' own shares {mean:.2f}% (arcprize.org's score)",
     ]
     if unknown:

@@ -197,6 +197,8 @@ def test_so_many_hypotheses_are_taken_as_asked(train: Any) -> None:
     outcome = train("--epochs", 1, "--hypotheses", "on", "--hypothesis_tasks", 2)
     results = json.loads((outcome.folder / "results.json").read_text(encoding="utf-8"))
     assert results["hypothesis_queries"] == 2
+    right = results["alone"]["hypotheses"]["exact_at_2"]
+    assert f"       hypotheses alone: {right} exact of the 2 reached\n" in outcome.out
 
 
 def test_another_test_output_changes_no_hypothesis(tmp_path: Path) -> None:

@@ -252,6 +252,10 @@ def test_a_checkpoint_that_does_not_describe_its_model(run: Path, tmp_path: Path
         (["RUN", "--views", "0"], 2, "must be at least 1"),
         (["RUN", "--out", "no/such/folder/s.json"], 2, "does not exist"),
         (["RUN", "--out", "."], 2, "is a folder"),
+        (["RUN", "--out", "/dev/null"], 2, "is no regular file"),
+        (["~nobody_of_that_name/run"], 3, "no such run"),
+        (["RUN", "--data", "~nobody_of_that_name/x"], 3, "no such data"),
+        (["RUN", "--data", ""], 3, "names nothing"),
         (["RUN", "--device", "tpu"], 2, "use auto, cpu, cuda or cuda:N"),
     ],
 )
