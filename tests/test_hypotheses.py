@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Proposer, grid_of, make_task, make_tasks, write_tasks
+from conftest import (
+    Proposer,
+    grid_of,
+    interrupt_after,
+    make_task,
+    make_tasks,
+    write_tasks,
+)
 
 import dataset_arc
 import rule_list
@@ -191,6 +198,19 @@ def test_the_script_lets_hypotheses_vote_and_tells_each_part_alone(train: Any) -
     assert "untrained network, one view: " in outcome.out
     assert f"network alone: {results['alone']['network']['exact_at_2']}/6" in outcome.out
     assert outcome.run.fitter._children[0].poll() is not None  # it is gone when the run is
+
+
+@pytest.mark.parametrize("budget", [(), ("--time_budget", 5)], ids=["epochs", "a budget"])
+def test_a_stop_says_what_of_the_hypotheses_is_lost(
+    train: Any, monkeypatch: pytest.MonkeyPatch, budget: tuple[Any, ...]
+) -> None:
+    monkeypatch.setattr(Fitter, "n_first", lambda _: 1)
+    interrupt_after(monkeypatch, 1)
+    stopped = train("--hypotheses", "on", "--val_pairs", 1, *budget)
+    assert stopped.code == 130
+    (said,) = [line for line in stopped.out.splitlines() if "fitted so far (1 task)" in line]
+    assert "are in no file; the resumed run fits them again" in said
+    assert said.endswith("fewer of them may vote at the end." if budget else "again.")
 
 
 def test_so_many_hypotheses_are_taken_as_asked(train: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -236,6 +237,20 @@ def test_a_checkpoint_that_does_not_describe_its_model(run: Path, tmp_path: Path
         with pytest.raises(predict.UserError, match=message) as raised:
             trained_model.model_of(altered, tmp_path / "m.pt", device="cpu", offline=True)
         assert raised.value.code == 3
+
+
+def test_weights_that_nothing_trained_are_said(
+    run: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    real = trained_model.model_of
+
+    def untrained(*args: Any, **options: Any) -> Any:
+        return dataclasses.replace(real(*args, **options), n_batches=0)
+
+    monkeypatch.setattr(trained_model, "model_of", untrained)
+    argv = [str(run), "--data", str(data), "--out", str(tmp_path / "s.json"), "--views", "1"]
+    assert predict.main(argv) == 0
+    assert "no batch was trained, its weights are those of the start" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
