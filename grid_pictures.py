@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TextIO
 
 # The colours 0..9 as the ARC web pages show them.
@@ -32,7 +33,7 @@ def contrast(a: str, b: str) -> float:
 
 
 # Of each colour: what a digit or mark on it is read best in, black or white.
-INK = tuple(max(("#000000", "#ffffff"), key=lambda ink, c=c: contrast(ink, c)) for c in PALETTE)
+INK = tuple(max(("#000000", "#ffffff"), key=partial(contrast, colour)) for colour in PALETTE)
 PALETTE_256 = (16, 32, 203, 41, 220, 248, 199, 208, 117, 88)  # nearest of a terminal's 256
 WRONG = "!"
 GAP = "   "  # between pictures side by side

@@ -281,7 +281,17 @@ def test_the_card_says_whose_the_figures_are(reference: Any, tmp_path: Path) -> 
     assert "Most of the score comes from rules." not in text
 
 
-ODD = ([], {}, "x", None, -1, 10**400, {"network": 1}, {"network": {"n": "x"}}, True)
+ODD: tuple[Any, ...] = (
+    [],
+    {},
+    "x",
+    None,
+    -1,
+    10**400,
+    {"network": 1},
+    {"network": {"n": "x"}},
+    True,
+)
 
 
 def test_a_card_of_odd_results_says_what_is_unknown(reference: Any, tmp_path: Path) -> None:
