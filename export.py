@@ -27,7 +27,7 @@ from command_line import (
     counted,
     guarded,
 )
-from run_record import answered_of, figure, part, percent, read_object
+from run_record import figure, part, percent, reached_of, read_object
 from trained_model import known_errors, load_model
 
 if TYPE_CHECKING:
@@ -246,9 +246,9 @@ def _score_rows(results: dict[str, Any]) -> list[str]:
     counted_on = [("final", results, figure(results, "n"), "")]
     for name in part(results, "alone"):
         own = part(part(results, "alone"), name)
-        answered = answered_of(results, name)
-        n = figure(results, "n") if answered is None else answered
-        note = "" if answered is None else f" that it answered (of {figure(results, 'n'):.0f})"
+        reached = reached_of(results, name)
+        n = figure(results, "n") if reached is None else reached
+        note = "" if reached is None else f" that it reached (of {figure(results, 'n'):.0f})"
         counted_on.append((f"{name} alone", own, n, note))
     for name in part(results, "slices"):
         own = part(part(results, "slices"), name)

@@ -143,8 +143,9 @@ def say_results(run: Run, result: dict[str, Any], written: bool) -> None:
     for part, counts in result.get("alone", {}).items():
         line = f"       {part} alone: {counts['exact_at_2']}/{result['n']} (both: "
         line += f"+{counts['both_won']} -{counts['both_lost']}, McNemar p = {counts['p']:.2g})"
-        if counts["n"] < result["n"]:  # the time did not do for all: no comparison
-            line = f"       {part} alone: {counts['exact_at_2']} exact of the {counts['n']} reached"
+        reached = result["network_queries" if part == "network" else "hypothesis_queries"]
+        if reached < result["n"]:  # the time did not do for all: no comparison
+            line = f"       {part} alone: {counts['exact_at_2']} exact of the {reached} reached"
         run.log.say(line, important=important)
     if run.progress.untrained:
         start, end = run.progress.untrained, run.progress.validated

@@ -237,10 +237,10 @@ class Score:
 
     @property
     def text(self) -> str:
-        """`40 of 1076`, or `40 of the 150 that it answered (of 1076)`."""
+        """`40 of 1076`, or `40 of the 150 that it reached (of 1076)`."""
         if not self.of:
             return f"{self.right} of {self.n}"
-        return f"{self.right} of the {self.n} that it answered (of {self.of})"
+        return f"{self.right} of the {self.n} that it reached (of {self.of})"
 
     @property
     def share(self) -> float:
@@ -267,15 +267,15 @@ def headline(record: Record) -> list[Score]:
     names = {"hypotheses": "Hypotheses alone", "network": "Network alone"}
     for key in sorted(alone, key=list(names).index if set(alone) <= set(names) else str):
         counts = part(alone, key)
-        answered = answered_of(results, key)
+        reached = reached_of(results, key)
         note = "two attempts"
         won, lost, p = (figure(counts, k) for k in ("both_won", "both_lost", "p"))
-        if answered is None and won is not None and lost is not None:
+        if reached is None and won is not None and lost is not None:
             note += f"; together wins {won:.0f} of its misses and loses {lost:.0f} of its hits"
             note += "" if p is None else f" (McNemar p = {p:.2g})"
-        of_all = n if answered is None else answered
+        of_all = n if reached is None else reached
         for score in score_of(counts, names.get(key, f"{key} alone"), "part", note, of_all):
-            found.append(score if answered is None else replace(score, of=int(n or 0)))
+            found.append(score if reached is None else replace(score, of=int(n or 0)))
     of = "validation pairs, one view, one attempt"
     found += score_of(record.untrained, "Untrained network", "validation", of)
     trained = part(results, "validated")
@@ -287,10 +287,13 @@ def headline(record: Record) -> list[Score]:
     return found + score_of(trained, "Trained network", "validation", of)
 
 
-def answered_of(results: Row, name: str) -> int | None:
-    """How many queries the network or the hypotheses answered by themselves, where those are not
-    all; None where they are, or where an older file does not say so."""
-    n, own = figure(results, "n"), figure(part(part(results, "alone"), name), "n")
+REACHED = {"network": "network_queries", "hypotheses": "hypothesis_queries"}
+
+
+def reached_of(results: Row, name: str) -> int | None:
+    """How many queries the time let the network or the hypotheses look at, where those are not all;
+    None where they are, or where the file does not say so."""
+    n, own = figure(results, "n"), figure(results, REACHED.get(name, ""))
     return None if n is None or own is None or own >= n else int(own)
 
 

@@ -273,9 +273,9 @@ def test_the_card_says_whose_the_figures_are(reference: Any, tmp_path: Path) -> 
     text = made_card(model, tmp_path, results | {"alone": alone})
     assert "| network alone | 6 | 1 | 2 | 33.3% |" in text
     assert "Most of the score comes from rules." in text
-    cut = {"network": alone["network"] | {"n": 4}}
-    text = made_card(model, tmp_path, results | {"alone": cut})
-    assert "| network alone | 4 that it answered (of 6) | 1 | 2 | 50.0% |" in text
+    cut = {"alone": {"network": alone["network"]}, "network_queries": 4}
+    text = made_card(model, tmp_path, results | cut)
+    assert "| network alone | 4 that it reached (of 6) | 1 | 2 | 50.0% |" in text
     alone["network"]["exact_at_2"] = 6
     text = made_card(model, tmp_path, results | {"alone": alone})
     assert "Most of the score comes from rules." not in text

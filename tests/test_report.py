@@ -377,20 +377,23 @@ def test_a_part_that_did_not_answer_all_is_counted_on_what_it_answered(copied: P
     counts = {"exact_at_1": 30, "exact_at_2": 40, "both_won": 9, "both_lost": 1, "p": 0.02}
     results |= {"n": 1076, "exact_at_1": 50, "exact_at_2": 80}
     for n, says in (
-        (150, "Network alone 40 of the 150 that it answered (of 1076), 26.7% two attempts"),
+        (150, "Network alone 40 of the 150 that it reached (of 1076), 26.7% two attempts"),
         (1076, "Network alone 40 of 1076, 3.7% two attempts; together wins 9 of its misses"),
         (None, "Network alone 40 of 1076, 3.7% two attempts; together wins 9 of its misses"),
     ):
-        own = counts if n is None else counts | {"n": n}
-        path.write_text(json.dumps(results | {"alone": {"network": own}}))
+        made = {"alone": {"network": counts | {"n": 9}}}  # n: where there was a candidate
+        results.pop("network_queries", None)
+        made |= {} if n is None else {"network_queries": n}
+        path.write_text(json.dumps(results | made))
         words = visible(shown(copied))
         assert says in words
         assert ("McNemar p = 0.02" in words) == (n in (1076, None))
-    own = counts | {"n": 150}
-    path.write_text(json.dumps(results | {"alone": {"network": own, "hypotheses": {"n": 0}}}))
+    reached = {"network_queries": 150, "hypothesis_queries": 0}
+    alone = {"network": counts, "hypotheses": counts | {"exact_at_2": 0}}
+    path.write_text(json.dumps(results | {"alone": alone} | reached))
     record = run_record.read_record(copied)
     rows = {name: a for name, a, _ in report_page.side_by_side(record, record)}
-    assert rows["Network alone"] == "40 of the 150 that it answered (of 1076) (26.7%)"
+    assert rows["Network alone"] == "40 of the 150 that it reached (of 1076) (26.7%)"
     assert "Hypotheses alone" not in rows  # none was answered, so nothing can be said
 
 
