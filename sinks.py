@@ -14,6 +14,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ class Sink:
         if self.name != "wandb":  # trackio waits 30 seconds at most by itself, and in this thread
             self._do(self._end)
         else:
-            closing = threading.Thread(target=lambda: self._do(self._end), daemon=True)
+            # Not muted: that is of the whole process, and would outlast an end that hangs.
+            end = partial(self._do, self._end, muffled=False)
+            closing = threading.Thread(target=end, daemon=True)
             closing.start()
             closing.join(CLOSE_S)
             if closing.is_alive():
@@ -102,12 +105,15 @@ class Sink:
                 )
         self.ended = True
 
-    def _do(self, action: Callable[[], object]) -> None:
-        """Something with the package; after a failure nothing more: it may stay broken."""
+    def _do(self, action: Callable[[], object], *, muffled: bool = True) -> None:
+        """Something with the package; after a failure nothing more: it may stay broken.
+
+        muffled: with `quiet`, nothing that anything in the process prints meanwhile is shown.
+        """
         if self.ended:
             return
         try:
-            with muted() if self.quiet else contextlib.nullcontext():
+            with muted() if self.quiet and muffled else contextlib.nullcontext():
                 action()
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
             self.ended = True
