@@ -46,12 +46,20 @@ CREEP = 4 << 20  # guess; bytes a batch
 SKIPPED_SAVES = 3  # guess; between two looks
 SPARE_CHECKPOINTS, SPARE_BYTES = 3, 256 << 20  # guess; what a disk should have free
 
+FORMAT = 1  # of state_dict; another one for other figures, or another meaning of them
+
 # What is kept of a batch.
 FIGURES = (
     "loss", "exact", "reward", "d_acc", "fits_frac", "mask_ratio", "qwen_grad", "grad_norm",
     "policy_std", "group_zero_frac", "proposed_frac", "stored", "threshold", "retrieved_frac",
     "answer_spread", "size_weight", "pairs",
 )  # fmt: skip
+# What the checks take for granted, of a batch and of an epoch.
+ROW_HAS = frozenset(
+    {"loss", "exact", "reward", "d_acc", "mask_ratio", "qwen_grad", "stored", "threshold",
+     "size_weight", "pairs", "silent"}
+)  # fmt: skip
+EPOCH_HAS = frozenset({"loss", "accuracy", "exact", "unweighted"})
 
 
 @dataclass(frozen=True)
@@ -521,6 +529,7 @@ class Health:
         self.resident: deque[float] = deque(maxlen=WINDOW)
         self.storage = Storage()
         self.met = 0  # batches of this process
+        self.failed = False  # a look has, in this process
 
     def see(
         self,
@@ -576,22 +585,37 @@ class Health:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "format": FORMAT,
             "rows": [dict(row) for row in self.rows],
             "epochs": [dict(epoch) for epoch in self.epochs],
             "ill": sorted(self.ill),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """A state of another version, or none, begins anew: nothing that is trained depends on
-        it."""
-        try:
-            rows = [{str(k): float(v) for k, v in row.items()} for row in state["rows"]]
-            epochs = [{str(k): float(v) for k, v in row.items()} for row in state["epochs"]]
-            ill = {str(name) for name in state["ill"]}
-        except (AttributeError, KeyError, TypeError, ValueError):
-            rows, epochs, ill = [], [], set()
-        needed = {"loss", "silent", "qwen_grad", "exact", "pairs", "stored", "size_weight"}
-        if not all(needed <= row.keys() for row in rows):
-            rows = []
-        self.rows = deque(rows, maxlen=KEPT)
-        self.epochs, self.ill = epochs, ill
+    def load_state_dict(self, state: object) -> None:
+        """What `state_dict` gave. A state of another version, or none, begins anew: nothing that is
+        trained depends on it."""
+        self.rows, self.epochs, self.ill = deque(maxlen=KEPT), [], set()
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+            return
+        rows, epochs = (
+            figures_of(state.get("rows"), ROW_HAS),
+            figures_of(state.get("epochs"), EPOCH_HAS),
+        )
+        ill = state.get("ill")
+        if rows is None or epochs is None or not isinstance(ill, list):
+            return
+        if all(isinstance(name, str) for name in ill):
+            self.rows.extend(rows)
+            self.epochs, self.ill = epochs, set(ill)
+
+
+def figures_of(rows: object, needed: frozenset[str]) -> list[dict[str, float]] | None:
+    """Rows of figures as they were kept; None where they are anything else."""
+    if not isinstance(rows, list):
+        return None
+    for row in rows:
+        if not isinstance(row, dict) or not needed <= row.keys():
+            return None
+        if not all(isinstance(k, str) and type(v) is float for k, v in row.items()):
+            return None
+    return [dict(row) for row in rows]

@@ -427,11 +427,65 @@ def test_what_a_checkpoint_holds_is_plain_and_junk_begins_anew() -> None:
     again.load_state_dict(json.loads(json.dumps(state)))
     assert again.look(SETTING) == []
     assert str(again.state_dict()) == str(state)
-    junks: list[Any] = [{}, {"rows": 3}, {"rows": [{}], "epochs": [], "ill": ["few_tasks"]}]
-    for junk in junks:
+    for junk in junk_of(state):
         again.load_state_dict(junk)
-        assert again.look(SETTING) == []
         assert not again.rows
+        assert not again.epochs
+        assert not again.ill
+        assert again.look(SETTING) == []
+
+
+def junk_of(state: dict[str, Any]) -> Iterator[Any]:
+    """States of other versions and none: one thing in each is not as it should be."""
+    yield from (None, 3, [], {}, {"rows": [], "epochs": [{}], "ill": []})
+    yield {name: part for name, part in state.items() if name != "format"}
+    wrong: dict[str, tuple[Any, ...]] = {
+        "format": (0, 2, "1", None, [1]),
+        "rows": (3, None, {}, [3], [{}], "rows"),
+        "epochs": (3, None, {}, [3], [{}], "epochs"),
+        "ill": (3, None, {}, [3], "ill", [["few_tasks"]]),
+    }
+    for name, parts in wrong.items():
+        yield {key: part for key, part in state.items() if key != name}
+        for part in parts:
+            yield {**state, name: part}
+    for part, needed in (("rows", health.ROW_HAS), ("epochs", health.EPOCH_HAS)):
+        for figure in needed:
+            lacks = {key: value for key, value in state[part][0].items() if key != figure}
+            yield {**state, part: [lacks]}
+            for value in ("1", None, True, [1.0], 10**400):
+                yield {**state, part: [{**state[part][0], figure: value}]}
+
+
+def test_the_checks_need_no_figure_that_a_state_may_lack() -> None:
+    """Breaks: a check that ends the training of a resumed run with a KeyError."""
+    full = seen_by(Health(), rows_of(20))
+    for number in range(4):
+        full.close_epoch(epoch(number, cell_accuracy=0.5))
+    state = full.state_dict()
+    for part, needed in (("rows", health.ROW_HAS), ("epochs", health.EPOCH_HAS)):
+        for figure in {name for row in state[part] for name in row} - needed:
+            lacks = [{k: v for k, v in row.items() if k != figure} for row in state[part]]
+            again = Health()
+            again.load_state_dict({**state, part: lacks})
+            assert again.state_dict()[part] == lacks
+            again.look(SETTING)
+            again.look(dataclasses.replace(SETTING, scaling=True))
+
+
+def test_a_monitor_that_fails_ends_no_training(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """... and says so, once."""
+
+    def fail(*_: Any) -> Any:
+        raise KeyError("unweighted")
+
+    monkeypatch.setattr(health, "CHECKS", (CHECKS[0]._replace(look=fail), *CHECKS[1:]))
+    outcome = quick(step=a_while)
+    said = "warning: Health: looks no more (KeyError: 'unweighted'); training goes on"
+    assert outcome.err.count("Health") == outcome.err.count(said) == 1
+    assert outcome.rows("health") == []
+    assert len(outcome.rows("batch")) == 10
+    assert (outcome.folder / "results.json").exists()
 
 
 def test_a_finding_comes_again_only_after_the_figure_was_sound() -> None:
