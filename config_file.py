@@ -106,9 +106,17 @@ def differences(args: argparse.Namespace) -> list[str]:
         found.append(f"data then {str(data['sha256'])[:8]}, now {args.data_sha256[:8]}")
     for name, version in (then if isinstance(then, Mapping) else {}).items():
         now = platform.python_version() if name == "python" else version_of(name)
-        if now != version:
+        if not same_version(version, now):
             found.append(f"{name} then {version}, now {now or 'missing'}")
     return [f"--config: not the same as then: {'; '.join(found)}"] if found else []
+
+
+def same_version(then: object, now: str | None) -> bool:
+    """Whether two versions are the same; where only one says of which build ("2.13.0+cu130"), as
+    torch does of itself and pip may not, that is left out."""
+    if isinstance(then, str) and now is not None and ("+" in then) != ("+" in now):
+        then, now = then.split("+")[0], now.split("+")[0]
+    return then == now
 
 
 def version_of(package: str) -> str | None:
