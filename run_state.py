@@ -42,8 +42,7 @@ from model_persistence import (
 )
 from optimizers import MuonAdamW, WeightAverage
 from persistence.checkpoint_file import SixObjects
-from persistence.files import read_json
-from persistence.restoring import version_of_package
+from persistence.files import read_json, version_of_package
 from ranks import ALONE, Ranks
 from resume_rules import APPLIED, BY_EFFECT, FREE, SAME, VERDICT, plain, with_meaning
 from reward_shaping import REWARD_WEIGHTS

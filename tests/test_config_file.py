@@ -206,7 +206,7 @@ def test_a_version_without_its_build_is_the_same(
 ) -> None:
     """Breaks: torch "not the same as then" on the machine that wrote the file."""
     path = written(tmp_path, {"arguments": {}, "versions": {"torch": then}})
-    monkeypatch.setattr(config_file, "version_of", lambda _: now)
+    monkeypatch.setattr(config_file, "version_of_package", lambda _: now)
     args = argparse.Namespace(config=str(path), data_sha256="")
     assert len(config_file.differences(args)) == differs
 
