@@ -46,6 +46,10 @@ CREEP = 4 << 20  # guess; bytes a batch
 SKIPPED_SAVES = 3  # guess; between two looks
 SPARE_CHECKPOINTS, SPARE_BYTES = 3, 256 << 20  # guess; what a disk should have free
 
+# `silent` of a batch: it should give the language model a gradient; it need not, others do; none
+# does, for the language model is not trained.
+ASKED, RESTING, BY_CHOICE = 0.0, 1.0, 2.0
+
 FORMAT = 1  # of state_dict; another one for other figures, or another meaning of them
 
 # What is kept of a batch.
@@ -161,14 +165,12 @@ def solved(rows: Iterable[Mapping[str, float]]) -> bool:
 
 
 def qwen_gradient(seen: Seen) -> Verdict:
-    """`silent` 0: this batch had to give the language model a gradient."""
-    asked = [row["qwen_grad"] for row in seen.rows if row["silent"] == 0][-SHORT:]
+    asked = [row["qwen_grad"] for row in seen.rows if row["silent"] == ASKED][-SHORT:]
     return None if len(asked) < SHORT else (max(asked), not any(asked))
 
 
 def qwen_by_choice(seen: Seen) -> Verdict:
-    """`silent` 2: frozen, or not run."""
-    return (0.0, True) if seen.rows and seen.rows[-1]["silent"] == 2 else None
+    return (0.0, True) if seen.rows and seen.rows[-1]["silent"] == BY_CHOICE else None
 
 
 def exploding(seen: Seen) -> Verdict:
@@ -534,19 +536,18 @@ class Health:
     def see(
         self,
         figures: Mapping[str, float],
-        reason: str | None = None,
+        silent: float = ASKED,
         *,
         waited: float | None = None,
         resident: int | None = None,
     ) -> bool:
         """Take a batch; whether it calls for a look at once, being not finite.
 
-        figures: of `train_step`; reason: why the language model had no gradient by design, None if
-        it should have one; waited: share of the time since the batch before that was spent waiting
+        figures: of `train_step`; silent: ASKED, RESTING or BY_CHOICE; waited: share of the time since the batch before that was spent waiting
         for this one, None where that is not known; resident: bytes of the process.
         """
         row = {name: float(figures[name]) for name in FIGURES if name in figures}
-        row["silent"] = 0.0 if reason is None else 1.0 if "reused" in reason else 2.0
+        row["silent"] = silent
         self.rows.append(row)
         if waited is not None:
             self.shares.append(waited)

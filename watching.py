@@ -15,12 +15,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from health import LOOK_EVERY, Finding, Setting, Storage
+from health import ASKED, BY_CHOICE, LOOK_EVERY, RESTING, Finding, Setting, Storage
 from model_persistence import ModelPersistence
 from persistence.files import REAL_FS
+from qwen_hybrid_prompt import NoGradient
 from run_state import Clock, Run
 
 T = TypeVar("T")
+
+SILENT: dict[NoGradient | None, float] = {
+    None: ASKED,
+    NoGradient.REUSED: RESTING,
+    NoGradient.FROZEN: BY_CHOICE,
+    NoGradient.NOT_RUN: BY_CHOICE,
+}
 
 
 def timed(clock: Clock, items: Iterable[T]) -> Iterator[T]:
@@ -47,7 +55,7 @@ def watch_batch(run: Run, persistence: ModelPersistence, figures: dict[str, floa
         known = run.progress.batch > 0 and run.progress.total > run.resumed_at
         at_once = health.see(
             figures,
-            None if figures["qwen_grad"] else run.system.qwen.without_gradient(),
+            SILENT[None if figures["qwen_grad"] else run.system.qwen.without_gradient()],
             waited=min(1.0, waited / max(took, 1e-9)) if known else None,
             resident=resident_bytes(),
         )

@@ -27,6 +27,7 @@ import trainloop_complete_with_fixes as trainloop
 import watching
 from curriculum import SizeWarmupCurriculum
 from health import CHECKS, Finding, Health, Setting, Storage
+from qwen_hybrid_prompt import NoGradient, QwenHybridPrompt
 
 MODEL = ("--max_batches", 10, "--val_pairs", 1, "--planning_steps", 1, "--save_every", 1000)
 Prepare = Callable[[Any], None]
@@ -256,14 +257,19 @@ def quick(
 ) -> Callable[..., Outcome]:
     """Runs whose steps take no time: their figures are a sound run's, over and over."""
 
-    def call(*flags: Any, step: Callable[[], None] | None = None, **where: Any) -> Outcome:
+    def call(
+        *flags: Any,
+        step: Callable[[], None] | None = None,
+        changed: dict[str, float] | None = None,
+        **where: Any,
+    ) -> Outcome:
         figures = itertools.cycle(sound_figures)
 
         def train_step(run: Any, *given: Any, **more: Any) -> Any:
             if step is not None:
                 step()
             size_weight = run.curriculum.get_size_loss_weight(run.progress.epoch)
-            return {**next(figures), "size_weight": size_weight}
+            return {**next(figures), "size_weight": size_weight, **(changed or {})}
 
         monkeypatch.setattr(trainloop, "train_step", train_step)
         return trained(*MODEL, *flags, **where)
@@ -393,6 +399,17 @@ def test_a_choice_is_no_fault_and_is_said_once_in_words(trained: Any) -> None:
     (row,) = outcome.rows("health")
     assert (row["name"], row["level"], row["batch"]) == ("qwen_not_trained", "note", 0)
     assert "note: Health: qwen_not_trained 0: the language model does not learn, by" in outcome.out
+
+
+@pytest.mark.parametrize("why", [None, *NoGradient])
+def test_each_reason_for_no_gradient_has_its_place(
+    quick: Any, monkeypatch: pytest.MonkeyPatch, why: NoGradient | None
+) -> None:
+    """Breaks: another wording of a reason that makes a choice of a fault, or a fault of a choice."""
+    monkeypatch.setattr(QwenHybridPrompt, "without_gradient", lambda _: why)
+    outcome = quick(step=a_while, changed={"qwen_grad": 0.0})
+    expected = {None: ["qwen_gradient_zero"], NoGradient.REUSED: []}
+    assert names_of(outcome) == expected.get(why, ["qwen_not_trained"])
 
 
 def test_watching_changes_no_bit(
@@ -527,9 +544,9 @@ def rows_of(n: int, **figures: float) -> list[dict[str, float]]:
     return [row(i, **figures) for i in range(n)]
 
 
-def seen_by(monitor: Health, rows: list[dict[str, float]], reason: str | None = None) -> Health:
+def seen_by(monitor: Health, rows: list[dict[str, float]], silent: float = 0.0) -> Health:
     for some in rows:
-        monitor.see(some, reason, waited=0.1, resident=10**9)
+        monitor.see(some, silent, waited=0.1, resident=10**9)
     return monitor
 
 
@@ -562,23 +579,23 @@ def test_figures_by_hand(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("figures", "setting", "reason"),
+    ("figures", "setting", "silent"),
     [
-        ({"reward": 0.0}, dataclasses.replace(SETTING, refines=False), None),
-        ({"reward": 0.0, "fits_frac": 0.0}, SETTING, None),
-        ({"proposed_frac": 0.0}, dataclasses.replace(SETTING, proposes=False), None),
-        ({"stored": 0.0}, dataclasses.replace(SETTING, memory=False), None),
-        ({"retrieved_frac": 0.0}, dataclasses.replace(SETTING, memory=False), None),
-        ({"qwen_grad": 0.0}, SETTING, "not run, readings reused"),
-        ({"exact": 1.0, "mask_ratio": 0.0, "group_zero_frac": 1.0}, SETTING, None),
-        ({"d_acc": -0.19}, SETTING, None),
-        ({"answer_spread": 0.0, "pairs": 1.0}, SETTING, None),
+        ({"reward": 0.0}, dataclasses.replace(SETTING, refines=False), health.ASKED),
+        ({"reward": 0.0, "fits_frac": 0.0}, SETTING, health.ASKED),
+        ({"proposed_frac": 0.0}, dataclasses.replace(SETTING, proposes=False), health.ASKED),
+        ({"stored": 0.0}, dataclasses.replace(SETTING, memory=False), health.ASKED),
+        ({"retrieved_frac": 0.0}, dataclasses.replace(SETTING, memory=False), health.ASKED),
+        ({"qwen_grad": 0.0}, SETTING, health.RESTING),
+        ({"exact": 1.0, "mask_ratio": 0.0, "group_zero_frac": 1.0}, SETTING, health.ASKED),
+        ({"d_acc": -0.19}, SETTING, health.ASKED),
+        ({"answer_spread": 0.0, "pairs": 1.0}, SETTING, health.ASKED),
     ],
 )
 def test_what_is_so_by_choice_or_because_all_is_solved_is_no_fault(
-    figures: dict[str, float], setting: Setting, reason: str | None
+    figures: dict[str, float], setting: Setting, silent: float
 ) -> None:
-    assert seen_by(Health(), rows_of(N, **figures), reason).look(setting) == []
+    assert seen_by(Health(), rows_of(N, **figures), silent).look(setting) == []
 
 
 def test_half_precision_may_overflow_now_and_then() -> None:
