@@ -24,7 +24,6 @@ WINDOW = 50  # batches
 SHORT = 20  # batches; for figures that are the same in every batch where they are ill
 NEWEST = 10  # batches that are compared with the WINDOW before them
 KEPT = 120  # batches that are kept: NEWEST and what they are compared with
-LOOK_EVERY = 50  # batches between two looks, the batches that have a line
 
 # Thresholds. "sound runs": nine runs of 100 to 1,368 batches on a CPU, their worst window.
 D_ACC_LOW = -0.2  # the first design's own red flag; sound runs: -0.02
@@ -543,8 +542,9 @@ class Health:
     ) -> bool:
         """Take a batch; whether it calls for a look at once, being not finite.
 
-        figures: of `train_step`; silent: ASKED, RESTING or BY_CHOICE; waited: share of the time since the batch before that was spent waiting
-        for this one, None where that is not known; resident: bytes of the process.
+        figures: of `train_step`; silent:
+        ASKED, RESTING or BY_CHOICE; waited: share of the time since the batch before that was spent
+        waiting for this one, None where that is not known; resident: bytes of the process.
         """
         row = {name: float(figures[name]) for name in FIGURES if name in figures}
         row["silent"] = silent

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from health import ASKED, BY_CHOICE, LOOK_EVERY, RESTING, Finding, Setting, Storage
+from health import ASKED, BY_CHOICE, RESTING, Finding, Setting, Storage
 from model_persistence import ModelPersistence
 from persistence.files import REAL_FS
 from qwen_hybrid_prompt import NoGradient
-from run_state import Clock, Run
+from run_state import LINE_EVERY, Clock, Run
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def watch_batch(run: Run, persistence: ModelPersistence, figures: dict[str, floa
             waited=min(1.0, waited / max(took, 1e-9)) if known else None,
             resident=resident_bytes(),
         )
-        if at_once or run.progress.batch % LOOK_EVERY == 0:
+        if at_once or run.progress.batch % LINE_EVERY == 0:
             return health.look(setting_of(run), storage_of(run, persistence))
         return []
 

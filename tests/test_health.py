@@ -38,7 +38,7 @@ def _short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     short = {"WINDOW": 6, "SHORT": 5, "NEWEST": 3, "KEPT": 20, "FLAT_EPOCHS": 2}
     for name, value in short.items():
         monkeypatch.setattr(health, name, value)
-    monkeypatch.setattr(watching, "LOOK_EVERY", 1)
+    monkeypatch.setattr(watching, "LINE_EVERY", 1)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_a_small_data_set_is_said_and_only_it(quick: Any, tasks_file: Path) -> N
 def test_saves_that_come_too_early_are_said_and_only_they(
     quick: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "LOOK_EVERY", 5)
+    monkeypatch.setattr(watching, "LINE_EVERY", 5)
     looked = itertools.count()  # the disk takes its time at first
     real = persistence.saving.CheckpointWriter.busy
     monkeypatch.setattr(
@@ -405,7 +405,7 @@ def test_a_choice_is_no_fault_and_is_said_once_in_words(trained: Any) -> None:
 def test_each_reason_for_no_gradient_has_its_place(
     quick: Any, monkeypatch: pytest.MonkeyPatch, why: NoGradient | None
 ) -> None:
-    """Breaks: another wording of a reason that makes a choice of a fault, or a fault of a choice."""
+    """Breaks: another wording of a reason that makes a fault of a choice."""
     monkeypatch.setattr(QwenHybridPrompt, "without_gradient", lambda _: why)
     outcome = quick(step=a_while, changed={"qwen_grad": 0.0})
     expected = {None: ["qwen_gradient_zero"], NoGradient.REUSED: []}
