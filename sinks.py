@@ -73,10 +73,12 @@ class Sink:
             self._do(lambda: self._open(0))
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics.jsonl, as `kind/figure` at `batches_done`; one without that is left
-        out."""
+        """A row of metrics.jsonl, as `kind/figure` at `batches_done`, a finding's value as
+        `health/name`; one without that place is left out."""
         if "batches_done" in row:
-            figures = {f"{row['kind']}/{k}": v for k, v in numbers(row) if k not in PLACES}
+            kind, name = row["kind"], row.get("name")
+            shown = {name: row["value"]} if kind == "health" else row  # each check has its own unit
+            figures = {f"{kind}/{k}": v for k, v in numbers(shown) if k not in PLACES}
             again = row["batches_done"] + (row.get("batch") == 0)  # see `open_tensorboard`
             self._do(lambda: self._put(figures, row["batches_done"], again))
 
