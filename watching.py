@@ -1,8 +1,9 @@
 """A run watched while it trains: what `health` is told of it, and what becomes of its findings.
 
 Figures of a batch are those that its row has already; beside them this reads the clock, the
-process's memory, the disk and the saves, and never the device. A finding is a line on the console,
-with --quiet, too, and a row in metrics.jsonl; the training does not depend on it.
+process's memory, the disk and the saves, and never the device. A finding is a line on the console
+(with --quiet, too, unless it is a note) and a row in metrics.jsonl; the training does not depend on
+it.
 `from watching import timed, watch_batch, watch_epoch`.
 """
 
