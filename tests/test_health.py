@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -251,11 +252,33 @@ def sound_figures(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[
     return [{name: value for name, value in row.items() if name not in place} for row in rows]
 
 
+class HandClock:
+    """In place of `time`: it goes on when it is told to, whatever the machine's speed."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
+    """The clock of whoever watches."""
+    by_hand = HandClock()
+    monkeypatch.setattr(watching, "time", by_hand)
+    return by_hand
+
+
 @pytest.fixture
 def quick(
-    trained: Any, sound_figures: Any, monkeypatch: pytest.MonkeyPatch
+    trained: Any, sound_figures: Any, clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Outcome]:
-    """Runs whose steps take no time: their figures are a sound run's, over and over."""
+    """Runs whose steps are not computed, and take a second by the clock: their figures are a sound
+    run's, over and over."""
 
     def call(
         *flags: Any,
@@ -266,6 +289,7 @@ def quick(
         figures = itertools.cycle(sound_figures)
 
         def train_step(run: Any, *given: Any, **more: Any) -> Any:
+            clock.tick(1)
             if step is not None:
                 step()
             size_weight = run.curriculum.get_size_loss_weight(run.progress.epoch)
@@ -283,26 +307,24 @@ def test_the_whole_gradient_is_measured_before_clipping(sound_figures: Any) -> N
     assert all(part["grad_norm"] >= part["qwen_grad"] for part in sound_figures)
 
 
-def test_a_slow_collator_is_said_and_only_it(quick: Any) -> None:
-    def slow(run: Any) -> None:
-        real = run.stream.batch
+def test_a_slow_collator_is_said_and_only_it(
+    quick: Any, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(make: Callable[[int], Any], positions: range, depth: int) -> Iterator[Any]:
+        for position in positions:
+            clock.tick(3)
+            yield make(position)
 
-        def batch(*place: Any) -> Any:
-            time.sleep(0.1)
-            return real(*place)
-
-        run.stream.batch = batch
-
-    outcome = quick(prepare=slow)
+    monkeypatch.setattr(trainloop, "prefetch", slow)
+    outcome = quick()
     assert names_of(outcome) == ["data_bound"]
-    assert outcome.rows("health")[0]["value"] > 0.5
+    assert outcome.rows("health")[0]["value"] == pytest.approx(0.75)
 
 
 def test_a_leak_is_said_and_only_it(quick: Any) -> None:
     leak: list[bytes] = []
 
     def step() -> None:
-        time.sleep(0.05)  # else the run waits for its batches
         leak.append(b"x" * (24 << 20))
 
     outcome = quick("--max_batches", 14, step=step)
@@ -311,12 +333,8 @@ def test_a_leak_is_said_and_only_it(quick: Any) -> None:
     assert 4 < outcome.rows("health")[0]["value"] < 40  # MiB a batch
 
 
-def a_while() -> None:
-    time.sleep(0.05)
-
-
 def test_a_small_data_set_is_said_and_only_it(quick: Any, tasks_file: Path) -> None:
-    outcome = quick(data=tasks_file, step=a_while)
+    outcome = quick(data=tasks_file)
     assert names_of(outcome) == ["few_tasks"]
     assert outcome.rows("health")[0]["value"] == 6
 
@@ -330,7 +348,7 @@ def test_saves_that_come_too_early_are_said_and_only_they(
     monkeypatch.setattr(
         persistence.saving.CheckpointWriter, "busy", lambda w: next(looked) < 10 or real(w)
     )
-    assert names_of(quick("--save_every", 1, step=a_while)) == ["saves_behind"]
+    assert names_of(quick("--save_every", 1)) == ["saves_behind"]
 
 
 def test_a_drive_that_hangs_is_said_and_only_it(
@@ -340,14 +358,24 @@ def test_a_drive_that_hangs_is_said_and_only_it(
     drive.mkdir()
     monkeypatch.setattr(persistence.drive.DriveBackup, "BEHIND_AFTER_S", 0.2)
 
+    hangs, let_go = threading.Event(), threading.Event()
+
     def hanging(*_: Any) -> bool:
-        time.sleep(2)
-        return True
+        hangs.set()
+        return let_go.wait(60)
+
+    steps = itertools.count()
+
+    def step() -> None:
+        if next(steps) > 4:  # a checkpoint was written, or soon is
+            assert hangs.wait(60)
+            time.sleep(0.1)  # so that it is late
 
     monkeypatch.setattr(persistence.drive.DriveBackup, "_copy", hanging)
-    outcome = quick(
-        "--save_every", 4, "--drive_backup", drive, "--drive_wait", 0, step=lambda: time.sleep(0.1)
-    )
+    try:
+        outcome = quick("--save_every", 4, "--drive_backup", drive, "--drive_wait", 0, step=step)
+    finally:
+        let_go.set()
     assert names_of(outcome) == ["drive_behind"]
     assert outcome.rows("health")[0]["value"] >= 1
 
@@ -363,7 +391,7 @@ def test_a_disk_that_is_nearly_full_is_said_and_only_it(
         return os.statvfs_result(fields)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
-    outcome = quick(step=a_while)
+    outcome = quick()
     assert names_of(outcome) == ["disk_full_soon"]
     assert outcome.rows("health")[0]["value"] == pytest.approx(100, abs=1)
 
@@ -407,7 +435,7 @@ def test_each_reason_for_no_gradient_has_its_place(
 ) -> None:
     """Breaks: another wording of a reason that makes a fault of a choice."""
     monkeypatch.setattr(QwenHybridPrompt, "without_gradient", lambda _: why)
-    outcome = quick(step=a_while, changed={"qwen_grad": 0.0})
+    outcome = quick(changed={"qwen_grad": 0.0})
     expected = {None: ["qwen_gradient_zero"], NoGradient.REUSED: []}
     assert names_of(outcome) == expected.get(why, ["qwen_not_trained"])
 
@@ -424,10 +452,10 @@ def test_watching_changes_no_bit(
 
 
 def test_a_resumed_run_says_nothing_twice(quick: Any, tasks_file: Path) -> None:
-    first = quick("--max_batches", 4, data=tasks_file, step=a_while)
+    first = quick("--max_batches", 4, data=tasks_file)
     assert names_of(first) == ["few_tasks"]
     more = ("--resume", first.folder, "--max_batches", 4, "--epochs", 2)
-    again = quick(*more, data=tasks_file, step=a_while)
+    again = quick(*more, data=tasks_file)
     assert "Resume: EXACT" in again.out
     assert "Health" not in again.out
     assert {line["epoch"] for line in again.rows("batch")} == {0, 1}
@@ -497,7 +525,7 @@ def test_a_monitor_that_fails_ends_no_training(quick: Any, monkeypatch: pytest.M
         raise KeyError("unweighted")
 
     monkeypatch.setattr(health, "CHECKS", (CHECKS[0]._replace(look=fail), *CHECKS[1:]))
-    outcome = quick(step=a_while)
+    outcome = quick()
     said = "warning: Health: looks no more (KeyError: 'unweighted'); training goes on"
     assert outcome.err.count("Health") == outcome.err.count(said) == 1
     assert outcome.rows("health") == []
@@ -670,13 +698,16 @@ def test_the_page_has_a_row_for_every_check() -> None:
     assert sorted(named) == sorted(check.name for check in CHECKS)
 
 
-def test_waiting_is_timed_and_the_items_are_those_that_were_made() -> None:
+def test_waiting_is_timed_and_working_is_not(clock: HandClock) -> None:
     def slowly() -> Iterator[int]:
         for number in range(3):
-            time.sleep(0.02)
+            clock.tick(2)
             yield number
 
-    clock = trainloop.Clock()
-    for _ in watching.timed(clock, slowly()):
-        time.sleep(0.05)  # working is not waiting
-    assert 0.06 <= clock.wait_s < 0.2
+    spent = trainloop.Clock()
+    made = []
+    for number in watching.timed(spent, slowly()):
+        made.append(number)
+        clock.tick(50)
+    assert made == [0, 1, 2]
+    assert spent.wait_s == pytest.approx(6)
