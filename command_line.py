@@ -1,7 +1,8 @@
 """What the scripts' command lines share: parser, argument checks, exit codes, errors, devices.
 
 Importing it needs the standard library alone, so that `--help` does not wait for torch. It reads no
-files and knows no other module. `from command_line import Parser, UserError, guarded, pick_device`.
+files, and knows none of the project's but those of `persistence/`.
+`from command_line import Parser, UserError, guarded, pick_device`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from persistence.files import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +180,7 @@ def backup_or_off(text: str) -> str:
             "names no folder; a fresh run without the flag has no backup, a resumed one keeps its "
             "own"
         )
-    return str(Path(text).expanduser().absolute())
+    return str(expanded(text).absolute())
 
 
 def checkpoint_name(text: str) -> int | str:
@@ -204,6 +207,8 @@ def check_output_file(parser: Parser, flag: str, path: Path) -> None:
     """A result that cannot be written is found before the work, not after it."""
     if path.is_dir():
         parser.error(f"{flag} {path}: is a folder; give a file")
+    if path.exists() and not path.is_file():  # a device or pipe: it would be replaced by a file
+        parser.error(f"{flag} {path}: is no regular file; give another name")
     if not path.absolute().parent.is_dir():
         parser.error(f"{flag} {path}: the folder {path.parent} does not exist; make it first")
     if not os.access(path.absolute().parent, os.W_OK):
@@ -362,9 +367,10 @@ def guarded(
 
 
 def write(path: str, action: Callable[[str], object]) -> None:
-    """Run a writing action on a path; a disk that refuses is a user's error."""
+    """Run a writing action on a path, a link's on what it leads to; a disk that refuses is a user's
+    error."""
     try:
-        action(path)
+        action(os.path.realpath(path))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}). Choose another place.",
@@ -416,7 +422,7 @@ def device_name(device: str) -> str:
     import torch
 
     if device == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads"
+        return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     return torch.cuda.get_device_name(torch.device(device))
 
 

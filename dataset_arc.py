@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grid_parts import COLOURS, MAX_SIDE
+from persistence.files import expanded
 from task_files import (
     DataError,
     Split,
@@ -145,7 +146,7 @@ def _grid(value: Any, where: str) -> Grid:
             raise DataError(f"{where}[{r}]: {_show(row)} is not a row; give a list of colours")
         if len(row) != len(first):
             raise DataError(
-                f"{where}[{r}]: row has {len(row)} cells but row 0 has {len(first)}; "
+                f"{where}[{r}]: row has {count(len(row), 'cell')} but row 0 has {len(first)}; "
                 "make all rows equally long"
             )
     if not (1 <= len(value) <= MAX_SIDE and 1 <= len(first) <= MAX_SIDE):
@@ -574,10 +575,13 @@ def _locate(spec: str) -> Path:
     folders = [Path(), Path("data")]
     if os.environ.get(DATA_DIR_VARIABLE):
         folders.insert(1, Path(os.environ[DATA_DIR_VARIABLE]))
-    given = Path(spec).expanduser()
+    if not spec.strip():
+        raise DataError("--data names nothing; give arcagi2, arcagi1, a JSON file or a folder")
+    given = expanded(spec)
     tried = [given]
     if not given.is_absolute():
-        names = [given] if given.suffix else [given, given.with_name(given.name + ".json")]
+        bare = given.suffix or given.name in ("", "..")  # "" is the name of "."
+        names = [given] if bare else [given, given.with_name(given.name + ".json")]
         tried = [folder / name for folder in folders for name in names]
     for path in tried:
         try:
@@ -734,9 +738,9 @@ def _warnings(train: Sequence[Task], evaluation: Sequence[Task]) -> list[str]:
     leaked = sum(c in demos for task in train for c in _contents(task.tests))
     if leaked:
         out.append(f"{count(leaked, 'training test pair')} also among the demonstrations")
-    unknown = [task for task in (*train, *evaluation) if any(p.output is None for p in task.tests)]
+    unknown = sum(p.output is None for task in (*train, *evaluation) for p in task.tests)
     if unknown:
-        out.append(f"{count(len(unknown), 'task')} without test outputs, cannot be scored")
+        out.append(f"{count(unknown, 'test input')} without a known output, cannot be scored")
     return out
 
 

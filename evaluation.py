@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from proposal_policy import PRIOR
 from ranks import ALONE, Ranks
 from reward_shaping import REWARD_WEIGHTS, beyond_copying
 from rule_list import Explained, Hypothesis, Verdict
-from submissions import Outcome
+from submissions import Outcome, counts
 
 Grid = NDArray[np.uint8]
 Key = tuple[str, int]  # task id, number of the test input
@@ -665,7 +665,7 @@ def outcomes_by_task(
     found = outcomes(predictions, tasks)
     return {
         task.task_id: [
-            None if row is None else {**asdict(row), "exact": row.exact}
+            None if row is None else row.row()
             for row in (found.get((task.task_id, n)) for n in range(len(task.tests)))
         ]
         for task in tasks
@@ -688,24 +688,19 @@ def score(
     for (task_id, _), row in rows.items():
         by_task.setdefault(task_id, []).append(row.exact)
 
-    def counts(keys: Iterable[Key]) -> dict[str, int]:
-        chosen = [rows[key] for key in keys if key in rows]
-        return {
-            "n": len(chosen),
-            "exact_at_1": sum(row.attempt_1 for row in chosen),
-            "exact_at_2": sum(row.exact for row in chosen),
-        }
-
     n = max(1, len(rows))
     return {
-        **counts(rows),
+        **counts(list(rows.values())),
         "size_accuracy": sum(row.size for row in rows.values()) / n,
         "cell_accuracy": sum(row.cells for row in rows.values()) / n,
         "planning_steps": sum(predictions[key].steps for key in rows)
         / max(1, sum(predictions[key].views for key in rows)),
         "tasks": len(by_task),
         "tasks_solved": sum(all(solved) for solved in by_task.values()),
-        "slices": {name: counts(keys) for name, keys in (slices or {}).items()},
+        "slices": {
+            name: counts([rows[key] for key in keys if key in rows])
+            for name, keys in (slices or {}).items()
+        },
     }
 
 

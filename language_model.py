@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from command_line import memory_of
+from persistence.files import expanded
 
 TINY = "tiny"
 HUB_DEFAULT = "Qwen/Qwen2.5-1.5B"
@@ -434,7 +435,7 @@ def locate_model(
     once, with a hard limit of PROBE_TIMEOUT_S, before anything is downloaded.
     Raises ModelError that names the ways out; needs neither a model library nor a GPU.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return folder, None
     if not HUB_ID.fullmatch(name):
@@ -493,7 +494,7 @@ def locate_config(
     import huggingface_hub
     from huggingface_hub import constants
 
-    if Path(name).expanduser().is_dir() or not HUB_ID.fullmatch(name):
+    if expanded(name).is_dir() or not HUB_ID.fullmatch(name):
         return locate_model(name, offline=offline, revision=revision)
     ask = huggingface_hub.hf_hub_download
     try:

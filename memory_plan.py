@@ -159,7 +159,7 @@ def plan_of(run: Run) -> Plan:
     if run.device == "cpu":  # the same memory
         fixed, host = (*fixed, *host), []
     plan = Plan(
-        device="this process may use" if run.device == "cpu" else device_name(run.device),
+        device="RAM" if run.device == "cpu" else device_name(run.device),
         memory=memory,
         fixed=tuple(fixed),
         batch=batch,

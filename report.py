@@ -14,7 +14,6 @@ import argparse
 import io
 import math
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import (
@@ -32,7 +31,7 @@ from command_line import (
     pick_precision,
     write,
 )
-from persistence.files import atomic_write_bytes
+from persistence.files import atomic_write_bytes, expanded
 from run_record import Record, counted, figure, part, points, read_record, smooth
 from trained_model import find_run, known_errors, load_model
 
@@ -431,7 +430,7 @@ def tasks_of(args: argparse.Namespace, records: Sequence[Record]) -> TaskSet:
 def run_report(args: argparse.Namespace) -> int:
     """From parsed arguments to the written file."""
     notes: list[str] = []
-    folders = [Path(spec).expanduser() for spec in (args.run, args.other) if spec is not None]
+    folders = [expanded(spec) for spec in (args.run, args.other) if spec is not None]
     records = [read_record(find_run(folder, notes)) for folder in folders]
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from command_line import counted
 from dataset_arc import TaskSet
 from evaluation import gains_line
 from loss_function import PARTS
@@ -28,12 +29,13 @@ def banner(run: Run, tasks: TaskSet, folder: Path | None, found: list[str]) -> N
     precision = "fp32" if run.dtype is None else str(run.dtype).removeprefix("torch.")
     n_pairs = sum(len(task.demonstrations) for task in tasks.train)
     n_tests = sum(len(task.tests) for task in tasks.train)
-    say(f"Data:   {tasks.name}: {len(tasks.train)} tasks, Train: {n_pairs}, test pairs: {n_tests}")
+    n_tasks = counted(len(tasks.train), "task")
+    say(f"Data:   {tasks.name}: {n_tasks}, Train: {n_pairs}, test pairs: {n_tests}")
     skipped = run.stream.n_skipped_single + run.stream.n_skipped_large
     if skipped:
         say(
-            f"        trained on {run.stream.n_pairs} pairs an epoch; {skipped} tasks left out "
-            f"({run.stream.n_skipped_large} above --max_side {args.max_side}, "
+            f"        trained on {run.stream.n_pairs} pairs an epoch; {counted(skipped, 'task')} "
+            f"left out ({run.stream.n_skipped_large} above --max_side {args.max_side}, "
             f"{run.stream.n_skipped_single} with one demonstration only)"
         )
     for line in tasks.found:
@@ -45,7 +47,7 @@ def banner(run: Run, tasks: TaskSet, folder: Path | None, found: list[str]) -> N
         f"Agent:  {n_agent / 1e6:.2f} M parameters, width {args.width}, {args.planning_steps} steps"
     )
     several = f", {run.ranks.world} processes" if run.ranks.many else ""
-    say(f"Device: {run.device}, {precision}, {torch.get_num_threads()} threads{several}")
+    say(f"Device: {run.device}, {precision}, {counted(torch.get_num_threads(), 'thread')}{several}")
     say(f"Run:    {folder}" if folder is not None else "Run:    nothing is written (--dry_run)")
     for note in args.notes:
         say(note)
@@ -142,11 +144,11 @@ def say_results(run: Run, result: dict[str, Any], written: bool) -> None:
     for name, counts in result["slices"].items():
         run.log.say(f"       {name}: {counts['exact_at_2']}/{counts['n']}", important=important)
     for part, counts in result.get("alone", {}).items():
-        run.log.say(
-            f"       {part} alone: {counts['exact_at_2']}/{result['n']} (both: "
-            f"+{counts['both_won']} -{counts['both_lost']}, McNemar p = {counts['p']:.2g})",
-            important=important,
-        )
+        line = f"       {part} alone: {counts['exact_at_2']}/{result['n']} (both: "
+        line += f"+{counts['both_won']} -{counts['both_lost']}, McNemar p = {counts['p']:.2g})"
+        if counts["n"] < result["n"]:  # the time did not do for all: no comparison
+            line = f"       {part} alone: {counts['exact_at_2']} exact of the {counts['n']} reached"
+        run.log.say(line, important=important)
     if run.progress.untrained:
         start, end = run.progress.untrained, run.progress.validated
         run.log.say(
@@ -165,6 +167,18 @@ def say_results(run: Run, result: dict[str, Any], written: bool) -> None:
             f"{result['network_queries']}/{result['n']}",
             important=important,
         )
+
+
+def fitted_again(run: Run) -> str:
+    """What a stop costs beside the training, whose state is saved: hypotheses are in no file."""
+    assert run.fitter is not None
+    line = (
+        f"The hypotheses fitted so far ({counted(run.fitter.n_first(), 'task')}) are in no file; "
+        "the resumed run fits them again"
+    )
+    if run.args.time_budget:
+        line += ", in what is left of its --time_budget: fewer of them may vote at the end"
+    return line + "."
 
 
 def how_to_repeat(run: Run, result: dict[str, Any]) -> str:

@@ -199,6 +199,19 @@ class Outcome:
         """Whether one of the two attempts is exact."""
         return self.attempt_1 or self.attempt_2
 
+    def row(self) -> dict[str, Any]:
+        """For a file: its fields, and `exact`."""
+        return {**asdict(self), "exact": self.exact}
+
+
+def counts(some: Sequence[Outcome]) -> dict[str, int]:
+    """How many, and how many of them are exact in one attempt and in one of two."""
+    return {
+        "n": len(some),
+        "exact_at_1": sum(o.attempt_1 for o in some),
+        "exact_at_2": sum(o.exact for o in some),
+    }
+
 
 def outcome(answer: Mapping[str, Grid], output: Grid) -> Outcome:
     """One answer of a valid submission beside the known output."""
@@ -237,13 +250,6 @@ def score(
     known = {task_id: some for task_id, some in known.items() if some}
     rows = [o for some in known.values() for o in some]
 
-    def counts(some: Sequence[Outcome]) -> dict[str, int]:
-        return {
-            "n": len(some),
-            "exact_at_1": sum(o.attempt_1 for o in some),
-            "exact_at_2": sum(o.exact for o in some),
-        }
-
     def of_slice(keys: AbstractSet[Key]) -> list[Outcome]:
         numbered = ((key[0], key[1]) for key in keys if key[0] in found)
         return [o for task_id, i in numbered if (o := found[task_id][i]) is not None]
@@ -260,7 +266,7 @@ def score(
         "slices": {name: counts(of_slice(keys)) for name, keys in (slices or {}).items()},
         "unknown": sum(o is None for some in found.values() for o in some),
         "by_task": {
-            task_id: [None if o is None else {**asdict(o), "exact": o.exact} for o in some]
+            task_id: [None if o is None else o.row() for o in some]
             for task_id, some in found.items()
         },
     }
@@ -315,8 +321,8 @@ def total_lines(figures: Mapping[str, Any]) -> list[str]:
         f"Outputs: {figures['exact_at_2']}/{n} exact in two attempts ({share:.2f}%, Kaggle's "
         f"score), {figures['exact_at_1']} in one",
         f"         size right {size:.1f}%, cells {cells:.1f}%",
-        f"Tasks:   {figures['tasks_solved']}/{figures['tasks']} solved: every known output exact "
-        "in two attempts",
+        f"Tasks:   {figures['tasks_solved']}/{figures['tasks']} solved, that is with every known "
+        "output exact",
         f"         mean of the tasks' own shares {mean:.2f}% (arcprize.org's score)",
     ]
     if unknown:

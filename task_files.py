@@ -182,14 +182,19 @@ def _folder(root: Path) -> Tree:
                     name = prefix + entry.name
                     if _hidden(entry.name):
                         continue
-                    if entry.is_dir():
+                    try:
+                        is_folder, is_file = entry.is_dir(), entry.is_file()
+                    except OSError as e:  # a link that leads to itself
+                        tree.closed.append(f"{tree.label(name)}: cannot be opened ({e.strerror})")
+                        continue
+                    if is_folder:
                         if depth < MAX_DEPTH:
                             waiting.append((Path(entry.path), name + "/", depth + 1))
                         else:
                             tree.closed.append(
                                 f"{tree.label(name)}: deeper than {MAX_DEPTH} folders"
                             )
-                    elif entry.is_file():
+                    elif is_file:
                         tree.add(name, partial(read_file, Path(entry.path)))
         except OSError as e:
             if folder == root:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from command_line import EXIT_ARGUMENTS, EXIT_MISSING, UserError
+from persistence.files import expanded
 
 if TYPE_CHECKING:
     from arc_system import System, SystemConfig
@@ -74,6 +75,8 @@ def load_model(
     payload, path, notes = read_model(spec, checkpoint)
     model = model_of(payload, path, device=device, offline=offline)
     model.notes = notes
+    if not model.n_batches:
+        model.notes.append(f"{path}: no batch was trained, its weights are those of the start")
     return model
 
 
@@ -120,7 +123,7 @@ def read_model(spec: str | Path, checkpoint: str) -> tuple[dict[str, Any], Path,
     from model_persistence import CheckpointError, CorruptCheckpointError, verify_checkpoint_file
 
     notes: list[str] = []
-    folder = Path(spec).expanduser()
+    folder = expanded(spec)
     if is_export(folder):
         if checkpoint != "latest":
             raise UserError(
@@ -128,7 +131,7 @@ def read_model(spec: str | Path, checkpoint: str) -> tuple[dict[str, Any], Path,
                 EXIT_ARGUMENTS,
             )
         return read_export(folder), folder, notes
-    for path in model_files(Path(spec).expanduser(), checkpoint, notes):
+    for path in model_files(expanded(spec), checkpoint, notes):
         try:
             payload = verify_checkpoint_file(path).payload
         except CorruptCheckpointError as error:

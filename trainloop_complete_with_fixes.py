@@ -86,7 +86,7 @@ def build_parser() -> Parser:
     add_version(parser)
     parser.add_argument("--env", action=Answer, const=environment_text,
         help="print versions, GPU, memory, disk, Drive and data, for a bug report, and exit")
-    count, real, share = number(int, 1), number(float, 0), number(float, 0, 1)
+    count, real, share = number(int, 1, 10**9), number(float, 0), number(float, 0, 1)
     add = parser.add_argument_group("run").add_argument
     add("--epochs", type=count,
         help="passes over the training tasks (default: 20; 1 with --max_batches; as many as fit "
@@ -361,7 +361,7 @@ from resuming import (
     take_saved_arguments,
     unsaved_line,
 )
-from run_lines import banner, bar_figures, log_batch, say_epoch
+from run_lines import banner, bar_figures, fitted_again, log_batch, say_epoch
 from run_log import MutedLog, RunLog, listener
 from run_scores import Plan, make_plan, score_untrained, seen_tasks, slices_in, validate, vote
 from run_state import (
@@ -1163,6 +1163,8 @@ def leave_early(run: Run, persistence: ModelPersistence) -> int:
             kept = "the state is saved, best_model.pt is not"
         command = resume_command(run)
         run.log.say(f"Stopped by {stop.name}; {kept}. Go on with:\n    {command}", important=True)
+        if run.fitter is not None and run.fitter.n_first():
+            run.log.say(fitted_again(run))
     return stop.exit_code
 
 

@@ -29,6 +29,7 @@ from persistence.files import (
     atomic_write_bytes,
     atomic_write_json,
     exists,
+    expanded,
     log,
     names_in,
     open_reader,
@@ -525,7 +526,7 @@ def backup_folder(path: Any) -> Path:
             "it names no folder",
             "Give a folder, e.g. /content/drive/MyDrive/ARC-EFE-Backups, or leave it out.",
         )
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 def _holds_run(drive_dir: Path, run_dir: Path) -> str:
@@ -541,7 +542,7 @@ def _holds_run(drive_dir: Path, run_dir: Path) -> str:
 
 def refuse_runs_folder(drive_dir: Any, runs_dir: str | os.PathLike[str]) -> None:
     """PersistenceError where backups would lie among the runs: they would be taken for runs."""
-    drive, runs = backup_folder(drive_dir).absolute(), Path(runs_dir).expanduser().absolute()
+    drive, runs = backup_folder(drive_dir).absolute(), expanded(runs_dir).absolute()
     drive, runs = Path(os.path.normpath(drive)), Path(os.path.normpath(runs))
     if drive.is_relative_to(runs):
         raise PersistenceError(

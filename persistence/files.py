@@ -78,6 +78,13 @@ class LockedError(PersistenceError):
     """Another process writes to this run."""
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with ~ as the home folder; as it is where nobody knows whose home that would be."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
+
+
 def is_space_error(error: BaseException) -> bool:
     """True for a full disk or quota, also in the disguise `torch.save` gives it."""
     if isinstance(error, OSError):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from persistence.checkpoint_file import seal_of
 from persistence.files import (
     REAL_FS,
+    expanded,
     is_file,
     is_folder,
     names_in,
@@ -127,7 +128,7 @@ def _looks_like_run(folder: Path) -> bool:
 
 def run_of(path: str | os.PathLike[str]) -> Path:
     """The run folder that a path means: RUN for RUN/checkpoints, the run behind the latest link."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if folder.name == "checkpoints" and not is_folder(folder / "checkpoints"):
         folder = folder.parent
     if folder.name in ("", ".."):

@@ -33,6 +33,7 @@ from persistence.files import (
     PersistenceError,
     atomic_write_json,
     exists,
+    expanded,
     is_file,
     is_folder,
     open_reader,
@@ -310,8 +311,8 @@ def locate_run(
         if latest:
             folder, parent, name = find_latest_run(runs_dir, notes), Path(runs_dir), None
         else:
-            if is_file(Path(resume).expanduser()):
-                raise _a_file(Path(resume).expanduser())
+            if is_file(expanded(resume)):
+                raise _a_file(expanded(resume))
             folder = run_of(resume)
             parent, name = folder.parent, folder.name
             if name == LATEST_LINK and not is_folder(folder):

@@ -80,6 +80,23 @@ def test_a_folder_in_one_of_its_own_links_is_read_once(tmp_path: Path) -> None:
     assert (ids(tasks.train), tasks.left_out) == (["a"], ())
 
 
+def test_a_link_to_itself_costs_nothing_but_a_word(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", GOOD)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    tasks = da.load_tasks(str(tmp_path))
+    assert len(tasks.train) == 1
+    assert "self: cannot be opened" in tasks.left_out[0]
+
+
+def test_the_current_folder_is_data_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.json", GOOD)
+    monkeypatch.chdir(tmp_path)
+    for spec in (".", "./"):
+        assert len(da.load_tasks(spec).train) == 1
+
+
 def test_bounds_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.json", GOOD)
     write(tmp_path / "1" / "2" / "b.json", coloured(2))
@@ -273,7 +290,7 @@ def test_what_is_given_is_trained_on_whatever_its_name(tmp_path: Path) -> None:
     file = write(tmp_path / "arc-agi_test_challenges.json", {"c": edited(without_output)})
     asked = da.load_tasks(file, training=True)
     assert ids(asked.train) == ["c"]
-    assert asked.warnings == ("1 task without test outputs, cannot be scored",)
+    assert asked.warnings == ("1 test input without a known output, cannot be scored",)
 
 
 def test_evaluation_tasks_do_not_stand_in_for_broken_training_tasks(tmp_path: Path) -> None:
@@ -604,4 +621,4 @@ def test_the_trainer_trains_on_evaluation_tasks_and_tasks_without_answers(
     done = train("--max_batches", 1, data=write(tmp_path / "arc-agi_test_challenges.json", tasks))
     assert done.code == 0, done.err
     assert "no other tasks are there, so the evaluation tasks are trained on" in done.out
-    assert "warning: 2 tasks without test outputs, cannot be scored" in done.out
+    assert "warning: 2 test inputs without a known output, cannot be scored" in done.out

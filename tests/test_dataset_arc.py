@@ -116,7 +116,9 @@ def test_kaggle_pair(tmp_path: Path) -> None:
     asked = edited(without_output)
     file = write(tmp_path / "arc-agi_training_challenges.json", {"a": asked})
     assert da.load_tasks(file).train[0].tests[0].output is None
-    assert any("1 task without test outputs" in text for text in da.load_tasks(file).warnings)
+    assert any(
+        "1 test input without a known output" in text for text in da.load_tasks(file).warnings
+    )
     write(tmp_path / "arc-agi_training_solutions.json", {"a": [[[6, 5]]]})
     output = da.load_tasks(file).train[0].tests[0].output
     assert output is not None
@@ -219,7 +221,7 @@ def set_at(*path: Any) -> Any:
         ),
         (
             {"a": edited(set_at("train", 1, "output", [[1, 2], [3]]))},
-            r"task a, pair train\[1\]\.output\[1\]: row has 1 cells but row 0 has 2",
+            r"task a, pair train\[1\]\.output\[1\]: row has 1 cell but row 0 has 2",
         ),
         ({"a": edited(set_at("test", 0, "input", [[]]))}, r"test\[0\]\.input: grid is 1 x 0"),
         ({"a": edited(set_at("test", 0, "input", [[1] * 31]))}, "grid is 1 x 31; both sides must"),

@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Proposer, grid_of, make_task, make_tasks, write_tasks
+from conftest import (
+    Proposer,
+    grid_of,
+    interrupt_after,
+    make_task,
+    make_tasks,
+    write_tasks,
+)
 
 import dataset_arc
 import rule_list
@@ -193,10 +200,25 @@ def test_the_script_lets_hypotheses_vote_and_tells_each_part_alone(train: Any) -
     assert outcome.run.fitter._children[0].poll() is not None  # it is gone when the run is
 
 
+@pytest.mark.parametrize("budget", [(), ("--time_budget", 5)], ids=["epochs", "a budget"])
+def test_a_stop_says_what_of_the_hypotheses_is_lost(
+    train: Any, monkeypatch: pytest.MonkeyPatch, budget: tuple[Any, ...]
+) -> None:
+    monkeypatch.setattr(Fitter, "n_first", lambda _: 1)
+    interrupt_after(monkeypatch, 1)
+    stopped = train("--hypotheses", "on", "--val_pairs", 1, *budget)
+    assert stopped.code == 130
+    (said,) = [line for line in stopped.out.splitlines() if "fitted so far (1 task)" in line]
+    assert "are in no file; the resumed run fits them again" in said
+    assert said.endswith("fewer of them may vote at the end." if budget else "again.")
+
+
 def test_so_many_hypotheses_are_taken_as_asked(train: Any) -> None:
     outcome = train("--epochs", 1, "--hypotheses", "on", "--hypothesis_tasks", 2)
     results = json.loads((outcome.folder / "results.json").read_text(encoding="utf-8"))
     assert results["hypothesis_queries"] == 2
+    right = results["alone"]["hypotheses"]["exact_at_2"]
+    assert f"       hypotheses alone: {right} exact of the 2 reached\n" in outcome.out
 
 
 def test_another_test_output_changes_no_hypothesis(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -238,6 +239,20 @@ def test_a_checkpoint_that_does_not_describe_its_model(run: Path, tmp_path: Path
         assert raised.value.code == 3
 
 
+def test_weights_that_nothing_trained_are_said(
+    run: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    real = trained_model.model_of
+
+    def untrained(*args: Any, **options: Any) -> Any:
+        return dataclasses.replace(real(*args, **options), n_batches=0)
+
+    monkeypatch.setattr(trained_model, "model_of", untrained)
+    argv = [str(run), "--data", str(data), "--out", str(tmp_path / "s.json"), "--views", "1"]
+    assert predict.main(argv) == 0
+    assert "no batch was trained, its weights are those of the start" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "says"),
     [
@@ -252,6 +267,10 @@ def test_a_checkpoint_that_does_not_describe_its_model(run: Path, tmp_path: Path
         (["RUN", "--views", "0"], 2, "must be at least 1"),
         (["RUN", "--out", "no/such/folder/s.json"], 2, "does not exist"),
         (["RUN", "--out", "."], 2, "is a folder"),
+        (["RUN", "--out", "/dev/null"], 2, "is no regular file"),
+        (["~nobody_of_that_name/run"], 3, "no such run"),
+        (["RUN", "--data", "~nobody_of_that_name/x"], 3, "no such data"),
+        (["RUN", "--data", ""], 3, "names nothing"),
         (["RUN", "--device", "tpu"], 2, "use auto, cpu, cuda or cuda:N"),
     ],
 )
