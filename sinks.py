@@ -76,8 +76,8 @@ class Sink:
         """A row of metrics.jsonl, as `kind/figure` at `batches_done`, a finding's value as
         `health/name`; one without that place is left out."""
         if "batches_done" in row:
-            kind, name = row["kind"], row.get("name")
-            shown = {name: row["value"]} if kind == "health" else row  # each check has its own unit
+            kind = row["kind"]  # of findings, each check has its own unit
+            shown = {row["name"]: row["value"]} if kind == "health" else row
             figures = {f"{kind}/{k}": v for k, v in numbers(shown) if k not in PLACES}
             again = row["batches_done"] + (row.get("batch") == 0)  # see `open_tensorboard`
             self._do(lambda: self._put(figures, row["batches_done"], again))
