@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from command_line import counted
 from grid_parts import COLOURS, MAX_SIDE
 from persistence.files import expanded
 from task_files import (
     DataError,
     Split,
     Tree,
-    count,
     is_zip,
     layout,
     one_line,
@@ -146,7 +146,7 @@ def _grid(value: Any, where: str) -> Grid:
             raise DataError(f"{where}[{r}]: {_show(row)} is not a row; give a list of colours")
         if len(row) != len(first):
             raise DataError(
-                f"{where}[{r}]: row has {count(len(row), 'cell')} but row 0 has {len(first)}; "
+                f"{where}[{r}]: row has {counted(len(row), 'cell')} but row 0 has {len(first)}; "
                 "make all rows equally long"
             )
     if not (1 <= len(value) <= MAX_SIDE and 1 <= len(first) <= MAX_SIDE):
@@ -378,13 +378,13 @@ class _Loading:
         out = []
         if repeated:
             out.append(
-                f"{count(len(repeated), 'task')} left out that others repeat, id and grids: "
+                f"{counted(len(repeated), 'task')} left out that others repeat, id and grids: "
                 f"{some(list(map(one_line, repeated)))}"
             )
         if renamed:
             out.append(
-                f"{count(len(renamed), 'id')} of several tasks that differ: {some(renamed)}; their "
-                "files' paths are their ids now"
+                f"{counted(len(renamed), 'id')} of several tasks that differ: {some(renamed)}; "
+                "their files' paths are their ids now"
             )
         return out
 
@@ -399,12 +399,12 @@ class _Loading:
                 here = "folders" if what == "task file" else "files"
                 places = {f"{len(places)} {here}": sum(places.values())}
             for i, (where, n) in enumerate(places.items()):
-                parts.append(str(n) if i else count(n, what))
+                parts.append(str(n) if i else counted(n, what))
                 parts[-1] += f" in {one_line(where)}" if where else ""
         out = ["found " + ", ".join(parts)] if parts else []
         if self.n_lists:
             out.append(
-                f"{count(self.n_lists, 'list')} of pairs cut into tasks: every "
+                f"{counted(self.n_lists, 'list')} of pairs cut into tasks: every "
                 f"{LIST_DEMONSTRATIONS} pairs are the demonstrations of the next one, its test, "
                 f"at most {LIST_TASKS} tasks a list"
             )
@@ -419,7 +419,9 @@ class _Loading:
                 what, stops = f"{len(broken)} tasks or files cannot be used and are", "at the first"
             out.append(f"{what} left out (--strict stops {stops}): {broken[0]}")
         if self.others:
-            out.append(f"{count(len(self.others), 'JSON file')} without tasks: {some(self.others)}")
+            out.append(
+                f"{counted(len(self.others), 'JSON file')} without tasks: {some(self.others)}"
+            )
         return out
 
     def nothing(
@@ -536,7 +538,7 @@ def _from_tree(tree: Tree, loading: _Loading) -> list[str]:
     spare = [f"{one_line(name)} was not read {why}" for name, why in found.spare.items()]
     if found.unread:
         names = some([one_line(name) for name in found.unread])
-        spare.append(f"{count(len(found.unread), 'other JSON file')} not read: {names}")
+        spare.append(f"{counted(len(found.unread), 'other JSON file')} not read: {names}")
     if tree.closed:
         spare.append(f"not looked at ({len(tree.closed)}): {tree.closed[0]}")
         if loading.strict:
@@ -724,7 +726,7 @@ def _warnings(train: Sequence[Task], evaluation: Sequence[Task]) -> list[str]:
     single = [task for task in (*train, *evaluation) if len(task.demonstrations) == 1]
     if single:
         out.append(
-            f"{count(len(single), 'task')} with one demonstration, kept for evaluation but not "
+            f"{counted(len(single), 'task')} with one demonstration, kept for evaluation but not "
             f"trained on (no leave-one-out): {some([one_line(task.task_id) for task in single])}"
         )
     demos = {c for task in train for c in _contents(task.demonstrations)}
@@ -733,14 +735,14 @@ def _warnings(train: Sequence[Task], evaluation: Sequence[Task]) -> list[str]:
     overlap = sum(c in shown for c in both)
     if overlap:
         out.append(
-            f"{count(overlap, 'evaluation pair')} of {len(both)} also among the training pairs"
+            f"{counted(overlap, 'evaluation pair')} of {len(both)} also among the training pairs"
         )
     leaked = sum(c in demos for task in train for c in _contents(task.tests))
     if leaked:
-        out.append(f"{count(leaked, 'training test pair')} also among the demonstrations")
+        out.append(f"{counted(leaked, 'training test pair')} also among the demonstrations")
     unknown = sum(p.output is None for task in (*train, *evaluation) for p in task.tests)
     if unknown:
-        out.append(f"{count(unknown, 'test input')} without a known output, cannot be scored")
+        out.append(f"{counted(unknown, 'test input')} without a known output, cannot be scored")
     return out
 
 

@@ -27,7 +27,7 @@ from command_line import (
     counted,
     guarded,
 )
-from persistence.files import read_json
+from run_record import answered_of, figure, part, percent, read_object
 from trained_model import known_errors, load_model
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def card(model: Model, name: str) -> str:
     """The model card: where the weights come from, the run's figures as it measured them, limits,
     licence. What the run's files do not say is left out, and said to be unknown."""
     run = run_of(model.path)
-    config, results = (_object_in(run / file) for file in ("config.json", "results.json"))
+    config, results = (read_object(run / file) for file in ("config.json", "results.json"))
     qwen = model.system.qwen
     copied = qwen.name != "tiny"
     if copied:
@@ -142,7 +142,7 @@ def card(model: Model, name: str) -> str:
         ),
         "## Training\n\n" + _table(training_rows(model, config, results)),
         "## Score\n\n" + score_text(model, results),
-        LIMITS.format(rules=share_of_rules(results.get("alone") or {})),
+        LIMITS.format(rules=share_of_rules(part(results, "alone"))),
         f"## Licence\n\n{terms}\n",
     ]
     return "\n".join(parts)
@@ -150,15 +150,10 @@ def card(model: Model, name: str) -> str:
 
 def share_of_rules(alone: dict[str, Any]) -> str:
     """How much of a score is not the network's, from the parts by themselves."""
-    by_part = {part: c["exact_at_2"] for part, c in alone.items()}
-    if by_part.get("hypotheses", 0) > by_part.get("network", 0):
+    rules, network = (figure(part(alone, key), "exact_at_2") for key in ("hypotheses", "network"))
+    if (rules or 0) > (network or 0):
         return "Most of the score comes from rules."
     return "Rules answer, too."
-
-
-def _object_in(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    return found if isinstance(found, dict) else {}
 
 
 def _plain(value: Any) -> str:
@@ -176,18 +171,18 @@ def training_rows(
     model: Model, config: dict[str, Any], results: dict[str, Any]
 ) -> list[tuple[str, Any]]:
     """(what, value) of the training; None: unknown."""
-    data, versions = config.get("data") or {}, config.get("versions") or {}
+    data, versions = part(config, "data"), part(config, "versions")
     name = data.get("name")
     tasks = f", {counted(data['tasks'], 'task')}" if isinstance(data.get("tasks"), int) else ""
     same = results.get("batch") == model.n_batches
-    minutes = results.get("minutes") if same else None
+    minutes = figure(results, "minutes") if same else None
     language_model = model.system.qwen.description().split(";")[0]
     if model.system.qwen.revision is None and model.system.qwen.name != "tiny":
         language_model = language_model.replace(
             model.system.qwen.name, Path(model.system.qwen.name).name
         )
     return [
-        ("Data", f"{Path(name).name}{tasks}, demonstrations alone" if name else None),
+        ("Data", f"{Path(str(name)).name}{tasks}, demonstrations alone" if name else None),
         ("Minutes, evaluation included", f"{minutes:.1f}" if minutes is not None else None),
         ("Batches", model.n_batches),
         ("Seed", model.seed),
@@ -207,42 +202,66 @@ def score_text(model: Model, results: dict[str, Any]) -> str:
             f"Unknown: the run's final evaluation is of its weights after batch "
             f"{_plain(results.get('batch'))}, these are after {model.n_batches}.\n"
         )
-    n = results["n"]
-    rows = [("final", results["exact_at_1"], results["exact_at_2"], n)]
-    for part, c in (results.get("alone") or {}).items():
-        rows.append((f"{part} alone", c["exact_at_1"], c["exact_at_2"], n))
-    for part, c in (results.get("slices") or {}).items():
-        rows.append((part, c["exact_at_1"], c["exact_at_2"], c["n"]))
+    rows = _score_rows(results)
+    if not rows:
+        return "Unknown: the run's results.json holds no score that can be read.\n"
     lines = [
         "| test outputs | n | exact in one attempt | in two | share |",
         "|---|---|---|---|---|",
+        *rows,
+        "",
     ]
-    lines += [
-        f"| {_plain(name)} | {of} | {one} | {two} | {100 * two / max(1, of):.1f}% |"
-        for name, one, two, of in rows
-    ]
-    lines.append("")
-    if results.get("views_done") is not None:
-        lines.append(
-            f"{results['views_done']:g} of {results.get('views', '?')} views voted, on average "
-            "over the test inputs."
-        )
-    if results.get("hypothesis_queries") is not None:
-        lines.append(
-            f"The network answered {results.get('network_queries')} of {n} test inputs, hypotheses "
-            f"were fitted for {results['hypothesis_queries']}."
-        )
-    lines.append(
-        f"Size right: {100 * results['size_accuracy']:.1f}%. Cells right: "
-        f"{100 * results['cell_accuracy']:.1f}% (0 where the size is wrong)."
+    n = f"{figure(results, 'n'):.0f}"
+    views, most, network, rules = (
+        figure(results, key)
+        for key in ("views_done", "views", "network_queries", "hypothesis_queries")
     )
-    untrained = results.get("untrained")
-    if untrained:
+    if views is not None:
+        of = "" if most is None else f" of {most:g}"
+        lines.append(f"{views:g}{of} views voted, on average over the test inputs.")
+    if network is not None and rules is not None:
         lines.append(
-            f"The untrained network, one view: {untrained['exact_at_1']} of {untrained['n']} "
-            "validation pairs."
+            f"The network answered {network:.0f} of {n} test inputs, hypotheses were fitted for "
+            f"{rules:.0f}."
+        )
+    sizes, cells = (figure(results, key) for key in ("size_accuracy", "cell_accuracy"))
+    if sizes is not None and cells is not None:
+        lines.append(
+            f"Size right: {percent(sizes)}. Cells right: {percent(cells)} (0 where the size is "
+            "wrong)."
+        )
+    start = part(results, "untrained")
+    right, of_start = figure(start, "exact_at_1"), figure(start, "n")
+    if right is not None and of_start is not None:
+        lines.append(
+            f"The untrained network, one view: {right:.0f} of {of_start:.0f} validation pairs."
         )
     return "\n".join(lines) + "\n"
+
+
+def _score_rows(results: dict[str, Any]) -> list[str]:
+    """The table's lines, the whole first; none where that cannot be read, and no line of a part
+    that cannot."""
+    found = []
+    counted_on = [("final", results, figure(results, "n"), "")]
+    for name in part(results, "alone"):
+        own = part(part(results, "alone"), name)
+        answered = answered_of(results, name)
+        n = figure(results, "n") if answered is None else answered
+        note = "" if answered is None else f" that it answered (of {figure(results, 'n'):.0f})"
+        counted_on.append((f"{name} alone", own, n, note))
+    for name in part(results, "slices"):
+        own = part(part(results, "slices"), name)
+        counted_on.append((name, own, figure(own, "n"), ""))
+    for name, counts, n, note in counted_on:
+        one, two = (figure(counts, key) for key in ("exact_at_1", "exact_at_2"))
+        if n and one is not None and two is not None:
+            found.append(
+                f"| {_plain(name)} | {n:.0f}{note} | {one:.0f} | {two:.0f} | {percent(two / n)} |"
+            )
+        elif counts is results:
+            return []
+    return found
 
 
 # ---------------------------------------------------------------------------------------------

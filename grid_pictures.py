@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TextIO
 
 # The colours 0..9 as the ARC web pages show them.
@@ -16,8 +17,24 @@ PALETTE = (
     "#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00",
     "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25",
 )  # fmt: skip
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb in [0, 1], by WCAG."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(a: str, b: str) -> float:
+    """How well one colour is read on another: 1 (not at all) to 21, by WCAG; both #rrggbb."""
+    low, high = sorted((_luminance(a), _luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+# Of each colour: what a digit or mark on it is read best in, black or white.
+INK = tuple(max(("#000000", "#ffffff"), key=partial(contrast, colour)) for colour in PALETTE)
 PALETTE_256 = (16, 32, 203, 41, 220, 248, 199, 208, 117, 88)  # nearest of a terminal's 256
-LIGHT = frozenset({3, 4, 5, 7, 8})  # colours on which a mark has to be dark
 WRONG = "!"
 GAP = "   "  # between pictures side by side
 PICTURE_PX, CELL_PX = 160, 16  # longest side of a picture on a page, largest side of a cell
@@ -166,7 +183,7 @@ def _cell(value: int, wrong: bool, cell: int, colours: int) -> str:
         background = f"48;2;{red};{green};{blue}"
     else:
         background = f"48;5;{PALETTE_256[value]}"
-    front = "38;5;16" if value in LIGHT else "38;5;231"
+    front = "38;5;16" if INK[value] == "#000000" else "38;5;231"
     return f"\x1b[{background};{front}m{(WRONG if wrong else ' ') * cell}"
 
 

@@ -24,6 +24,7 @@ from command_line import (
     UserError,
     add_process_arguments,
     check_arguments,
+    counted,
     guarded,
     no_bar,
     number,
@@ -32,7 +33,7 @@ from command_line import (
     write,
 )
 from persistence.files import atomic_write_bytes, expanded
-from run_record import Record, counted, figure, part, points, read_record, smooth
+from run_record import Record, figure, part, points, read_record, smooth
 from trained_model import find_run, known_errors, load_model
 
 if TYPE_CHECKING:

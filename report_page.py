@@ -20,7 +20,8 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 import run_record
-from grid_pictures import PALETTE
+from command_line import counted
+from grid_pictures import INK, PALETTE
 from run_record import Record, Row, figure, part, percent
 
 if TYPE_CHECKING:
@@ -111,13 +112,21 @@ UNTRAINED = {
 }
 
 
+SPLIT = {  # titles of the panels of two runs, where a panel of one run holds several figures
+    "reward": "Reward of refinement",
+    "d_acc": "Cells won by refinement (d_acc)",
+    "agent_lr": "Learning rate: agent",
+    "qwen_lr": "Learning rate: Qwen",
+}
+
+
 def panels(records: Sequence[Record]) -> list[Panel]:
     """The panels of one run, or of two over each other (colour and dashes say which run)."""
     found = []
     for title, note, keys, epoch_key, kind in PANELS:
         groups = [keys] if len(records) == 1 else [{key: name} for key, name in keys.items()]
         for group in groups:
-            name = title if len(groups) == 1 else next(iter(group.values()))
+            name = title if len(groups) == 1 else SPLIT[next(iter(group))]
             panel = Panel(name, note, share=kind == "share", log=kind == "log")
             for number, record in enumerate(records):
                 of = f"{'AB'[number]}: " if len(records) > 1 else ""
@@ -199,7 +208,7 @@ def decades(low: float, high: float) -> list[float]:
     found = [float(i) for i in whole if low <= i <= high]
     if len(found) < 3:
         found = [y for i in whole for m in (1, 2, 5) if low <= (y := i + math.log10(m)) <= high]
-    return found[:: math.ceil(len(found) / 5)] or [low, high]
+    return found[:: math.ceil(len(found) / 5)] if found else [low, high]
 
 
 def short(value: float) -> str:
@@ -402,7 +411,7 @@ def changed(before: Grid, after: Grid, truth: Grid | None) -> str:
     n = int(differ.sum())
     if not n:
         return "no cell changed"
-    text = f"{run_record.counted(n, 'cell')} changed"
+    text = f"{counted(n, 'cell')} changed"
     if truth is not None and truth.shape == after.shape:
         mended = int((differ & (after == truth)).sum())
         spoilt = int((differ & (before == truth)).sum())
@@ -587,6 +596,7 @@ def about(record: Record) -> dict[str, Any]:
         "summary": run_record.summary_rows(record),
         "fixes": run_record.seven_fixes(record),
         "health": run_record.health_rows(record),
+        "few": run_record.few_batches(record),
         "monitored": run_record.was_monitored(record),
         "history": run_record.history(record),
         "has_log": bool(record.log),
@@ -618,6 +628,7 @@ def render(record: Record, gallery: Gallery) -> str:
         curves=curves_of([record]),
         gallery=gallery,
         palette=PALETTE,
+        ink=INK,
         cards=cards,
         outcomes=[(one["id"], one["test"], one["says"]) for one in cards],
     )  # fmt: skip
@@ -653,8 +664,8 @@ def split_of(
 
 
 def recorded_outcomes(results: Row) -> dict[str, bool]:
-    """Whether each query was exact, by `task, test number`, where results.json says so: `by_task`
-    as `predict.py --score_json` writes it. Empty where it does not."""
+    """Whether each query was exact, by `task, test number`, as `by_task` of results.json says;
+    empty where it does not, as of runs of before it was written."""
     found = {}
     for task_id, rows in part(results, "by_task").items():
         for number, row in enumerate(rows if isinstance(rows, list) else ()):
@@ -668,29 +679,38 @@ def outcomes_of(answers: Iterable[Answer]) -> dict[str, bool]:
     return {f"{a.task.task_id}, test {a.number}": a.solved for a in answers if a.truth is not None}
 
 
-def differing(a: Row, b: Row) -> list[tuple[str, str, str]]:
-    """(name, of A, of B) of what is not the same in two objects of plain values."""
+# Flags that say where a run is, or what its console shows: no settings to compare.
+NO_SETTINGS = {"resume", "config", "runs_dir", "quiet", "checkpoint"}
+
+
+def differing(a: Row, b: Row, nothing: str) -> list[tuple[str, str, str]]:
+    """(name, of A, of B) of what is not the same in two objects of plain values; `nothing` stands
+    for None, "-" for what is not there."""
+
+    def word(row: Row, name: str) -> str:
+        value = row.get(name, "-")
+        return nothing if value is None else str(value)
+
     names = sorted({*a, *b})
-    return [
-        (name, str(a.get(name, "-")), str(b.get(name, "-")))
-        for name in names
-        if a.get(name) != b.get(name)
-    ]
+    return [(name, word(a, name), word(b, name)) for name in names if a.get(name) != b.get(name)]
 
 
 def other_settings(a: Record, b: Record) -> list[tuple[str, str, str]]:
     """Flags, data, versions, commit and device in which two runs differ."""
-    flags = [{f"--{k}": v for k, v in r.arguments.items()} for r in (a, b)]
+    flags = [{f"--{k}": v for k, v in r.arguments.items() if k not in NO_SETTINGS} for r in (a, b)]
     rest = [
         {
             "data": part(r.config, "data").get("name"),
-            "commit": str(r.config.get("commit"))[:12],
+            "commit": str(r.config.get("commit") or "-")[:12],
             "device": r.config.get("device"),
             **part(r.config, "versions"),
         }
         for r in (a, b)
     ]
-    return [*differing(flags[0], flags[1]), *differing(rest[0], rest[1])]
+    return [
+        *differing(flags[0], flags[1], "not given"),
+        *differing(rest[0], rest[1], "-"),
+    ]
 
 
 def side_by_side(a: Record, b: Record) -> list[tuple[str, str, str]]:
@@ -707,9 +727,7 @@ def side_by_side(a: Record, b: Record) -> list[tuple[str, str, str]]:
                 for s in run_record.headline(record)
                 if (s.kind == "final" if kind == "final" else s.name == name)
             ]
-            return (
-                f"{found[0].right} of {found[0].n} ({percent(found[0].share)})" if found else None
-            )
+            return f"{found[0].text} ({percent(found[0].share)})" if found else None
 
         return read
 

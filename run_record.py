@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from command_line import EXIT_MISSING, UserError
+from command_line import EXIT_MISSING, UserError, counted
 from persistence.files import read_json
 from run_log import read_metrics
 
@@ -27,7 +27,9 @@ RESUME_LINE = re.compile(
 SKIPPED_LINE = re.compile(r"\[Batch +(\d+)\] skipped: (.*)")
 # How the log says that a process ended; a start without one of these before it was a sudden end.
 ENDS = ("Stopped by ", "Final: ", "Nothing is left to train", "results.json stays", "NOT SAVED")
+START = "Data:   "  # a banner's first line; notes on how data were found have one space
 SHOWN_EVENTS = 60
+FEW_BATCHES = 50  # fewer are too few to learn from, as run_lines says, which needs torch
 WATCHED = {"answer_spread", "retrieved_frac"}  # a batch's row has these where a monitor looked
 
 Row = dict[str, Any]
@@ -176,11 +178,6 @@ def percent(share: float | None, places: int = 1) -> str:
     return "-" if share is None else f"{100 * share:.{places}f}%"
 
 
-def counted(n: int, word: str, more: str = "") -> str:
-    """`1 batch`, `2 batches`: more is the plural, by default with an s."""
-    return f"{n} {word if n == 1 else more or word + 's'}"
-
-
 def ends_of(values: list[float]) -> tuple[float, float]:
     """Means of the first and of the last tenth, at least one value each."""
     n = max(1, len(values) // 10)
@@ -226,13 +223,24 @@ def _joined(row: Row, *keys: tuple[str, str]) -> str | None:
 
 @dataclass
 class Score:
-    """One line of the headline: `right` of `n` exact; note: what it is, or is not."""
+    """One line of the headline: `right` of `n` exact; note: what it is, or is not.
+
+    of: how many there are to answer, where only `n` of them were; 0: n is all.
+    """
 
     name: str
     right: int
     n: int
     note: str = ""
     kind: str = ""  # final, part or validation
+    of: int = 0
+
+    @property
+    def text(self) -> str:
+        """`40 of 1076`, or `40 of the 150 that it answered (of 1076)`."""
+        if not self.of:
+            return f"{self.right} of {self.n}"
+        return f"{self.right} of the {self.n} that it answered (of {self.of})"
 
     @property
     def share(self) -> float:
@@ -259,12 +267,15 @@ def headline(record: Record) -> list[Score]:
     names = {"hypotheses": "Hypotheses alone", "network": "Network alone"}
     for key in sorted(alone, key=list(names).index if set(alone) <= set(names) else str):
         counts = part(alone, key)
+        answered = answered_of(results, key)
         note = "two attempts"
         won, lost, p = (figure(counts, k) for k in ("both_won", "both_lost", "p"))
-        if won is not None and lost is not None:
+        if answered is None and won is not None and lost is not None:
             note += f"; together wins {won:.0f} of its misses and loses {lost:.0f} of its hits"
             note += "" if p is None else f" (McNemar p = {p:.2g})"
-        found += score_of(counts, names.get(key, f"{key} alone"), "part", note, n)
+        of_all = n if answered is None else answered
+        for score in score_of(counts, names.get(key, f"{key} alone"), "part", note, of_all):
+            found.append(score if answered is None else replace(score, of=int(n or 0)))
     of = "validation pairs, one view, one attempt"
     found += score_of(record.untrained, "Untrained network", "validation", of)
     trained = part(results, "validated")
@@ -274,6 +285,13 @@ def headline(record: Record) -> list[Score]:
         if share is not None and n_val:
             trained = {"n": n_val, "exact_at_1": round(share * n_val)}
     return found + score_of(trained, "Trained network", "validation", of)
+
+
+def answered_of(results: Row, name: str) -> int | None:
+    """How many queries the network or the hypotheses answered by themselves, where those are not
+    all; None where they are, or where an older file does not say so."""
+    n, own = figure(results, "n"), figure(part(part(results, "alone"), name), "n")
+    return None if n is None or own is None or own >= n else int(own)
 
 
 def views_line(results: Row) -> str:
@@ -487,16 +505,20 @@ def health_rows(record: Record) -> list[Row]:
     return found
 
 
+def few_batches(record: Record) -> str:
+    """That too few batches were trained, or yet; empty where there were enough."""
+    n = len(record.batches)
+    if n >= FEW_BATCHES:
+        return ""
+    so_far = "" if record.results else " so far"
+    return f"{counted(n, 'batch', 'batches')}{so_far}: too few to learn from"
+
+
 def was_monitored(record: Record) -> bool:
-    """Whether the files say that the run had a health monitor: rows of it, figures that are there
-    for it alone, a key or flag of its name. Of a run by several versions the newest counts."""
-    if WATCHED & set(record.batches[-1]):
-        return True
-    if any("health" in row for row in (*record.others, *record.epochs, record.config)):
-        return True
-    return any(row["kind"] == "health" for row in record.others) or any(
-        "health" in name for name in (*record.arguments, *record.results)
-    )
+    """Whether the files say that the run had a health monitor: rows of it, or figures that are
+    there for it alone. Of a run by several versions the newest counts."""
+    rows = any(row["kind"] == "health" for row in record.others)
+    return rows or bool(WATCHED & set(record.batches[-1]))
 
 
 @dataclass
@@ -517,7 +539,7 @@ def history(record: Record) -> list[Event]:
     running, last = False, ""
     for when, text in record.log:
         resumed = RESUME_LINE.match(text)
-        if text.startswith("Data: "):
+        if text.startswith(START):
             if running:
                 found.append(
                     Event(

@@ -77,11 +77,6 @@ def one_line(text: str) -> str:
     )
 
 
-def count(n: int, noun: str) -> str:
-    """A number and its noun: `1 task`, `2 tasks`."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
 def some(names: Sequence[str]) -> str:
     """The first three names."""
     return ", ".join(names[:3]) + (", .." if len(names) > 3 else "")

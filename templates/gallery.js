@@ -1,10 +1,10 @@
 (function () {
   "use strict";
-  var DARK_INK = "3489657".split("").map(Number); // colours on which black digits are read best
   var PAGE = 12; // cards added at a time
   var cards = JSON.parse(document.getElementById("cards").textContent);
   var gallery = document.getElementById("gallery");
   var PALETTE = gallery.dataset.palette.split(" ");
+  var INK = gallery.dataset.ink.split(" "); // of a digit on each colour
   var tools = document.getElementById("tools");
   var more = document.getElementById("more");
   var zoom = document.getElementById("zoom");
@@ -42,7 +42,7 @@
         }
         if (withDigits) {
           ink += '<text x="' + (k + 0.5) + '" y="' + (r + 0.74) + '" fill="' +
-            (DARK_INK.indexOf(+row[k]) < 0 ? "#fff" : "#000") + '">' + row[k] + "</text>";
+            INK[+row[k]] + '">' + row[k] + "</text>";
         }
       }
     });

@@ -291,9 +291,48 @@ def test_the_card_says_whose_the_figures_are(reference: Any, tmp_path: Path) -> 
     text = made_card(model, tmp_path, results | {"alone": alone})
     assert "| network alone | 6 | 1 | 2 | 33.3% |" in text
     assert "Most of the score comes from rules." in text
+    cut = {"network": alone["network"] | {"n": 4}}
+    text = made_card(model, tmp_path, results | {"alone": cut})
+    assert "| network alone | 4 that it answered (of 6) | 1 | 2 | 50.0% |" in text
     alone["network"]["exact_at_2"] = 6
     text = made_card(model, tmp_path, results | {"alone": alone})
     assert "Most of the score comes from rules." not in text
+
+
+ODD: tuple[Any, ...] = (
+    [],
+    {},
+    "x",
+    None,
+    -1,
+    10**400,
+    {"network": 1},
+    {"network": {"n": "x"}},
+    True,
+)
+
+
+def test_a_card_of_odd_results_says_what_is_unknown(reference: Any, tmp_path: Path) -> None:
+    """Breaks: a traceback for a results.json that lacks a key, or holds another kind of value."""
+    model = trained_model.load_model(reference.folder)
+    results = json.loads((reference.folder / "results.json").read_text())
+    config = json.loads((reference.folder / "config.json").read_text())
+    model.path = tmp_path / "best_model.pt"
+    bare = {"batch": model.n_batches}
+    unknown = "Unknown: the run's results.json holds no score that can be read."
+    assert unknown in made_card(model, tmp_path, bare)
+    assert unknown in made_card(model, tmp_path, results | {"n": "many"})
+    for key in results:
+        made_card(model, tmp_path, {k: v for k, v in results.items() if k != key})
+        for value in ODD:
+            made_card(model, tmp_path, results | {key: value})
+    for key in config:
+        for value in ODD:
+            (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+            assert "| final | 6 |" in made_card(model, tmp_path, results)
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "results.json").write_text("{")
+    assert "no final evaluation beside the weights" in export.card(model, "name")
 
 
 # ---------------------------------------------------------------- what fails

@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grid_pictures import PALETTE, Picture, answers_page, colours_of, in_terminal, svg
+from grid_pictures import (
+    INK,
+    PALETTE,
+    Picture,
+    answers_page,
+    colours_of,
+    contrast,
+    in_terminal,
+    svg,
+)
 
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 
@@ -70,6 +79,17 @@ def test_colours_and_a_reset_at_every_row_s_end() -> None:
             assert background in lines[-2]
         assert f"{backgrounds[0]};38;5;231m!!" in lines[-2]  # light on black
         assert f"{backgrounds[1]};38;5;16m!!" in lines[-2]  # dark on yellow
+
+
+def test_ink_is_read_on_every_colour() -> None:
+    """Breaks: a digit or mark that is hard to see, on the page or in a terminal."""
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)
+    for value, (colour, ink) in enumerate(zip(PALETTE, INK, strict=True)):
+        assert contrast(colour, ink) >= 4.5, value
+        assert ink in ("#000000", "#ffffff")
+        front = "38;5;16m" if ink == "#000000" else "38;5;231m"
+        assert front in in_terminal([Picture("a", [[value]])], 80, 256)[-1]
 
 
 _sides = st.integers(1, 30)

@@ -20,10 +20,12 @@ from conftest import FAST, grid_of, make_task, make_tasks, write_tasks
 
 import report
 import report_page
+import run_lines
 import run_record
 import trainloop_complete_with_fixes as trainloop
 from dataset_arc import Pair, Task
 from evaluation import Change, Prediction, mcnemar
+from grid_pictures import INK, PALETTE
 from run_record import Record
 
 VOID = {"meta", "img", "br", "wbr"}
@@ -194,6 +196,13 @@ def test_the_gallery_holds_every_query_with_what_it_took(run: Path, page: str) -
     assert "This is a sample and not the headline, which counts 4 queries" in words
 
 
+def test_the_gallery_has_its_colours_from_one_owner(page: str) -> None:
+    ((gallery, _),) = Elements(page).all("div", id="gallery")
+    assert gallery["data-palette"].split() == list(PALETTE)
+    assert gallery["data-ink"].split() == list(INK)
+    assert "dataset.ink" in page
+
+
 def test_filters_count_what_they_find(page: str) -> None:
     cards = cards_of(page)
     buttons = {
@@ -361,6 +370,30 @@ def test_damaged_files_give_a_page_with_gaps(copied: Path, damage: str) -> None:
         assert "test outputs exact in two attempts" not in words
 
 
+def test_a_part_that_did_not_answer_all_is_counted_on_what_it_answered(copied: Path) -> None:
+    """Breaks: queries that the time did not reach, shown and tested as wrong answers."""
+    path = copied / "results.json"
+    results = json.loads(path.read_text())
+    counts = {"exact_at_1": 30, "exact_at_2": 40, "both_won": 9, "both_lost": 1, "p": 0.02}
+    results |= {"n": 1076, "exact_at_1": 50, "exact_at_2": 80}
+    for n, says in (
+        (150, "Network alone 40 of the 150 that it answered (of 1076), 26.7% two attempts"),
+        (1076, "Network alone 40 of 1076, 3.7% two attempts; together wins 9 of its misses"),
+        (None, "Network alone 40 of 1076, 3.7% two attempts; together wins 9 of its misses"),
+    ):
+        own = counts if n is None else counts | {"n": n}
+        path.write_text(json.dumps(results | {"alone": {"network": own}}))
+        words = visible(shown(copied))
+        assert says in words
+        assert ("McNemar p = 0.02" in words) == (n in (1076, None))
+    own = counts | {"n": 150}
+    path.write_text(json.dumps(results | {"alone": {"network": own, "hypotheses": {"n": 0}}}))
+    record = run_record.read_record(copied)
+    rows = {name: a for name, a, _ in report_page.side_by_side(record, record)}
+    assert rows["Network alone"] == "40 of the 150 that it answered (of 1076) (26.7%)"
+    assert "Hypotheses alone" not in rows  # none was answered, so nothing can be said
+
+
 def test_a_stopped_run_says_that_there_is_no_result(copied: Path) -> None:
     (copied / "results.json").unlink()
     text = shown(copied)
@@ -409,16 +442,10 @@ def test_health_says_warnings_no_warnings_and_not_watched(copied: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     kept = [row for row in rows if row["kind"] != "health"]
     for row in kept:
-        for name in ("health", *run_record.WATCHED):
+        for name in run_record.WATCHED:
             row.pop(name, None)
     path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    config = json.loads((copied / "config.json").read_text())
-    config.pop("health", None)
-    config["arguments"] = {k: v for k, v in config["arguments"].items() if "health" not in k}
-    (copied / "config.json").write_text(json.dumps(config))
     assert "made without the health monitor" in shown(copied)
-    (copied / "config.json").write_text(json.dumps(config | {"health": True}))
-    assert "No warnings" in shown(copied)
     warning = {"kind": "health", "name": "qwen_grad", "epoch": 2, "batch": 7, "value": 0.0}
     add_rows(copied, warning | {"message": "the <b> is 0", "fix": "raise --qwen_lr"})
     words = visible(shown(copied))
@@ -431,12 +458,25 @@ def test_health_says_warnings_no_warnings_and_not_watched(copied: Path) -> None:
     assert "note: frozen" in visible(shown(copied))
     watched = kept[-1] | {"kind": "batch", "minutes": 9.0, "answer_spread": 0.5}
     path.write_text(json.dumps(kept[-2] | watched) + "\n")
-    (copied / "config.json").write_text(json.dumps(config))
     assert "No warnings" in shown(copied)  # its batches have the monitor's figures
+
+
+def test_too_few_batches_are_said_as_on_the_console(run: Path) -> None:
+    record = run_record.read_record(run)
+
+    def says(n: int, results: Any) -> str:
+        made = Record(run, record.config, results, record.batches[:1] * n, [])
+        return visible(report_page.render(made, report_page.Gallery([], "-")))
+
+    assert run_record.FEW_BATCHES == run_lines.FEW_BATCHES
+    assert "! few batches 26 batches: too few to learn from." in says(26, record.results)
+    assert "1 batch so far: too few to learn from." in says(1, {})
+    assert "too few" not in says(50, record.results)
 
 
 LOG = """
 2026-01-01 10:00:00,000 Data:   arcagi2: 4 tasks
+2026-01-01 10:00:01,000 Data: training.json was found by itself, /d; --data arcagi2 for ARC-AGI-2
 2026-01-01 10:01:00,000 [Batch    3] skipped: loss nan, gradient norm nan (not finite; 1 so far)
 2026-01-01 10:02:00,000 Stopped by SIGTERM; everything is saved. Go on with:
 2026-01-01 11:00:00,000 Data:   arcagi2: 4 tasks
@@ -502,6 +542,14 @@ def test_a_real_run_shows_all_seven(run: Path) -> None:
     assert "missing" not in {fix.state for fix in found}
 
 
+def test_a_fix_that_is_seen_is_not_judged(page: str) -> None:
+    """Breaks: praise beside a figure that fell or stood still."""
+    words = visible(page).split("The seven fixes, as they showed")[1].split("History")[0]
+    assert "4. Sizes first seen in this run Weight of the size loss" in words
+    assert "at work" not in words
+    assert "badge good" not in page.split('id="fixes"')[1].split('id="history"')[0]
+
+
 def test_each_fix_notices_when_it_is_not_at_work() -> None:
     assert {fix.state for fix in fixes([healthy()] * 10).values()} == {"seen"}
     for number, change, state in (
@@ -563,6 +611,7 @@ def test_long_curves_are_thinned_and_ticks_are_round() -> None:
     assert report_page.ticks(-0.3, 0.35, 4) == pytest.approx([-0.2, 0, 0.2])
     assert report_page.ticks(2.0, 2.0) == [2.0]
     assert report_page.decades(-4.2, 0.5) == [-4, -3, -2, -1, 0]
+    assert report_page.decades(-1.6, -1.4) == [-1.6, -1.4]  # no round number is between
     assert report_page.decades(-2.1, -1.5) == pytest.approx(list(map(math.log10, (0.01, 0.02))))
 
 
@@ -612,7 +661,8 @@ def test_only_the_png_needs_matplotlib(
 def test_two_runs_are_set_beside_each_other(run: Path, copied: Path, tmp_path: Path) -> None:
     """Breaks: a comparison of a run with itself that finds a difference, or hides a flag's."""
     config = json.loads((copied / "config.json").read_text())
-    config["arguments"]["agent_lr"] = 0.125
+    config["arguments"] |= {"agent_lr": 0.125, "seed": None}
+    config["arguments"] |= dict.fromkeys(report_page.NO_SETTINGS, "elsewhere")
     (copied / "config.json").write_text(json.dumps(config))
     out = tmp_path / "both.html"
     flags = ["--out", str(out), "--device", "cpu", "--quiet", "--views", "1"]
@@ -620,14 +670,41 @@ def test_two_runs_are_set_beside_each_other(run: Path, copied: Path, tmp_path: P
     text = out.read_text(encoding="utf-8")
     words = visible(text)
     assert "--agent_lr 0.003 0.125" in words
-    assert "--width" not in words
-    assert "results.json of A and B holds counts and no outcome per query" in words
-    assert "only A 0, only B 0. Exact McNemar test: p = 1" in words
+    assert "--seed 0 not given" in words
+    found = Elements(text)
+    flags = [name for attrs, name in found.all("th", scope="row") if name.startswith("--")]
+    assert flags == ["--agent_lr", "--seed"]
+    assert len(found.all("th", **{"class": "flag"})) == 2
+    assert ".flag{white-space:nowrap}" in text
+    assert "Learning rate: agent" in words
+    assert "Reward of refinement" in words
+    split = "Of 4 queries both solve 4, neither 0; only A 0, only B 0. Exact McNemar test: p = 1"
+    assert words.count(split) == 2  # of the final evaluations, and of the answers made here
     assert "A: training batches" in words
     assert "B: training batches" in words
     results = json.loads((run / "results.json").read_text())
     score = f"{results['exact_at_2']} of {results['n']}"
     assert len(re.findall(f"<td>{score} ", text)) >= 2
+
+
+def test_two_runs_of_which_one_is_too_old_for_outcomes(run: Path, copied: Path) -> None:
+    results = json.loads((copied / "results.json").read_text())
+    del results["by_task"]
+    (copied / "results.json").write_text(json.dumps(results))
+    out = copied.parent / "both.html"
+    argv = [str(copied), str(run), "--out", str(out), "--tasks", "0", "--quiet"]
+    assert report.main(argv) == 0
+    words = visible(out.read_text(encoding="utf-8"))
+    assert "results.json of A holds counts and no outcome per query" in words
+
+
+def test_every_panel_of_two_runs_says_what_it_shows(run: Path) -> None:
+    """Breaks: panels called `agent`, `Qwen` and `reward`."""
+    record = run_record.read_record(run)
+    titles = [panel.title for panel in report_page.panels([record, record])]
+    assert len(set(titles)) == len(titles) == len(report_page.PANELS) + 2
+    own = {title for title, _, keys, *_ in report_page.PANELS if len(keys) == 1}
+    assert set(titles) == own | set(report_page.SPLIT.values())
 
 
 def test_outcomes_by_query_are_tested_exactly() -> None:
