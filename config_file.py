@@ -11,11 +11,11 @@ import argparse
 import json
 import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from command_line import EXIT_MISSING, UserError
+from persistence.files import version_of_package
 from resume_rules import BEFORE_THE_FLAG, RULES, as_flags, from_saved
 
 # Of the process that wrote the file: how it was started, not what it trained.
@@ -105,15 +105,15 @@ def differences(args: argparse.Namespace) -> list[str]:
     if isinstance(data, Mapping) and data.get("sha256", args.data_sha256) != args.data_sha256:
         found.append(f"data then {str(data['sha256'])[:8]}, now {args.data_sha256[:8]}")
     for name, version in (then if isinstance(then, Mapping) else {}).items():
-        now = platform.python_version() if name == "python" else version_of(name)
-        if now != version:
+        now = platform.python_version() if name == "python" else version_of_package(name)
+        if not same_version(version, now):
             found.append(f"{name} then {version}, now {now or 'missing'}")
     return [f"--config: not the same as then: {'; '.join(found)}"] if found else []
 
 
-def version_of(package: str) -> str | None:
-    """The version of an installed package, which is not imported; None without it."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def same_version(then: object, now: str | None) -> bool:
+    """Whether two versions are the same; where only one says of which build ("2.13.0+cu130"), as
+    torch does of itself and pip may not, that is left out."""
+    if isinstance(then, str) and now is not None and ("+" in then) != ("+" in now):
+        then, now = then.split("+")[0], now.split("+")[0]
+    return then == now

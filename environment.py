@@ -13,11 +13,11 @@ import platform
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from command_line import COME_ALONG, REQUIRED, cores, is_there, memory_of, version_line
+from persistence.files import version_of_package
 
 EXTRAS = ("peft", "bitsandbytes", "matplotlib", "tensorboard", "trackio", "wandb")
 COLAB_DRIVE = Path("/content/drive")
@@ -60,10 +60,7 @@ def installed(name: str) -> str:
     """The version of a package, which is not imported, or "missing"."""
     if not is_there(name):
         return "missing"
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "there, of unknown version"
+    return version_of_package(name) or "there, of unknown version"
 
 
 def package(name: str) -> str:

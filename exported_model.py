@@ -124,11 +124,12 @@ def write_export(
                     fs.fsync(file.fileno())
         fs.fsync_dir(temp)
         fs.replace(temp, folder)
-        fs.fsync_dir(folder.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             shutil.rmtree(temp)
         raise
+    with contextlib.suppress(OSError):  # all of it is there; its name is kept a little later
+        fs.fsync_dir(folder.parent)
 
 
 def _write_language_model(qwen: QwenHybridPrompt, folder: Path, offline: bool) -> dict[str, Any]:

@@ -24,7 +24,6 @@ WINDOW = 50  # batches
 SHORT = 20  # batches; for figures that are the same in every batch where they are ill
 NEWEST = 10  # batches that are compared with the WINDOW before them
 KEPT = 120  # batches that are kept: NEWEST and what they are compared with
-LOOK_EVERY = 50  # batches between two looks, the batches that have a line
 
 # Thresholds. "sound runs": nine runs of 100 to 1,368 batches on a CPU, their worst window.
 D_ACC_LOW = -0.2  # the first design's own red flag; sound runs: -0.02
@@ -46,12 +45,24 @@ CREEP = 4 << 20  # guess; bytes a batch
 SKIPPED_SAVES = 3  # guess; between two looks
 SPARE_CHECKPOINTS, SPARE_BYTES = 3, 256 << 20  # guess; what a disk should have free
 
+# `silent` of a batch: it should give the language model a gradient; it need not, others do; none
+# does, for the language model is not trained.
+ASKED, RESTING, BY_CHOICE = 0.0, 1.0, 2.0
+
+FORMAT = 1  # of state_dict; another one for other figures, or another meaning of them
+
 # What is kept of a batch.
 FIGURES = (
     "loss", "exact", "reward", "d_acc", "fits_frac", "mask_ratio", "qwen_grad", "grad_norm",
     "policy_std", "group_zero_frac", "proposed_frac", "stored", "threshold", "retrieved_frac",
     "answer_spread", "size_weight", "pairs",
 )  # fmt: skip
+# What the checks take for granted, of a batch and of an epoch.
+ROW_HAS = frozenset(
+    {"loss", "exact", "reward", "d_acc", "mask_ratio", "qwen_grad", "stored", "threshold",
+     "size_weight", "pairs", "silent"}
+)  # fmt: skip
+EPOCH_HAS = frozenset({"loss", "accuracy", "exact", "unweighted"})
 
 
 @dataclass(frozen=True)
@@ -153,14 +164,12 @@ def solved(rows: Iterable[Mapping[str, float]]) -> bool:
 
 
 def qwen_gradient(seen: Seen) -> Verdict:
-    """`silent` 0: this batch had to give the language model a gradient."""
-    asked = [row["qwen_grad"] for row in seen.rows if row["silent"] == 0][-SHORT:]
+    asked = [row["qwen_grad"] for row in seen.rows if row["silent"] == ASKED][-SHORT:]
     return None if len(asked) < SHORT else (max(asked), not any(asked))
 
 
 def qwen_by_choice(seen: Seen) -> Verdict:
-    """`silent` 2: frozen, or not run."""
-    return (0.0, True) if seen.rows and seen.rows[-1]["silent"] == 2 else None
+    return (0.0, True) if seen.rows and seen.rows[-1]["silent"] == BY_CHOICE else None
 
 
 def exploding(seen: Seen) -> Verdict:
@@ -521,23 +530,24 @@ class Health:
         self.resident: deque[float] = deque(maxlen=WINDOW)
         self.storage = Storage()
         self.met = 0  # batches of this process
+        self.failed = False  # a look has, in this process
 
     def see(
         self,
         figures: Mapping[str, float],
-        reason: str | None = None,
+        silent: float = ASKED,
         *,
         waited: float | None = None,
         resident: int | None = None,
     ) -> bool:
         """Take a batch; whether it calls for a look at once, being not finite.
 
-        figures: of `train_step`; reason: why the language model had no gradient by design, None if
-        it should have one; waited: share of the time since the batch before that was spent waiting
-        for this one, None where that is not known; resident: bytes of the process.
+        figures: of `train_step`; silent:
+        ASKED, RESTING or BY_CHOICE; waited: share of the time since the batch before that was spent
+        waiting for this one, None where that is not known; resident: bytes of the process.
         """
         row = {name: float(figures[name]) for name in FIGURES if name in figures}
-        row["silent"] = 0.0 if reason is None else 1.0 if "reused" in reason else 2.0
+        row["silent"] = silent
         self.rows.append(row)
         if waited is not None:
             self.shares.append(waited)
@@ -576,22 +586,37 @@ class Health:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "format": FORMAT,
             "rows": [dict(row) for row in self.rows],
             "epochs": [dict(epoch) for epoch in self.epochs],
             "ill": sorted(self.ill),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """A state of another version, or none, begins anew: nothing that is trained depends on
-        it."""
-        try:
-            rows = [{str(k): float(v) for k, v in row.items()} for row in state["rows"]]
-            epochs = [{str(k): float(v) for k, v in row.items()} for row in state["epochs"]]
-            ill = {str(name) for name in state["ill"]}
-        except (AttributeError, KeyError, TypeError, ValueError):
-            rows, epochs, ill = [], [], set()
-        needed = {"loss", "silent", "qwen_grad", "exact", "pairs", "stored", "size_weight"}
-        if not all(needed <= row.keys() for row in rows):
-            rows = []
-        self.rows = deque(rows, maxlen=KEPT)
-        self.epochs, self.ill = epochs, ill
+    def load_state_dict(self, state: object) -> None:
+        """What `state_dict` gave. A state of another version, or none, begins anew: nothing that is
+        trained depends on it."""
+        self.rows, self.epochs, self.ill = deque(maxlen=KEPT), [], set()
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+            return
+        rows, epochs = (
+            figures_of(state.get("rows"), ROW_HAS),
+            figures_of(state.get("epochs"), EPOCH_HAS),
+        )
+        ill = state.get("ill")
+        if rows is None or epochs is None or not isinstance(ill, list):
+            return
+        if all(isinstance(name, str) for name in ill):
+            self.rows.extend(rows)
+            self.epochs, self.ill = epochs, set(ill)
+
+
+def figures_of(rows: object, needed: frozenset[str]) -> list[dict[str, float]] | None:
+    """Rows of figures as they were kept; None where they are anything else."""
+    if not isinstance(rows, list):
+        return None
+    for row in rows:
+        if not isinstance(row, dict) or not needed <= row.keys():
+            return None
+        if not all(isinstance(k, str) and type(v) is float for k, v in row.items()):
+            return None
+    return [dict(row) for row in rows]

@@ -12,6 +12,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -297,6 +298,14 @@ class KeptStates:
             f"{self.misses} pairs read, {self.hits} looked up; {len(self)} kept in "
             f"{self.n_bytes / 1e9:.2f} of {self.max_bytes / 1e9:.1f} GB"
         )
+
+
+class NoGradient(Enum):
+    """Why a batch gave the language model no gradient, in the words of the batch line."""
+
+    NOT_RUN = "not run"
+    FROZEN = "frozen"
+    REUSED = "not run, readings reused"
 
 
 class QwenHybridPrompt(nn.Module):
@@ -589,13 +598,13 @@ class QwenHybridPrompt(nn.Module):
         hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
         return functional.rms_norm(hidden.float(), hidden.shape[-1:]).to(torch.float16).cpu()
 
-    def without_gradient(self) -> str | None:
+    def without_gradient(self) -> NoGradient | None:
         """Why the last training batch gave the LM no gradient; None if it should have."""
         if self.mode in ("no_qwen", "null"):
-            return "not run"
+            return NoGradient.NOT_RUN
         if self.train_mode == "frozen":
-            return "frozen"
-        return None if self._n_fresh else "not run, readings reused"
+            return NoGradient.FROZEN
+        return None if self._n_fresh else NoGradient.REUSED
 
     def bytes_per_token(self, half: bool = False) -> int:
         """`language_model.activation_bytes` of the LM; half: under autocast."""

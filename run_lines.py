@@ -86,7 +86,10 @@ def bar_figures(run: Run) -> dict[str, str]:
 
 def qwen_note(run: Run, gradient: float) -> str:
     """Why the language model has no gradient, for the line of a 0; empty if it has one."""
-    return "" if gradient else f"Qwen: {run.system.qwen.without_gradient() or 'no gradient!'}"
+    if gradient:
+        return ""
+    why = run.system.qwen.without_gradient()
+    return f"Qwen: {why.value if why else 'no gradient!'}"
 
 
 def say_epoch(run: Run, mean: dict[str, float]) -> None:

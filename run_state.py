@@ -42,8 +42,7 @@ from model_persistence import (
 )
 from optimizers import MuonAdamW, WeightAverage
 from persistence.checkpoint_file import SixObjects
-from persistence.files import read_json
-from persistence.restoring import version_of_package
+from persistence.files import read_json, version_of_package
 from ranks import ALONE, Ranks
 from resume_rules import APPLIED, BY_EFFECT, FREE, SAME, VERDICT, plain, with_meaning
 from reward_shaping import REWARD_WEIGHTS
@@ -51,6 +50,8 @@ from run_log import RunLog
 from trained_model import describe
 
 Place = tuple[int, int, int]  # epoch, next batch of it, batches done in the run
+
+LINE_EVERY = 50  # batches between two batch lines, and two looks of the health monitor
 
 # Names in metrics.jsonl, each explained in docs/METRICS.md.
 REWARD_FIGURES = tuple(REWARD_WEIGHTS)  # d_acc, d_size, d_color, d_rev
@@ -143,7 +144,7 @@ RECENT = ("loss", "reward", "d_acc", "exact")
 class Recent:
     """The last batches of this process, for a moving average; not saved."""
 
-    rows: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=50))
+    rows: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=LINE_EVERY))
 
     def add(self, figures: dict[str, float]) -> None:
         """Take a batch, unless a figure is not finite."""

@@ -14,6 +14,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,12 @@ class Sink:
             self._do(lambda: self._open(0))
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics.jsonl, as `kind/figure` at `batches_done`; one without that is left
-        out."""
+        """A row of metrics.jsonl, as `kind/figure` at `batches_done`, a finding's value as
+        `health/name`; one without that place is left out."""
         if "batches_done" in row:
-            figures = {f"{row['kind']}/{k}": v for k, v in numbers(row) if k not in PLACES}
+            kind = row["kind"]  # of findings, each check has its own unit
+            shown = {row["name"]: row["value"]} if kind == "health" else row
+            figures = {f"{kind}/{k}": v for k, v in numbers(shown) if k not in PLACES}
             again = row["batches_done"] + (row.get("batch") == 0)  # see `open_tensorboard`
             self._do(lambda: self._put(figures, row["batches_done"], again))
 
@@ -92,7 +95,9 @@ class Sink:
         if self.name != "wandb":  # trackio waits 30 seconds at most by itself, and in this thread
             self._do(self._end)
         else:
-            closing = threading.Thread(target=lambda: self._do(self._end), daemon=True)
+            # Not muted: that is of the whole process, and would outlast an end that hangs.
+            end = partial(self._do, self._end, muffled=False)
+            closing = threading.Thread(target=end, daemon=True)
             closing.start()
             closing.join(CLOSE_S)
             if closing.is_alive():
@@ -102,12 +107,15 @@ class Sink:
                 )
         self.ended = True
 
-    def _do(self, action: Callable[[], object]) -> None:
-        """Something with the package; after a failure nothing more: it may stay broken."""
+    def _do(self, action: Callable[[], object], *, muffled: bool = True) -> None:
+        """Something with the package; after a failure nothing more: it may stay broken.
+
+        muffled: with `quiet`, nothing that anything in the process prints meanwhile is shown.
+        """
         if self.ended:
             return
         try:
-            with muted() if self.quiet else contextlib.nullcontext():
+            with muted() if self.quiet and muffled else contextlib.nullcontext():
                 action()
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
             self.ended = True

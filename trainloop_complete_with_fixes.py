@@ -366,6 +366,7 @@ from run_log import MutedLog, RunLog, listener
 from run_scores import Plan, make_plan, score_untrained, seen_tasks, slices_in, validate, vote
 from run_state import (
     GRADIENT_FIGURES,
+    LINE_EVERY,
     POLICY_FIGURES,
     REWARD_FIGURES,
     VALIDATED,
@@ -392,7 +393,6 @@ from trained_model import known_errors
 from watching import timed, watch_batch, watch_epoch
 
 WIDE_FROM = 20 * 10**9  # bytes of a GPU: an agent of width 512 from there on (estimate)
-LOG_EVERY = 50  # batches between two batch lines
 MAX_SKIPPED_IN_A_ROW = 25  # non-finite batches in a row before the run counts as diverged
 # Weight of the first answer's loss where a second one followed (guess): those queries are mostly
 # explained already.
@@ -806,7 +806,7 @@ def train_epoch(run: Run, plan: Plan, persistence: ModelPersistence) -> None:
             last = (progress.batch + 1) % args.grad_accum == 0 or progress.batch + 1 == n_batches
             figures = train_step(run, batch, targets, last=last)
             run.recent.add(figures)
-            if progress.batch % LOG_EVERY == 0:
+            if progress.batch % LINE_EVERY == 0:
                 log_batch(run, figures)
             minutes = (time.monotonic() - run.started) / 60
             where = {"epoch": progress.epoch, "batch": progress.batch, "minutes": minutes}

@@ -1,8 +1,9 @@
 """A run watched while it trains: what `health` is told of it, and what becomes of its findings.
 
 Figures of a batch are those that its row has already; beside them this reads the clock, the
-process's memory, the disk and the saves, and never the device. A finding is a line on the console,
-with --quiet, too, and a row in metrics.jsonl; the training does not depend on it.
+process's memory, the disk and the saves, and never the device. A finding is a line on the console
+(with --quiet, too, unless it is a note) and a row in metrics.jsonl; the training does not depend on
+it.
 `from watching import timed, watch_batch, watch_epoch`.
 """
 
@@ -11,16 +12,24 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from health import LOOK_EVERY, Finding, Setting, Storage
+from health import ASKED, BY_CHOICE, RESTING, Finding, Setting, Storage
 from model_persistence import ModelPersistence
 from persistence.files import REAL_FS
-from run_state import Clock, Run
+from qwen_hybrid_prompt import NoGradient
+from run_state import LINE_EVERY, Clock, Run
 
 T = TypeVar("T")
+
+SILENT: dict[NoGradient | None, float] = {
+    None: ASKED,
+    NoGradient.REUSED: RESTING,
+    NoGradient.FROZEN: BY_CHOICE,
+    NoGradient.NOT_RUN: BY_CHOICE,
+}
 
 
 def timed(clock: Clock, items: Iterable[T]) -> Iterator[T]:
@@ -38,32 +47,48 @@ def timed(clock: Clock, items: Iterable[T]) -> Iterator[T]:
 
 def watch_batch(run: Run, persistence: ModelPersistence, figures: dict[str, float]) -> None:
     """Take the batch that was just recorded; at a batch line, or where it is not finite, look."""
-    if not run.ranks.first:
-        return
-    clock, health, now = run.clock, run.health, time.monotonic()
-    took, waited = now - run.watched[0], clock.wait_s - run.watched[1]
-    run.watched = now, clock.wait_s
-    # Before the first batch of an epoch, or of a process, there is more than a wait.
-    known = run.progress.batch > 0 and run.progress.total > run.resumed_at
-    at_once = health.see(
-        figures,
-        None if figures["qwen_grad"] else run.system.qwen.without_gradient(),
-        waited=min(1.0, waited / max(took, 1e-9)) if known else None,
-        resident=resident_bytes(),
-    )
-    if at_once or run.progress.batch % LOOK_EVERY == 0:
-        tell(run, health.look(setting_of(run), storage_of(run, persistence)))
+
+    def found() -> list[Finding]:
+        clock, health, now = run.clock, run.health, time.monotonic()
+        took, waited = now - run.watched[0], clock.wait_s - run.watched[1]
+        run.watched = now, clock.wait_s
+        # Before the first batch of an epoch, or of a process, there is more than a wait.
+        known = run.progress.batch > 0 and run.progress.total > run.resumed_at
+        at_once = health.see(
+            figures,
+            SILENT[None if figures["qwen_grad"] else run.system.qwen.without_gradient()],
+            waited=min(1.0, waited / max(took, 1e-9)) if known else None,
+            resident=resident_bytes(),
+        )
+        if at_once or run.progress.batch % LINE_EVERY == 0:
+            return health.look(setting_of(run), storage_of(run, persistence))
+        return []
+
+    tell(run, found)
 
 
 def watch_epoch(run: Run, persistence: ModelPersistence, row: dict[str, Any]) -> None:
     """Take the epoch's row, validation included, and look."""
-    if run.ranks.first:
+
+    def found() -> list[Finding]:
         run.health.close_epoch(row)
-        tell(run, run.health.look(setting_of(run), storage_of(run, persistence)))
+        return run.health.look(setting_of(run), storage_of(run, persistence))
+
+    tell(run, found)
 
 
-def tell(run: Run, findings: list[Finding]) -> None:
-    """Say each finding and record it at the batch that the run is at."""
+def tell(run: Run, look: Callable[[], list[Finding]]) -> None:
+    """Look, say each finding and record it at the batch that the run is at. A look that fails is
+    the last of this process: no training ends by being watched."""
+    if not run.ranks.first or run.health.failed:
+        return
+    try:
+        findings = look()
+    except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+        run.health.failed = True
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        run.log.warn(f"warning: Health: looks no more ({why}); training goes on")
+        return
     progress = run.progress
     for finding in findings:
         run.log.say(finding.line(), important=finding.level != "note")

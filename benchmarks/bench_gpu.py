@@ -160,7 +160,7 @@ def about(device: str) -> Figures:
     import torch
 
     from command_line import device_name
-    from persistence.restoring import version_of_package
+    from persistence.files import version_of_package
     from run_state import commit_hash
 
     return {

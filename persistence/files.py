@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all: errors, the file operations, atomic writes, small JSON.
+"""Files that appear whole or not at all: errors, the file operations, atomic writes, small JSON;
+and which version of a package there is.
 
 All file operations of `persistence` go through one small `FileSystem`, so tests can count, fail or
 cut each of them. Knows nothing about checkpoints, and needs the standard library alone.
@@ -18,6 +19,8 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +269,15 @@ def version_of(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return s.st_size, s.st_mtime_ns, s.st_ino
+
+
+@lru_cache
+def version_of_package(package: str) -> str | None:
+    """The version of an installed package, without importing it; None if there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ from __future__ import annotations
 import platform
 import random
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from importlib import metadata as installed
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 
 from persistence.checkpoint_file import MODULES, Loaded, SixObjects
-from persistence.files import MismatchError, PersistenceError
+from persistence.files import MismatchError, PersistenceError, version_of_package
 from persistence.state_tree import check_saveable, is_tensor, iter_leaves, same_leaf
 
 # Settings of torch's optimizers that say how, not what, is computed, and come and go by version.
@@ -300,15 +298,6 @@ def restore_rng_state(state: Mapping[str, Any]) -> list[str]:
     if len(cuda) == have:
         return []
     return [f"random number states of {len(cuda)} CUDA devices, {have} here"]
-
-
-@lru_cache
-def version_of_package(package: str) -> str | None:
-    """The version of an installed package, without importing it; None if there is none."""
-    try:
-        return installed.version(package)
-    except installed.PackageNotFoundError:
-        return None
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import SCRIPT, Outcome, assert_same_end, environment, one_line_error
 
+import config_file
 import trainloop_complete_with_fixes as trainloop
 
 OTHER = (
@@ -183,6 +185,30 @@ def test_other_data_and_versions_are_said(train: Any, first: Outcome) -> None:
     assert "data then 01234567, now " in line
     assert "torch then 1.0, now " in line
     assert "numpy" not in line
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "differs"),
+    [
+        ("2.13.0+cu130", "2.13.0", False),
+        ("2.13.0", "2.13.0+cpu", False),
+        ("2.13.0+cpu", "2.13.0+cpu", False),
+        ("2.13.0+cu130", "2.13.0+cpu", True),
+        ("2.13.0+cu130", "2.13.1", True),
+        ("2.13.0+cu130", None, True),
+        (None, "2.13.0+cpu", True),
+        (None, None, False),
+        (["2.13.0"], "2.13.0", True),
+    ],
+)
+def test_a_version_without_its_build_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: Any, now: str | None, differs: bool
+) -> None:
+    """Breaks: torch "not the same as then" on the machine that wrote the file."""
+    path = written(tmp_path, {"arguments": {}, "versions": {"torch": then}})
+    monkeypatch.setattr(config_file, "version_of_package", lambda _: now)
+    args = argparse.Namespace(config=str(path), data_sha256="")
+    assert len(config_file.differences(args)) == differs
 
 
 def test_what_was_typed_is_kept_a_line_a_start(train: Any) -> None:

@@ -142,6 +142,24 @@ def written(system: Any, out: Path) -> Any:
     return trained_model.load_model(out).system
 
 
+def test_a_folder_above_that_cannot_be_flushed_is_no_failed_export(tmp_path: Path) -> None:
+    """Breaks: a whole export that is said to have failed, and is refused the next time."""
+    asked: list[Path] = []
+
+    class Unflushed(FileSystem):
+        def fsync_dir(self, path: Path) -> None:
+            asked.append(path)
+            if path == tmp_path:
+                raise OSError(5, "Input/output error")
+            super().fsync_dir(path)
+
+    system, out = stirred(), tmp_path / "model"
+    exported_model.write_export(out, system, dict(ABOUT), "card", fs=Unflushed())
+    assert asked[-1] == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert trained_model.load_model(out).n_batches == ABOUT["batches"]
+
+
 def answers_of(system: Any) -> list[Any]:
     """Size, colours and confidences, as they are computed, of six queries."""
     tasks = {name: make_task(name) for name in ("flip", "same", "double")}

@@ -12,6 +12,9 @@ from conftest import make_tasks, write_tasks
 
 import loss_function
 import reward_shaping
+import run_state
+import trainloop_complete_with_fixes as trainloop
+import watching
 
 NUMBER = r"\d+\.\d{4}"
 
@@ -85,6 +88,13 @@ def test_a_batch_line_comes_every_fifty_batches(train: Any) -> None:
     for name, close in (("reward", 1e-4), ("d_acc", 1e-4), ("loss", 1e-4), ("exact", 1e-3)):
         mean = sum(row[name] for row in rows[1:51]) / 50
         assert float(said[name]) == pytest.approx(mean, abs=close), name
+
+
+def test_lines_looks_and_averages_are_as_far_apart() -> None:
+    """Breaks: an average over other batches than those since the line before."""
+    assert run_state.LINE_EVERY == 50
+    assert trainloop.LINE_EVERY == watching.LINE_EVERY == run_state.LINE_EVERY
+    assert run_state.Recent().rows.maxlen == run_state.LINE_EVERY
 
 
 def test_epoch_summaries_are_to_the_letter(reference: Any) -> None:
