@@ -8,14 +8,14 @@ line win. Needs the standard library alone; it trains nothing and writes nothing
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from command_line import EXIT_MISSING, UserError
-from persistence.files import version_of_package
+from persistence.files import expanded, version_of_package
 from resume_rules import BEFORE_THE_FLAG, RULES, as_flags, from_saved
 
 # Of the process that wrote the file: how it was started, not what it trained.
@@ -69,9 +69,11 @@ def read_config(path: str) -> dict[str, Any]:
 
     Raises UserError.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     file = file / "config.json" if file.is_dir() else file
     try:
+        if file.exists() and not file.is_file():  # a pipe or a device may have no end
+            raise OSError(errno.EINVAL, "it is no regular file")
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(

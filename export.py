@@ -27,6 +27,7 @@ from command_line import (
     counted,
     guarded,
 )
+from persistence.files import expanded
 from run_record import figure, part, percent, reached_of, read_object
 from trained_model import known_errors, load_model
 
@@ -99,7 +100,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, checked as far as is possible without torch."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    out = Path(os.path.abspath(Path(args.out).expanduser()))  # noqa: PTH100 - no links followed
+    out = Path(os.path.abspath(expanded(args.out)))  # noqa: PTH100 - no links followed
     if os.path.lexists(out):
         parser.error(f"--out {args.out}: is there already; choose a new folder")
     check_arguments(parser, args, [("--out", str(out))])
@@ -291,7 +292,7 @@ def run_export(args: argparse.Namespace) -> int:
     """
     from exported_model import is_export, write_export
 
-    if is_export(Path(args.model).expanduser()):
+    if is_export(expanded(args.model)):
         raise UserError(f"{args.model}: is an export already; copy the folder", EXIT_ARGUMENTS)
     model = load_model(args.model, checkpoint=args.checkpoint, offline=args.offline)
     for note in model.notes:

@@ -16,7 +16,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import errno
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +47,7 @@ FORMAT, VERSION = "arc-efe-model", 1
 WEIGHTS, CONFIG, CARD, LANGUAGE_MODEL = (
     "model.safetensors", "config.json", "README.md", "language_model",
 )  # fmt: skip
-NEEDED = ("system", "task_ids", "batches", "averaged", "language_model", "sha256")
+NEEDED = ("system", "task_ids", "batches", "averaged", "language_model", "sha256", "sealed")
 
 
 def is_export(folder: Path) -> bool:
@@ -96,7 +98,10 @@ def write_export(
             for name, value in module_state(part).items()
             if not (module == "qwen" and name.startswith("backbone."))
         }
-        save_file(tensors, temp / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(tensors, temp / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk
+            raise OSError(errno.EIO, str(error)) from error
         language_model = _write_language_model(system.qwen, temp / LANGUAGE_MODEL, offline)
         settings = dataclasses.asdict(system.config)
         settings |= language_model.pop("settings")
@@ -108,6 +113,7 @@ def write_export(
             "language_model": language_model,
             "sha256": hashlib.sha256((temp / WEIGHTS).read_bytes()).hexdigest(),
         }
+        config["sealed"] = sealed(config)
         atomic_write_json(temp / CONFIG, config, fs)
         (temp / CARD).write_text(card, encoding="utf-8")
         again = read_export(temp)
@@ -158,6 +164,12 @@ def _write_language_model(qwen: QwenHybridPrompt, folder: Path, offline: bool) -
     return {**found, "revision": None, **facts, "settings": settings}
 
 
+def sealed(config: dict[str, Any]) -> str:
+    """SHA-256 of what config.json says, but for this."""
+    text = json.dumps({k: v for k, v in config.items() if k != "sealed"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_export(folder: Path) -> dict[str, Any]:
     """An export in the form of a checkpoint's payload: the modules' states by name (of the language
     model none), `extra`, `frozen`; and `language_model` and `revision`, which no checkpoint has.
@@ -182,6 +194,8 @@ def read_export(folder: Path) -> dict[str, Any]:
     if missing or wrong:
         why = f"its {CONFIG} lacks '{missing[0]}'" if missing else f"'{wrong[0]}' in its {CONFIG}"
         raise CorruptCheckpointError(f"{folder}: cannot be read", why, fix)
+    if config["sealed"] != sealed(config):
+        raise CorruptCheckpointError(f"{folder / CONFIG}: differs from what was written", "", fix)
     weights = folder / WEIGHTS
     try:
         content = weights.read_bytes()  # not mapped: a file that shrinks then ends the process

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from evaluation import Key, Prediction
 
 VIEWS_CPU, VIEWS_GPU = 4, 8  # guess: a CPU user waits for every view
-BATCH_CPU, BATCH_GPU = 16, 256  # queries; as in the evaluations of training
+BATCH_CPU, BATCH_GPU = 8, 256  # queries; as in the evaluations of training
 ADAPT_BATCH = 8  # queries; as in training on a CPU
 # What says nothing where no model answers.
 OF_THE_MODEL = (

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 SAMPLE_SEED = 0  # the sample is the same for every run on the same data
 VIEWS_CPU, VIEWS_GPU = 2, 8  # as in a final evaluation that no clock hurries
-BATCH_CPU, BATCH_GPU = 16, 256  # queries
+BATCH_CPU, BATCH_GPU = 8, 256  # queries
 CURVES = (
     # (title, key of batch rows, key of epoch rows)
     ("Loss", "loss", None),

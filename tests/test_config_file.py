@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from conftest import SCRIPT, Outcome, assert_same_end, environment, one_line_err
 
 import config_file
 import trainloop_complete_with_fixes as trainloop
+from command_line import UserError
 
 OTHER = (
     "--seed", 3, "--max_batches", 3, "--agent_lr", "2e-3", "--schedule_batches", "1:3",
@@ -218,3 +220,10 @@ def test_what_was_typed_is_kept_a_line_a_start(train: Any) -> None:
     assert len(commands) == 2
     assert commands[0].endswith("--max_batches 1")
     assert "--resume --epochs 2 --max_batches 1" in commands[1]
+
+
+def test_a_pipe_or_device_in_its_place_is_not_waited_for(tmp_path: Any) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", "~nobody_of_that_name/c"):
+        with pytest.raises(UserError, match=r"no regular file|No such file"):
+            config_file.read_config(str(path))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import differing, make_task
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 
 import evaluation
@@ -338,10 +339,12 @@ def test_a_card_of_odd_results_says_what_is_unknown(reference: Any, tmp_path: Pa
 # ---------------------------------------------------------------- what fails
 
 
-def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+def edit(change: Callable[[dict[str, Any]], object], seal: bool = True) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         change(config)
+        if seal:
+            config["sealed"] = exported_model.sealed(config)
         (folder / "config.json").write_text(json.dumps(config))
 
     return damage
@@ -366,6 +369,8 @@ def flip(name: str) -> Callable[[Path], None]:
         (edit(lambda c: c.update(format="x")), "its config.json is not one of export.py"),
         (edit(lambda c: c.update(version=9)), "this version reads format 1"),
         (edit(lambda c: c.pop("task_ids")), "lacks 'task_ids'"),
+        (edit(lambda c: c.update(task_ids=[]), False), "config.json: differs from what was"),
+        (edit(lambda c: c["system"].update(policy="of"), False), "differs from what was written"),
         (edit(lambda c: c.update(task_ids=3)), "'task_ids' in its config.json"),
         (edit(lambda c: c.update(system=[])), "'system' in its config.json"),
         (edit(lambda c: c.update(language_model=None)), "'language_model' in its config.json"),
@@ -400,7 +405,9 @@ def test_weights_that_are_no_safetensors_or_lack_one(
         weights.write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
         config = json.loads((copy / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps({**config, "sha256": digest}))
+        config |= {"sha256": digest}
+        config["sealed"] = exported_model.sealed(config)
+        (copy / "config.json").write_text(json.dumps(config))
         assert call(predict, copy, "--data", tasks_file, "--device", "cpu") == 3
         assert says in capsys.readouterr().err
 
@@ -487,3 +494,19 @@ def test_the_run_is_not_written_to(reference: Any, tmp_path: Path) -> None:
 def test_every_module_is_in_the_file(exported: Path) -> None:
     names = {key.split(".")[0] for key in load_file(exported / "model.safetensors")}
     assert names == set(MODULES)
+
+
+def test_a_disk_that_is_full_for_the_weights(
+    reference: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Breaks: safetensors has an error of its own for it."""
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr(exported_model, "save_file", full)
+    assert call(export, reference.folder, "--out", tmp_path / "out") == 3
+    printed = capsys.readouterr().err
+    assert "cannot be written" in printed
+    assert len(printed.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -381,7 +381,7 @@ def test_a_part_that_did_not_answer_all_is_counted_on_what_it_answered(copied: P
         (1076, "Network alone 40 of 1076, 3.7% two attempts; together wins 9 of its misses"),
         (None, "Network alone 40 of 1076, 3.7% two attempts; together wins 9 of its misses"),
     ):
-        made = {"alone": {"network": counts | {"n": 9}}}  # n: where there was a candidate
+        made: dict[str, Any] = {"alone": {"network": counts | {"n": 9}}}  # n: of those answered
         results.pop("network_queries", None)
         made |= {} if n is None else {"network_queries": n}
         path.write_text(json.dumps(results | made))

@@ -22,11 +22,12 @@ import traceback
 from pathlib import Path
 
 from device_table import DEVICE
+from watch_table import WATCH
 from wiring_table import MUTANTS as WIRING
 from wiring_table import Mutant
 
 REPO = Path(__file__).resolve().parents[2]
-MUTANTS = [*WIRING, *DEVICE]
+MUTANTS = [*WIRING, *WATCH, *DEVICE]
 LIMIT_S = 240.0  # of one mutant; one that hangs the tests is noticed by them
 
 
