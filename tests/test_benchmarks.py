@@ -118,6 +118,7 @@ def test_made_up_tasks_are_what_was_asked_for(load: Any, write: str, tmp_path: P
 
 def test_an_axis_is_measured_and_drawn(load: Any, tmp_path: Path, capsys: Any) -> None:
     """Breaks: a cost of the wrong thing: per pair it hardly grows with the batch."""
+    pytest.importorskip("matplotlib")
     bench = load("bench_scaling")
     out, figure = tmp_path / "scaling.json", tmp_path / "scaling.png"
     flags = ["--axes", "cells", "--largest", "8", "--repeats", "1"]
@@ -165,6 +166,7 @@ def test_an_epoch_is_rehearsed_and_the_script_is_as_before(load: Any, tmp_path: 
 def test_lora_takes_a_smaller_batch_where_memory_runs_out(
     load: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    pytest.importorskip("peft")
     bench = load("bench_gpu")
     asked: list[tuple[str, str]] = []
     (tmp_path / "metrics.jsonl").write_text(

@@ -430,6 +430,7 @@ def test_what_is_chosen_is_kept_on_a_resume(saved_models: Path, train: Any) -> N
     again = train("--resume", done.folder, "--device", "cpu", "--dry_run", fast=False)
     assert again.code == 0, again.err
     assert (again.run.args.qwen_train, again.run.args.batch_cells) == ("full", 400)
-    refused = train("--resume", done.folder, "--device", "cpu", "--qwen_train", "lora", fast=False)
+    other = ("--qwen_train", "frozen")
+    refused = train("--resume", done.folder, "--device", "cpu", *other, fast=False)
     assert refused.code == 3
-    assert "--qwen_train: saved full, now lora" in refused.err
+    assert "--qwen_train: saved full, now frozen" in refused.err

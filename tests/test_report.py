@@ -630,6 +630,7 @@ def test_smoothing_ignores_what_is_not_finite() -> None:
 
 
 def test_curves_alone_are_a_png(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     out = tmp_path / "curves.png"
     assert report.main([str(run), "--curves", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
@@ -637,6 +638,7 @@ def test_curves_alone_are_a_png(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_png_of_a_run_without_results_and_with_a_torn_line(copied: Path) -> None:
+    pytest.importorskip("matplotlib")
     (copied / "results.json").unlink()
     n = len(run_record.read_record(copied).batches)
     with (copied / "metrics.jsonl").open("a") as file:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -497,7 +498,8 @@ def test_damage_of_every_kind_at_once_stops_no_resume(train: Any) -> None:
     damage = b"".join(text for name, text in DAMAGE.items() if name != "torn")
     (first.folder / "metrics.jsonl").write_bytes(damage + whole + damage + DAMAGE["torn"])
     record = report.read_record(first.folder)
-    assert report.draw_curves(record).startswith(b"\x89PNG")
+    if find_spec("matplotlib") is not None:
+        assert report.draw_curves(record).startswith(b"\x89PNG")
     assert run_record.summary_rows(record)
     again = train("--resume", first.folder, *SMALL)
     assert again.code == 0, again.err
