@@ -40,6 +40,7 @@ OVERFIT, OVERFIT_EPOCHS = 0.02, 3  # guess; accuracy won in training and lost in
 OVERFLOWS = 5  # guess; not finite batches of SHORT that fp16 may have: its scale falls by them
 SIZE_WEIGHT_END = 0.5  # the first design's: 1.0, 0.833, 0.667, then this
 FEW_TASKS = 20  # guess
+FEW_BATCHES = 50  # guess; fewer are too few to learn from: `run_lines` and `run_record` say so
 WAITS, WAITS_LESS = 0.5, 0.4  # guess; share of the time in which the next batch is waited for
 CREEP = 4 << 20  # guess; bytes a batch
 SKIPPED_SAVES = 3  # guess; between two looks

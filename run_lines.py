@@ -16,10 +16,9 @@ import torch
 from command_line import counted
 from dataset_arc import TaskSet
 from evaluation import gains_line
+from health import FEW_BATCHES
 from loss_function import PARTS
 from run_state import REWARD_FIGURES, Run
-
-FEW_BATCHES = 50  # a --time_budget that trains fewer was too short (guess)
 
 
 def banner(run: Run, tasks: TaskSet, folder: Path | None, found: list[str]) -> None:
@@ -131,7 +130,7 @@ def say_results(run: Run, result: dict[str, Any], written: bool) -> None:
     budget, n = run.args.time_budget, result["batch"]
     over = result["minutes"] - budget if budget else 0.0
     run.log.say(
-        f"       trained {n} {'batch' if n == 1 else 'batches'} in "
+        f"       trained {counted(n, 'batch', 'batches')} in "
         f"{result['trained_minutes']:.1f} minutes; {result['views_done']:.1f} views on average"
         + (f"; --time_budget {budget:g} overrun by {60 * over:.0f} s" if over > 0 else ""),
         important=important or over > 0,

@@ -15,6 +15,7 @@ from statistics import fmean, median
 from typing import Any
 
 from command_line import EXIT_MISSING, UserError, counted
+from health import FEW_BATCHES
 from persistence.files import read_json
 from run_log import read_metrics
 
@@ -29,7 +30,6 @@ SKIPPED_LINE = re.compile(r"\[Batch +(\d+)\] skipped: (.*)")
 ENDS = ("Stopped by ", "Final: ", "Nothing is left to train", "results.json stays", "NOT SAVED")
 START = "Data:   "  # a banner's first line; notes on how data were found have one space
 SHOWN_EVENTS = 60
-FEW_BATCHES = 50  # fewer are too few to learn from, as run_lines says, which needs torch
 WATCHED = {"answer_spread", "retrieved_frac"}  # a batch's row has these where a monitor looked
 
 Row = dict[str, Any]
