@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -672,6 +672,11 @@ def outcomes_by_task(
     }
 
 
+def mean_steps(predictions: Collection[Prediction]) -> float:
+    """Planning steps taken, a query and view on average."""
+    return sum(p.steps for p in predictions) / max(1, sum(p.views for p in predictions))
+
+
 def score(
     predictions: dict[Key, Prediction],
     tasks: Sequence[Task],
@@ -693,8 +698,7 @@ def score(
         **counts(list(rows.values())),
         "size_accuracy": sum(row.size for row in rows.values()) / n,
         "cell_accuracy": sum(row.cells for row in rows.values()) / n,
-        "planning_steps": sum(predictions[key].steps for key in rows)
-        / max(1, sum(predictions[key].views for key in rows)),
+        "planning_steps": mean_steps([predictions[key] for key in rows]),
         "tasks": len(by_task),
         "tasks_solved": sum(all(solved) for solved in by_task.values()),
         "slices": {

@@ -380,6 +380,7 @@ def run_prediction(args: argparse.Namespace) -> int:
         gains,
         gains_line,
         joined,
+        mean_steps,
         predict_tasks,
         proposals_for,
         scores_alone,
@@ -491,8 +492,7 @@ def run_prediction(args: argparse.Namespace) -> int:
     say(f"Wrote {args.out}: {counted(n_inputs, 'answer')} in {seconds:.1f} s")
     if args.score or args.show or args.page:
         figures = score(answers, chosen, known_slices(tasks, split) if args.score else None)
-        passes = [(predictions[key].steps, predictions[key].views) for key in predictions]
-        figures["planning_steps"] = sum(s for s, _ in passes) / max(1, sum(v for _, v in passes))
+        figures["planning_steps"] = mean_steps(predictions.values())
         known = figures["n"] and explained
         figures["alone"] = scores_alone(network, explained, chosen, predictions) if known else {}
         figures["gains"] = gains(network, chosen)
