@@ -20,6 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batches import Batch, bare_batch, generator
+from demonstration_cells import (
+    DemonstrationCells,
+    Group,
+    context_cells,
+    groups_of,
+    layout,
+    places,
+    take,
+    take_heads,
+)
 from fast_math import bag_sum, positive_solver, rms_norm
 from grid_accuracy_loss import resize_turned, size_mask
 from grid_features import CELL_FEATURE_BINS, N_CELL_FEATURES
@@ -60,26 +70,6 @@ class AgentConfig:
     n_size_candidates: int = 0
     max_context_cells: int = 256  # of the demonstrations, looked at cell by cell
     max_rule_cells: int = 1024  # of the demonstrations, for the fitted rule
-
-
-@dataclass
-class DemonstrationCells:
-    """The encoded demonstrations of a batch, one token per output cell; cells = rows * cols.
-
-    raw (pairs, cells, width): each cell's sources and features, embedded, before the encoder.
-    plain (pairs, cells, width): the same after the encoder, as a query's cells are encoded.
-    tokens (pairs, cells, width): plain plus the embedded `right`, so the output is known, too.
-    mask (pairs, cells) bool: the cells that the output has.
-    right (pairs, cells, N_POINTERS) float32: 1 where that pointer shows the output's colour.
-    """
-
-    raw: Tensor
-    plain: Tensor
-    tokens: Tensor
-    mask: Tensor
-    right: Tensor
-    rows: int
-    cols: int
 
 
 @dataclass
@@ -157,6 +147,12 @@ def rotary_table(rows: int, cols: int, dim: int, device: torch.device) -> tuple[
         dim=-1,
     ).reshape(rows * cols, 2 * n_freq)
     return angle.cos(), angle.sin()
+
+
+def rotary_at(place: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The angles of cells at `place` (N,), row * MAX_SIDE + col: cos, sin (N, dim // 2)."""
+    cos, sin = rotary_table(MAX_SIDE, MAX_SIDE, dim, place.device)
+    return cos[place], sin[place]
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -360,43 +356,6 @@ class CrossAttention(nn.Module):
             q = rotate(q, table)
         y = F.scaled_dot_product_attention(q.to(v.dtype), k, v, attn_mask=mask[:, None, None])
         return x + self.out(y.transpose(1, 2).reshape(n, cells, width))
-
-
-def context_cells(demos: DemonstrationCells, context: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Which demonstration cells each query sees: (index into pairs * cells, seen), both (Q, M).
-
-    context (Q, demonstrations) int64, -1 = none. Where a query's demonstrations have more than
-    `limit` cells, cells that differ from the input come first, then an even scatter of the rest.
-    """
-    cells = demos.mask.shape[1]
-    cell = torch.arange(cells, device=context.device)
-    where = (context.clamp(min=0).unsqueeze(-1) * cells + cell).flatten(1)
-    seen = (demos.mask[context.clamp(min=0)] & (context >= 0).unsqueeze(-1)).flatten(1)
-    # M depends on shapes alone: the largest count of seen cells would let a query's own output (in
-    # its neighbours' contexts) change the rounding of its logits. Measured on CPU: 2% of a batch.
-    keep = min(limit, where.shape[1])
-    if keep < where.shape[1]:
-        changed = 1.0 - demos.right[..., 0].flatten()[where]
-        # A fixed hash of row and column (not of the canvas, which others in the batch widen).
-        place = cell // demos.cols * MAX_SIDE + cell % demos.cols
-        slot = torch.arange(context.shape[1], device=context.device)
-        scatter = place * 40503 % 65536 / 65536.0 + 1e-5 * slot[:, None]
-        rank = seen.float() * (1.0 + changed + scatter.flatten())
-        chosen = rank.topk(keep, dim=1).indices.sort(dim=1).values
-        where, seen = where.gather(1, chosen), seen.gather(1, chosen)
-    return where, seen
-
-
-def _take(x: Tensor, where: Tensor) -> Tensor:
-    """Cells of x (pairs, cells, dim) at `where` (Q, M): (Q, M, dim)."""
-    return x.flatten(0, 1).index_select(0, where.flatten()).view(*where.shape, x.shape[-1])
-
-
-def _take_heads(x: Tensor, where: Tensor) -> Tensor:
-    """Cells of x (pairs, heads, cells, dim) at `where` (Q, M): (Q, heads, M, dim)."""
-    heads, dim = x.shape[1], x.shape[3]
-    y = _take(x.transpose(1, 2).flatten(2), where)
-    return y.view(*where.shape, heads, dim).transpose(1, 2)
 
 
 class EncoderBlock(nn.Module):
@@ -683,10 +642,22 @@ class BackwardModel(nn.Module):
         index = colour.clamp(min=0)[..., None, None].expand(-1, -1, N_SHOWN, 1)
         constant = F.one_hot(colour.clamp(min=0), COLOURS).float()
         right = torch.cat([shown.gather(-1, index).squeeze(-1), constant], dim=-1)
-        mask = colour >= 0
-        demos = DemonstrationCells(features, features, features, mask, right, *canvas)
+        features, right, mask = features.flatten(0, 1), right.flatten(0, 1), (colour >= 0).flatten()
+        n, cells = colour.shape
+        demos = DemonstrationCells(
+            features,
+            features,
+            features,
+            mask,
+            right,
+            places(*canvas, colour.device).repeat(n),
+            torch.arange(n, device=colour.device) * cells,
+            torch.full((n,), cells, device=colour.device),
+            most=cells,
+            seen=batch.context.shape[1] * cells,
+        )
         where, seen = context_cells(demos, batch.context, self.max_cells)
-        features, right = _take(features, where), _take(right, where)
+        features, right = take(features, where), take(right, where)
         with torch.autocast(features.device.type, enabled=False):
             weight = seen.float() / seen.sum(1, keepdim=True).clamp(min=1)
             weighted = (features * weight.unsqueeze(-1)).transpose(1, 2)
@@ -770,17 +741,41 @@ class ArcAgent(nn.Module):
 
     def read_demonstrations(self, batch: Batch) -> DemonstrationCells:
         """Encode each demonstration of a batch once; every query that may see it reuses it."""
-        sources = batch.demo_sources
-        output = batch.demo_output
-        rows, cols = output.shape[1:]
+        groups = groups_of(batch.demo_rooms)
+        read = [self._read_group(batch, group) for group in groups]
+        raw, plain, mask, right, place = (torch.cat(part) for part in zip(*read, strict=True))
+        begins = torch.tensor(layout(groups)).to(plain.device, non_blocking=True)
+        return DemonstrationCells(
+            raw=raw,
+            plain=plain,
+            tokens=plain + self.right(right),
+            mask=mask,
+            right=right,
+            place=place,
+            first=begins[0],
+            count=begins[1],
+            most=max(group.rows * group.cols for group in groups),
+            seen=batch.demo_seen,
+        )
+
+    def _read_group(self, batch: Batch, group: Group) -> tuple[Tensor, ...]:
+        """raw, plain, mask, right and place of `DemonstrationCells`, of one group."""
+        sources, cells, output = batch.demo_sources, batch.demo_cells, batch.demo_output
+        size, rows, cols = batch.demo_output_size, group.rows, group.cols
+        if len(group.members) < len(output):
+            members = torch.tensor(group.members).to(output.device, non_blocking=True)
+            sources, cells, output, size = (
+                x.index_select(0, members) for x in (sources, cells, output, size)
+            )
+        sources, cells, output = (x[..., :rows, :cols] for x in (sources, cells, output))
         mask = (output >= 0).flatten(1)
         colours = F.one_hot(output.clamp(min=0), COLOURS).flatten(1, 2)
         matches = (sources == output.unsqueeze(1)).flatten(2).transpose(1, 2)
         right = torch.cat([matches.float(), colours.float()], dim=-1) * mask.unsqueeze(-1)
-        x = self.embed(sources, batch.demo_cells)
-        x = x + self.place(batch.demo_output_size, rows, cols)
-        plain = self._encode(x, _with_first(mask), rows, cols)
-        return DemonstrationCells(x, plain, plain + self.right(right), mask, right, rows, cols)
+        raw = self.embed(sources, cells) + self.place(size, rows, cols)
+        plain = self._encode(raw, _with_first(mask), rows, cols)
+        place = places(rows, cols, output.device).expand(len(output), -1)
+        return tuple(x.flatten(0, 1) for x in (raw, plain, mask, right, place))
 
     def look(self, batch: Batch, demos: DemonstrationCells) -> Sight:
         """Everything about a batch's queries that no prompt changes. No query's output is used."""
@@ -793,27 +788,25 @@ class ArcAgent(nn.Module):
 
         where, seen = context_cells(demos, batch.context, self.config.max_context_cells)
         dim = rotary_dim(self.config.pointer_width)
-        keys = self.pointer.keys(
-            demos.plain, rotary_table(demos.rows, demos.cols, dim, sources.device)
-        )
+        keys = self.pointer.keys(demos.plain[None], rotary_at(demos.place, dim))[0]
         evidence = self.pointer.evidence_of(
             x,
-            _take_heads(keys, where),
-            _take(demos.right, where),
+            take_heads(keys, where),
+            take(demos.right, where),
             seen,
             rotary_table(rows, cols, dim, sources.device),
         )
         where_fit, seen_fit = context_cells(demos, batch.context, self.config.max_rule_cells)
         evidence = evidence + self.rule(
             self.rule.of(x, raw),
-            _take(self.rule.of(demos.plain, demos.raw), where_fit),
-            _take(demos.right, where_fit),
+            take(self.rule.of(demos.plain, demos.raw), where_fit),
+            take(demos.right, where_fit),
             seen_fit,
         )
-        table = self._table(demos.rows, demos.cols, sources.device)
-        k, v = self.demonstrations.keys(demos.tokens, table)
+        table = rotary_at(demos.place, rotary_dim(self.config.width // self.config.heads))
+        k, v = self.demonstrations.keys(demos.tokens[None], table)
         k, v, seen = self.demonstrations.add_null(
-            _take_heads(k, where), _take_heads(v, where), seen
+            take_heads(k[0], where), take_heads(v[0], where), seen
         )
         x = self.demonstrations(x, k, v, seen, self._table(rows, cols, sources.device))
         flat = sources.flatten(2).transpose(1, 2).long()

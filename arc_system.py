@@ -508,12 +508,15 @@ class System:
             context = context_of_next_task(batch)
         else:
             return batch
+        # another task's context may hold more than any of the batch's own
+        seen = context.shape[1] * max(rows * cols for rows, cols in batch.demo_rooms)
         candidates = batch.size_candidates.clone()
         candidates[..., N_INPUT_CANDIDATES:] = 0  # rules read off the demonstrations
         support = torch.zeros_like(batch.size_support)
         return dataclasses.replace(
             batch,
             context=context,
+            demo_seen=seen,
             size_candidates=candidates,
             size_support=support,
             proposed_size=torch.zeros_like(batch.proposed_size),

@@ -182,6 +182,8 @@ class Batch(_Movable):
     proposed_size: torch.Tensor  # (Q, A, 2) long, 0 = no proposal, or one beyond (Hc, Wc)
     proposed_facts: torch.Tensor  # (Q, A, N_PROPOSAL_FACTS) float32, 0 without a proposal
     n_tasks: int
+    demo_rooms: list[tuple[int, int]]  # (rows, cols) that hold each demonstration's output, as cut
+    demo_seen: int  # cells of these rooms that a query's context has at most
     pair_ids: list[PairId] = field(default_factory=list)  # of the queries
     views: list[View] = field(default_factory=list)  # of the queries
     part: Part | None = None  # of a larger batch, where several processes train; None: it is whole
@@ -399,8 +401,12 @@ class Collator:
         if canvas is None:
             hc, wc = np.minimum(room, MAX_SIDE).tolist()
             hd, wd = demo_out.max(0, initial=1).tolist()
+            rooms = [(rows, cols) for rows, cols in demo_out.tolist()]
         else:
             hc, wc = hd, wd = canvas
+            rooms = [canvas] * n_c
+        n_cells = [rows * cols for rows, cols in rooms]
+        demo_seen = max([1, *(sum(n_cells[c] for c in rows_of) for rows_of in contexts)])
         bounds = np.minimum(bounds, (hc, wc))
 
         # Queries: planes and features within the bound of the output, whole inputs. Cells beyond
@@ -483,6 +489,8 @@ class Collator:
             proposed_size=long(proposed_size),
             proposed_facts=torch.from_numpy(proposed_facts),
             n_tasks=len(requests),
+            demo_rooms=rooms,
+            demo_seen=demo_seen,
             pair_ids=pair_ids,
             views=[r.view for r, _ in query_of],
         )

@@ -21,7 +21,6 @@ from arc_agent import (
     RuleFit,
     SizeHead,
     choose_size,
-    context_cells,
     rotary_dim,
     rotary_table,
     rotate,
@@ -334,22 +333,6 @@ def test_right_names_the_pointers_that_hit_the_demonstrated_colour(system: Any, 
                     expected[: len(planes)] = (planes == colour).float()
                     expected[len(planes) + colour] = 1.0
                 assert torch.equal(right[pair, row, col], expected)
-
-
-def test_context_cells_are_the_query_s_own_and_their_number_follows_shapes(
-    system: Any, batch: Any
-) -> None:
-    with torch.no_grad():
-        demos = system.agent.read_demonstrations(batch)
-    cells = demos.mask.shape[1]
-    for limit in (10_000, 40, 7):
-        where, seen = context_cells(demos, batch.context, limit)
-        assert where.shape[1] == min(limit, batch.context.shape[1] * cells)
-        for query, slots in enumerate(batch.context.tolist()):
-            own = {d * cells + c for d in slots if d >= 0 for c in range(cells) if demos.mask[d, c]}
-            kept = where[query][seen[query]].tolist()
-            assert len(set(kept)) == len(kept) == min(limit, len(own))
-            assert set(kept) <= own
 
 
 def test_a_query_without_demonstrations_gets_a_finite_answer(system: Any, batch: Any) -> None:

@@ -369,7 +369,9 @@ QUERY_FIELDS = (
     "query_task",
     "context",
 )
-DEMO_FIELDS = tuple(f.name for f in fields(batches.Batch) if f.name.startswith("demo_"))
+DEMO_FIELDS = tuple(
+    f.name for f in fields(batches.Batch) if f.name.startswith("demo_") and f.type == "torch.Tensor"
+)
 
 
 def rows_of(stream: Any, epoch: Any, key: Any) -> Any:
@@ -384,7 +386,8 @@ def rows_of(stream: Any, epoch: Any, key: Any) -> Any:
         shown = {name: getattr(batch, name)[q] for name in QUERY_FIELDS}
         shown |= {name: getattr(batch, name)[seen] for name in DEMO_FIELDS}
         shape = {name: tuple(getattr(batch, name).shape) for name in QUERY_FIELDS + DEMO_FIELDS}
-        out.append((shown, shape, batch.pair_ids, batch.views, batch.n_tasks))
+        rooms = batch.demo_rooms, batch.demo_seen
+        out.append((shown, shape, rooms, batch.pair_ids, batch.views, batch.n_tasks))
     return out
 
 
