@@ -57,7 +57,7 @@ class AgentConfig:
     """Shape of the agent. Widths in channels; `n_steps` is what the planning loop runs."""
 
     width: int = 96
-    heads: int = 4
+    heads: int = 2
     blocks: int = 1
     encoder_blocks: int = 1
     mlp_ratio: float = 2.0
@@ -533,11 +533,9 @@ class RuleFit(nn.Module):
             solve, failed = positive_solver(moments + ridge * eye)
             rule = solve(weighted @ right) * self.gain
             # then steps on the likelihood that a right pointer is chosen, whichever it is
-            wrong = torch.where(right > 0, 0.0, -1e4)
             for step_size in self.step_size:
-                belief = seen @ rule + self.prior
-                error = (belief + wrong).softmax(-1) - belief.softmax(-1)
-                rule = rule + step_size * solve(weighted @ error)
+                belief = (seen @ rule + self.prior).softmax(-1)
+                rule = rule + step_size * solve(weighted @ towards(belief, right))
             score = query @ rule + self.prior
         fitted = mask.any(-1) & (failed == 0)
         return torch.where(fitted.view(-1, 1, 1), score, 0.0)
@@ -665,11 +663,10 @@ class BackwardModel(nn.Module):
             eye = torch.eye(features.shape[-1], device=features.device)
             solve, failed = positive_solver(weighted @ features + ridge * eye)
             rule = solve(weighted @ right) * self.gain
-            wrong = right.clamp(min=1e-6).log()
             for step_size in self.step_size:
-                belief = features @ rule + self.to_pointer.bias
-                error = (belief + wrong).softmax(-1) - belief.softmax(-1)
-                rule = rule + step_size * solve(weighted @ error)
+                belief = (features @ rule + self.to_pointer.bias).softmax(-1)
+                wanted = right.clamp(min=1e-6)
+                rule = rule + step_size * solve(weighted @ towards(belief, wanted))
         fitted = seen.any(-1) & (failed == 0)
         return torch.where(fitted.view(-1, 1, 1), rule, 0.0)
 
@@ -978,6 +975,13 @@ def drawn_steps(n_steps: int, *key: int) -> int:
     """
     odds = 1.0 / np.arange(1, n_steps + 1)
     return int(generator(*key).choice(n_steps, p=odds / odds.sum())) + 1
+
+
+def towards(belief: Tensor, right: Tensor) -> Tensor:
+    """How belief (..., pointers), probabilities, is to change so that right pointers are chosen,
+    right (..., pointers) >= 0 their weights: belief given that one of them is, minus belief."""
+    chosen = belief * right
+    return chosen / chosen.sum(-1, keepdim=True).clamp(min=1e-30) - belief
 
 
 def sureness(logits: Tensor, previous: Tensor | None, mask: Tensor) -> Tensor:

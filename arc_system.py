@@ -48,7 +48,7 @@ class SystemConfig:
     """Everything that decides which weights a run has; written to config.json, read by predict."""
 
     width: int = 96
-    heads: int = 4
+    heads: int = 2
     blocks: int = 1
     encoder_blocks: int = 1
     planning_steps: int = 5

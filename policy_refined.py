@@ -280,29 +280,36 @@ class RefinedPolicy(nn.Module):
         (batch, 2). The reward is `compute_reward`'s but for d_rev, for which every candidate would
         have to be read backwards.
         """
-        same_size = (own_size == target_size).all(-1)
+        n, offered = size.shape[:2]
         canvas = (target.shape[1], target.shape[2])
         shown = resize_grids(own.long(), own_size, target_size, canvas)
-        rewards = [torch.zeros(len(own), device=own.device)]
-        exact = [exact_match(shown, target, same_size)]
-        for a in range(proposed.shape[1]):
-            grids = proposed[:, a].long()
-            grids = torch.where(grids < COLOURS, grids, OUTSIDE_GRID)
-            is_there = (size[:, a] > 0).all(-1)
-            side = size[:, a].clamp(min=1)
-            reward, _ = self.compute_reward(
-                own,
-                grids,
-                target,
-                inp,
-                size_before=own_size,
-                size_after=side,
-                target_size=target_size,
-            )
-            right = resize_grids(grids, side, target_size, canvas)
-            rewards.append(torch.where(is_there, reward, 0.0))
-            exact.append(exact_match(right, target, is_there & (side == target_size).all(-1)))
-        return torch.stack(rewards, 1), torch.stack(exact, 1)
+        earned = torch.zeros(n, 1, device=own.device)
+        exact = exact_match(shown, target, (own_size == target_size).all(-1))[:, None]
+        if not offered:
+            return earned, exact
+
+        def each(x: Tensor) -> Tensor:
+            """A query's row once for each of its candidates."""
+            return x.repeat_interleave(offered, 0)
+
+        grids = proposed.flatten(0, 1).long()
+        grids = torch.where(grids < COLOURS, grids, OUTSIDE_GRID)
+        is_there = (size > 0).all(-1).flatten()
+        side = size.flatten(0, 1).clamp(min=1)
+        goal, goal_size = each(target), each(target_size)
+        reward, _ = self.compute_reward(
+            each(own),
+            grids,
+            goal,
+            each(inp),
+            size_before=each(own_size),
+            size_after=side,
+            target_size=goal_size,
+        )
+        right = resize_grids(grids, side, goal_size, canvas)
+        hit = exact_match(right, goal, is_there & (side == goal_size).all(-1))
+        earned = torch.cat([earned, torch.where(is_there, reward, 0.0).view(n, offered)], 1)
+        return earned, torch.cat([exact, hit.view(n, offered)], 1)
 
     def learn_choice(self, choice: Choice, rewards: Tensor, exact: Tensor) -> dict[str, Tensor]:
         """The choice among proposals learns from `proposal_rewards`; see `ProposalPolicy.learn`."""

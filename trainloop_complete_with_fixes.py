@@ -299,14 +299,14 @@ def explicit_arguments(argv: list[str] | None) -> set[str]:
 def check_width(parser: Parser, width: int | None) -> None:
     """Heads share the channels of the agent evenly."""
     if width is not None and width % heads_of(width):
-        unit = 24 if width < 256 else 64
+        unit = 48 if width < 256 else 64
         parser.error(f"--width {width}: use a multiple of {unit} (channels of a head)")
 
 
 def heads_of(width: int) -> int:
-    """Attention heads of an agent, at least two (rows and columns): 24 channels each when narrow,
+    """Attention heads of an agent, at least two (rows and columns): 48 channels each when narrow,
     64 from width 256 on."""
-    return max(2, width // 24) if width < 256 else width // 64
+    return max(2, width // 48) if width < 256 else width // 64
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Training pairs per second: the trainer's own step beside the same models in a plain loop.
 
     python benchmarks/bench_step.py
+    python benchmarks/bench_step.py --cost_power 1.5
     python benchmarks/bench_step.py --device cuda --batches 20 --json step.json
 
 Rows, all in one process, at equal model size, in turn within each repetition:
@@ -69,6 +70,12 @@ def build_parser() -> Parser:
     add("--repeats", type=number(int, 1), default=3, help="default: %(default)s")
     add("--batch_size", type=number(int, 1), help="pairs (default: the trainer's)")
     add("--width", type=number(int, 16), help="channels of the agent (default: the trainer's)")
+    add(
+        "--cost_power",
+        type=number(float, 0, 2),
+        default=0.0,
+        help="as of the trainer: 1.5 draws tasks as --time_budget does (default: all alike)",
+    )
     add("--qwen_model", default="auto", help="as of the trainer (default: %(default)s)")
     add("--data", default="arcagi2", help="as of the trainer (default: %(default)s)")
     add("--threads", type=number(int, 1, 1024), default=1, help="CPU threads (default: 1)")
@@ -104,8 +111,8 @@ class Bench:
             "--device", args.device, "--threads", str(args.threads), "--seed", str(args.seed),
             "--qwen_model", args.qwen_model, "--prompt", prompt, "--quiet", "--offline",
         ]  # fmt: skip
-        for flag in ("batch_size", "width"):
-            if getattr(args, flag):
+        for flag in ("batch_size", "width", "cost_power"):
+            if getattr(args, flag, None):
                 flags += [f"--{flag}", str(getattr(args, flag))]
         settings = script.parse_arguments(flags)
         script.fill_device_defaults(settings, args.device)

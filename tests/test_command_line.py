@@ -218,7 +218,7 @@ def test_wrong_arguments_exit_2_with_a_hint(train: Any, flags: Any, expected: An
 def test_a_width_that_heads_cannot_share_is_an_argument_error(train: Any) -> None:
     outcome = train("--width", 97)
     assert outcome.code == 2
-    assert "--width 97: use a multiple of 24" in outcome.err
+    assert "--width 97: use a multiple of 48" in outcome.err
 
 
 # ---------------------------------------------------------------- exit codes and messages

@@ -115,7 +115,7 @@ def test_the_clock_gives_way_to_batches(train: Any) -> None:
     ("arguments", "expected"),
     [
         ({"width": "wide"}, "--width: 'wide' is not a number"),
-        ({"width": 97}, "--width 97: use a multiple of 24"),
+        ({"width": 97}, "--width 97: use a multiple of 48"),
         ({"optimizer": "sgd"}, "--optimizer: 'sgd' is not one of muon, adamw"),
         ({"views": "maybe"}, "--augment: 'maybe' is not one of on, off"),
         ({"no_memory": 3}, "--no_memory: 3 is not true or false"),

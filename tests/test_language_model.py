@@ -39,7 +39,7 @@ def test_auto_model_and_auto_training() -> None:
     assert mode == "frozen"
     assert reason
     assert tiny(train="auto").train_mode == "full"
-    assert "tiny, 0.09 M parameters, full, float32" in tiny().description()
+    assert "tiny, 0.05 M parameters, full, float32" in tiny().description()
     with pytest.raises(ValueError, match="train must be one of"):
         language_model.resolve_train_mode("no", 1, "cpu")
     with pytest.raises(ValueError, match="mode must be one of"):

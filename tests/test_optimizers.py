@@ -30,7 +30,7 @@ def tensors(*shapes: tuple[int, ...], seed: int = 0) -> list[torch.nn.Parameter]
 def give_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(1000 + seed)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
 
 
 def copies(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
@@ -42,8 +42,9 @@ def copies(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.8, 0.999)])
-def test_plain_groups_are_torch_adamw(weight_decay: Any, betas: Any) -> None:
-    ours = tensors((5, 3), (7,), (), (2, 3, 4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # fused, and step by step
+def test_plain_groups_are_torch_adamw(weight_decay: Any, betas: Any, dtype: Any) -> None:
+    ours = [torch.nn.Parameter(p.to(dtype)) for p in tensors((5, 3), (7,), (), (2, 3, 4))]
     theirs = copies(ours)
     options: dict[str, Any] = {"lr": 3e-2, "betas": betas, "weight_decay": weight_decay}
     a, b = MuonAdamW(ours, **options), torch.optim.AdamW(theirs, **options)
