@@ -42,7 +42,6 @@ CLIP = 1.0
 FOLDS = 3  # of two, one would leave a task of three demonstrations, the usual number, a single pair
 MEASURE_SHARE = 1 / 6  # of the seconds, before training; as much again after it, the rest trains
 MEASURED_AT_ONCE = 8  # tasks; a guess
-ASKED_AT_ONCE = 16  # queries
 
 
 class Measure(NamedTuple):
@@ -184,9 +183,7 @@ def _outcomes_of_folds(
     longest = max(len(task.demonstrations) for task in tasks)
     for number in (n for fold in folds for n in range(fold, longest, FOLDS)):
         questions = [left_out(t, number) for t in tasks if number < len(t.demonstrations)]
-        answers = left_out_outcomes(
-            system, questions, task_index=task_index, batch_size=ASKED_AT_ONCE, **how
-        )
+        answers = left_out_outcomes(system, questions, task_index=task_index, **how)
         for task_id, outcome in answers.items():
             found[task_id].append(outcome)
     return found

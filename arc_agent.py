@@ -66,7 +66,7 @@ class AgentConfig:
     pointer_width: int = 24
     backward_width: int = 16
     rule_width: int = 128
-    rule_steps: int = 3
+    rule_steps: int = 2
     n_size_candidates: int = 0
     max_context_cells: int = 256  # of the demonstrations, looked at cell by cell
     max_rule_cells: int = 1024  # of the demonstrations, for the fitted rule

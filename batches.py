@@ -925,6 +925,7 @@ def evaluation_batches(
     batch_size: int = 16,
     *,
     batch_cells: int | None = None,
+    padding: int | None = None,
     max_context: int = 6,
     task_table: Mapping[str, int] | None = None,
     collator: Collator | None = None,
@@ -935,7 +936,9 @@ def evaluation_batches(
 
     The context is the first max_context demonstrations. Every view is gone through in turn, tasks
     ordered by the size that their inputs and demonstrations call for; a batch holds at most
-    batch_size queries, and cells of that size at most batch_cells (None: no bound). task_table:
+    batch_size queries, and cells of the canvas that this asks for at most batch_cells (None: no
+    bound); a task that would add more than `padding` cells which no query needs begins another
+    batch (None: however many). task_table:
     task id -> task_index; without an entry a task is unseen (-1). proposals: by task id and number
     of the test input. turns: asked before each batch whether it is wanted; one that is not is left
     out, unmade.
@@ -971,16 +974,19 @@ def evaluation_batches(
             key = (max(rows, cols), rows, cols, request.task.task_id, request.queries)
             keyed.append((key, replace(request, view=view)))
         pack: list[Request] = []
-        filled = 0
-        for (side, *_), request in sorted(keyed, key=lambda item: item[0]):
+        filled, canvas = 0, (0, 0)
+        for (_, *own, _, _), request in sorted(keyed, key=lambda item: item[0]):
             n = filled + len(request.queries)
-            wide = batch_cells is not None and n * side**2 > batch_cells
-            if pack and (n > batch_size or wide):
+            wide = max(canvas[0], own[0]), max(canvas[1], own[1])
+            cells = n * wide[0] * wide[1]
+            needed = filled * canvas[0] * canvas[1] + len(request.queries) * own[0] * own[1]
+            full = n > batch_size or (batch_cells is not None and cells > batch_cells)
+            if pack and (full or (padding is not None and cells - needed > padding)):
                 if next(wanted):
                     yield collator.collate(pack)
-                pack, filled = [], 0
+                pack, filled, wide = [], 0, (own[0], own[1])
             pack.append(request)
-            filled += len(request.queries)
+            filled, canvas = filled + len(request.queries), wide
         if pack and bool(next(wanted)):
             yield collator.collate(pack)
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ OVERRULED = (
     0.9  # guess: of a proposal's chance, where the agent answered otherwise with it in sight
 )
 N_COST_GROUPS = 12  # of tasks, by size: in a hurry, each gets its views in turn
+CPU_CELLS, CPU_PADDING = 4000, 400  # of canvases, in a batch on a CPU (docs/PERFORMANCE.md)
 N_EARLY_VIEWS = 3  # of each task, before any gets more
 
 
@@ -131,13 +132,33 @@ def without_outputs(tasks: Iterable[Task]) -> list[Task]:
     return [task.without_test_outputs() for task in tasks]
 
 
+class Bounds(TypedDict):
+    """Of a batch, as `evaluation_batches` takes them."""
+
+    batch_size: int
+    batch_cells: int | None
+    padding: int | None
+
+
+def batch_bounds(
+    device: str, batch_size: int | None = None, batch_cells: int | None = None
+) -> Bounds:
+    """How large the batches of predictions are, for `evaluation_batches`: on a GPU as many queries
+    as it has a use for, on a CPU what fits its caches, and no more padding for a further task than
+    the cells for which another batch would be computed. batch_size, batch_cells: at most."""
+    if not device.startswith("cpu"):
+        return {"batch_size": batch_size or 256, "batch_cells": batch_cells, "padding": None}
+    cells = min(batch_cells or CPU_CELLS, CPU_CELLS)
+    return {"batch_size": batch_size or 32, "batch_cells": cells, "padding": CPU_PADDING}
+
+
 def predict_tasks(
     system: System,
     tasks: Sequence[Task],
     views: Sequence[View],
     *,
     task_index: dict[str, int] | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     batch_cells: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -157,8 +178,8 @@ def predict_tasks(
     """Predict every test input of `tasks` once per view, and collect the votes.
 
     Returns predictions by (task id, number of the test input). task_index: row of the task table by
-    task id (tasks without one are unseen); batch_size: queries; batch_cells: about so many cells of
-    answers at most, None = no bound; dtype: of autocast, None = off;
+    task id (tasks without one are unseen); batch_size, batch_cells: queries and cells of their
+    canvases in a batch at most, None = as `batch_bounds` has it; dtype: of autocast, None = off;
     max_context: demonstrations that a query sees; only: the queries wanted (default all); deadline:
     time.monotonic() after which no further batch is started, except in the first view. Small
     tasks come first: each gets up to N_EARLY_VIEWS views, then each the others. max_batches:
@@ -195,8 +216,7 @@ def predict_tasks(
             for batch in evaluation_batches(
                 some,
                 view,
-                batch_size=batch_size,
-                batch_cells=batch_cells,
+                **batch_bounds(device, batch_size, batch_cells),
                 task_table=task_index,
                 max_context=max_context,
                 collator=collator,

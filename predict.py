@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from evaluation import Key, Prediction
 
 VIEWS_CPU, VIEWS_GPU = 4, 8  # guess: a CPU user waits for every view
-BATCH_CPU, BATCH_GPU = 8, 256  # queries; as in the evaluations of training
 ADAPT_BATCH = 8  # queries; as in training on a CPU
 # What says nothing where no model answers.
 OF_THE_MODEL = (
@@ -144,7 +143,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--batch_size",
         type=number(int, 1),
-        help=f"queries per batch (default: {BATCH_CPU} on CPU, {BATCH_GPU} on a GPU)",
+        help="queries per batch at most (default: what suits the device)",
     )
     parser.add_argument(
         "--hypotheses",
@@ -463,7 +462,7 @@ def run_prediction(args: argparse.Namespace) -> int:
     ) -> dict[Key, Prediction]:
         how: dict[str, Any] = {
             "task_index": task_index, "device": device, "dtype": dtype, "seed": model.seed,
-            "batch_size": args.batch_size or (BATCH_CPU if on_cpu else BATCH_GPU),
+            "batch_size": args.batch_size,
         }  # fmt: skip
         own_scores = None
         if args.acceptance == "demonstrations":

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 SAMPLE_SEED = 0  # the sample is the same for every run on the same data
 VIEWS_CPU, VIEWS_GPU = 2, 8  # as in a final evaluation that no clock hurries
-BATCH_CPU, BATCH_GPU = 8, 256  # queries
 CURVES = (
     # (title, key of batch rows, key of epoch rows)
     ("Loss", "loss", None),
@@ -223,7 +222,6 @@ def make_gallery(
     dtype, _ = pick_precision("auto", device)
     how: dict[str, Any] = {
         "task_index": model.task_index, "device": device, "dtype": dtype, "seed": model.seed,
-        "batch_size": BATCH_CPU if device == "cpu" else BATCH_GPU,
     }  # fmt: skip
     flags = record.arguments
     hide = no_bar(args.quiet)
@@ -290,13 +288,13 @@ def planning_steps(
     import torch
 
     from batches import View, evaluation_batches
-    from evaluation import without_outputs
+    from evaluation import batch_bounds, without_outputs
 
     device, dtype = how["device"], how["dtype"]
     generator = torch.Generator(device=device).manual_seed(how["seed"])
     found: dict[Key, tuple[Grid, Grid, int]] = {}
     batches = evaluation_batches(
-        without_outputs(tasks), View(), batch_size=how["batch_size"],
+        without_outputs(tasks), View(), **batch_bounds(device),
         task_table=how["task_index"], proposals=proposals,
     )  # fmt: skip
     for batch in batches:
