@@ -24,6 +24,7 @@ from arc_agent import (
     rotary_dim,
     rotary_table,
     rotate,
+    towards,
 )
 from arc_system import SystemConfig, build_system
 from batches import evaluation_batches, evaluation_targets
@@ -409,6 +410,15 @@ def test_gradient_steps_make_the_demonstrated_colours_more_likely() -> None:
         return -(p * right).sum(-1).log().mean()
 
     assert surprise(3) < surprise(1) < surprise(0)
+
+
+def test_a_step_of_the_rule_is_the_likelihood_s_gradient() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(7, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    right = torch.tensor([[1.0, 0.0, 1.0, 0.0, 1e-6]], dtype=torch.float64)
+    belief = logits.softmax(-1)
+    (belief * right).sum(-1).log().sum().backward()
+    torch.testing.assert_close(towards(belief.detach(), right), logits.grad)
 
 
 def test_the_rule_learns_its_features_and_sees_demonstrations_only() -> None:

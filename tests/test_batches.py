@@ -791,3 +791,26 @@ def test_the_canvas_of_an_evaluation_grows_with_its_proposals(collator: Any) -> 
         assert batch.query_canvas.max() <= 8  # the bound of the agent's own size stays
     (none,) = batches.evaluation_batches(tasks, collator=collator)
     assert none.proposed.shape[1] == 0
+
+
+# ---------------------------------------------------------------- how large evaluation batches are
+
+
+def test_an_evaluation_batch_ends_where_the_next_task_would_pad_too_much(collator: Any) -> None:
+    """Breaks: small grids on the canvas of large ones; a bound that another canvas is held to."""
+    sides = (2, 2, 3, 9, 9)
+    tasks = [
+        make_task(f"t{i}", same_size(2, (side, side)), ((side, side),), seed=i)
+        for i, side in enumerate(sides)
+    ]
+
+    def canvases(**bounds: Any) -> list[Any]:
+        made = batches.evaluation_batches(tasks, batch_size=8, collator=collator, **bounds)
+        return [(batch.n_queries, *batch.query_sources.shape[2:]) for batch in made]
+
+    assert canvases() == canvases(padding=216) == [(5, 9, 9)]  # 4 * 81 - 3 * 9 - 81
+    assert canvases(padding=215) == [(3, 3, 3), (2, 9, 9)]
+    assert canvases(padding=10) == [(3, 3, 3), (2, 9, 9)]  # 3 * 9 - 2 * 4 - 9
+    assert canvases(padding=9) == [(2, 2, 2), (1, 3, 3), (2, 9, 9)]
+    assert canvases(batch_cells=27) == [(3, 3, 3), (1, 9, 9), (1, 9, 9)]
+    assert canvases(batch_cells=26) == [(2, 2, 2), (1, 3, 3), (1, 9, 9), (1, 9, 9)]

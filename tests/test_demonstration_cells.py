@@ -164,3 +164,12 @@ def test_cells_that_differ_from_the_input_come_first(mixed: Any) -> None:
         n_changed = int((own & demos.mask & changed).sum())
         kept = where[query][seen[query]]
         assert int(changed[kept].sum()) == min(n_changed, len(kept))
+
+
+def test_another_task_s_demonstrations_are_all_in_sight(mixed: Any) -> None:
+    """Breaks: shuffled demonstrations cut to as many cells as the batch's own contexts have."""
+    system = lively_system(demonstrations="shuffled")
+    few = dataclasses.replace(mixed, demo_seen=1)
+    with torch.no_grad():
+        a, b = (system.answer(system.read(batch)).logits for batch in (mixed, few))
+    assert torch.equal(a, b)

@@ -24,6 +24,7 @@ from evaluation import (
     Change,
     Prediction,
     answered_all,
+    batch_bounds,
     content,
     contested,
     demonstration_scores,
@@ -231,6 +232,35 @@ def test_max_batches_ends_the_voting_and_never_the_first_view(system: Any, hidde
     assert first_view > 1
     assert votes(first_view + 2) == first_view + 2
     assert votes(1000) > first_view + 2
+
+
+def test_batches_suit_the_device() -> None:
+    """Breaks: a user's own bound passed over; a GPU held to what fits a CPU's caches."""
+    assert batch_bounds("cuda:1") == {"batch_size": 256, "batch_cells": None, "padding": None}
+    assert batch_bounds("cuda", 4, 99) == {"batch_size": 4, "batch_cells": 99, "padding": None}
+    cpu = batch_bounds("cpu")
+    assert cpu["batch_size"] == 32
+    assert cpu["batch_cells"] is not None
+    assert cpu["padding"] is not None
+    assert batch_bounds("cpu", 4, 99) == {**cpu, "batch_size": 4, "batch_cells": 99}
+    assert batch_bounds("cpu", None, 10**9) == cpu
+
+
+def test_predictions_are_made_within_the_bounds_of_the_device(
+    system: Any, hidden: Any, monkeypatch: Any
+) -> None:
+    """Breaks: batches that are as large on a CPU as on a GPU."""
+    given: list[dict[str, Any]] = []
+    real = evaluation.evaluation_batches
+
+    def batches(*args: Any, **options: Any) -> Any:
+        given.append(options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(evaluation, "evaluation_batches", batches)
+    predict_tasks(system, hidden[:1], [View()], batch_size=3)
+    bounds: dict[str, Any] = {**batch_bounds("cpu", 3)}
+    assert [{**options, **bounds} == options for options in given] == [True]
 
 
 def test_batch_size_changes_no_prediction(system: Any, hidden: Any) -> None:

@@ -1136,8 +1136,8 @@ HYPOTHESES = [
     Mutant(
         "44 rewards of candidates 0",
         REFINED,
-        "rewards.append(torch.where(is_there, reward, 0.0))",
-        "rewards.append(torch.zeros_like(reward))",
+        "torch.where(is_there, reward, 0.0).view",
+        "torch.zeros_like(reward).view",
         "policy_refined: earns_what_answering",
     ),
     Mutant(
@@ -1145,6 +1145,13 @@ HYPOTHESES = [
         REFINED,
         "size_after=side,",
         "size_after=target_size,",
+        "policy_refined: earns_what_answering",
+    ),
+    Mutant(
+        "44 candidates paid by another query's target",
+        REFINED,
+        "return x.repeat_interleave(offered, 0)",
+        "return x.repeat(offered, *[1] * (x.dim() - 1))",
         "policy_refined: earns_what_answering",
     ),
     Mutant(
@@ -1366,4 +1373,79 @@ HYPOTHESES = [
     ),
 ]
 
-MUTANTS = SURVIVORS + OTHERS + HYPOTHESES
+GROUPED = "demonstration_cells.py"
+# What is read together, and in batches of which size.
+TOGETHER = [
+    Mutant(
+        "12 cells of the group's first demonstration for all of it",
+        GROUPED,
+        "            begun += cells\n",
+        "        begun += cells\n",
+        "demonstration_cells: groups_change or cells_are_those",
+    ),
+    Mutant(
+        "12 the padding of a group in sight",
+        GROUPED,
+        "seen = demos.mask[where] & within.flatten(1)",
+        "seen = within.flatten(1)",
+        "demonstration_cells: groups_change or context_cells",
+    ),
+    Mutant(
+        "12 cells of the next demonstration in sight",
+        GROUPED,
+        "within = (cell < demos.count[pair]) & (context >= 0).unsqueeze(-1)",
+        "within = (cell < demos.most) & (context >= 0).unsqueeze(-1)",
+        "demonstration_cells: groups_change or context_cells",
+    ),
+    Mutant(
+        "12 every place is on the group's own canvas",
+        GROUPED,
+        "row = torch.arange(rows, device=device) * MAX_SIDE",
+        "row = torch.arange(rows, device=device) * cols",
+        "demonstration_cells: groups_change or cells_are_those",
+    ),
+    Mutant(
+        "12 rooms of training tell how large outputs are",
+        BATCHES,
+        "            rooms = [canvas] * n_c",
+        "            rooms = [(min(r, hd), min(c, wd)) for r, c in demo_out.tolist()]",
+        "batches: own_output_reaches",
+    ),
+    Mutant(
+        "12 shuffled demonstrations cut to the own context",
+        SYSTEM,
+        "            demo_seen=seen,\n",
+        "",
+        "demonstration_cells: another_task",
+    ),
+    Mutant(
+        "12 no batch ends for its padding",
+        BATCHES,
+        "padding is not None and cells - needed > padding",
+        "False",
+        "batches: pad_too_much",
+    ),
+    Mutant(
+        "12 predictions in batches that suit no device",
+        EVALUATION,
+        "**batch_bounds(device, batch_size, batch_cells),",
+        "batch_size=batch_size or 32,",
+        "evaluation: within_the_bounds",
+    ),
+    Mutant(
+        "12 fused AdamW without weight decay",
+        "optimizers.py",
+        'weight_decay=group["weight_decay"], amsgrad',
+        "weight_decay=0.0, amsgrad",
+        "optimizers: plain_groups",
+    ),
+    Mutant(
+        "12 the fitted rule goes to what is right alone",
+        AGENT,
+        ".clamp(min=1e-30) - belief",
+        ".clamp(min=1e-30)",
+        "arc_agent: likelihood_s_gradient",
+    ),
+]
+
+MUTANTS = SURVIVORS + OTHERS + HYPOTHESES + TOGETHER
