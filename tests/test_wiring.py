@@ -769,7 +769,8 @@ def test_evaluation_knows_the_training_tasks_the_views_and_the_seed(
         rows = [table[task_id] for task_id, *_ in batch.pair_ids]
         assert batch.task_index.tolist() == rows
     assert result["n"] == len(keys)
-    assert result["batches_done"] == len(asked) == 1  # --vote_batches: the first view alone
+    assert result["batches_done"] == len(asked)  # --vote_batches 1: the first view alone, whole
+    assert sum(batch.n_queries for batch in asked) == len(keys)
 
 
 def test_predictions_do_not_hang_on_the_generator_with_the_policy_on(proposing: Any) -> None:

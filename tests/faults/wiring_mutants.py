@@ -1,6 +1,6 @@
 """Break the wiring of the training step in a copy, one way at a time, and show which test notices.
 
-The breakages stand in `wiring_table.py` and `device_table.py`. One that no test catches is a
+The breakages stand in `wiring_table.py` and the tables beside it. One that no test catches is a
 promise that nothing keeps.
     python tests/faults/wiring_mutants.py                # all, and the table
     python tests/faults/wiring_mutants.py reward         # those whose name contains `reward`
@@ -22,12 +22,13 @@ import traceback
 from pathlib import Path
 
 from device_table import DEVICE
+from together_table import TOGETHER
 from watch_table import WATCH
 from wiring_table import MUTANTS as WIRING
 from wiring_table import Mutant
 
 REPO = Path(__file__).resolve().parents[2]
-MUTANTS = [*WIRING, *WATCH, *DEVICE]
+MUTANTS = [*WIRING, *TOGETHER, *WATCH, *DEVICE]
 LIMIT_S = 240.0  # of one mutant; one that hangs the tests is noticed by them
 
 

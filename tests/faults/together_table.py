@@ -1,0 +1,83 @@
+"""Breakages of what is read together, in batches of which size, and of its quicker arithmetic, for
+`wiring_mutants.py`.
+
+`from together_table import TOGETHER`.
+"""
+
+from __future__ import annotations
+
+from wiring_table import AGENT, BATCHES, EVALUATION, SYSTEM, Mutant
+
+GROUPED = "demonstration_cells.py"
+TOGETHER = [
+    Mutant(
+        "12 cells of the group's first demonstration for all of it",
+        GROUPED,
+        "            begun += cells\n",
+        "        begun += cells\n",
+        "demonstration_cells: groups_change or cells_are_those",
+    ),
+    Mutant(
+        "12 the padding of a group in sight",
+        GROUPED,
+        "seen = demos.mask[where] & within.flatten(1)",
+        "seen = within.flatten(1)",
+        "demonstration_cells: groups_change or context_cells",
+    ),
+    Mutant(
+        "12 cells of the next demonstration in sight",
+        GROUPED,
+        "within = (cell < demos.count[pair]) & (context >= 0).unsqueeze(-1)",
+        "within = (cell < demos.most) & (context >= 0).unsqueeze(-1)",
+        "demonstration_cells: groups_change or context_cells",
+    ),
+    Mutant(
+        "12 every place is on the group's own canvas",
+        GROUPED,
+        "row = torch.arange(rows, device=device) * MAX_SIDE",
+        "row = torch.arange(rows, device=device) * cols",
+        "demonstration_cells: groups_change or cells_are_those",
+    ),
+    Mutant(
+        "12 rooms of training tell how large outputs are",
+        BATCHES,
+        "            rooms = [canvas] * n_c",
+        "            rooms = [(min(r, hd), min(c, wd)) for r, c in demo_out.tolist()]",
+        "batches: own_output_reaches",
+    ),
+    Mutant(
+        "12 shuffled demonstrations cut to the own context",
+        SYSTEM,
+        "            demo_seen=seen,\n",
+        "",
+        "demonstration_cells: another_task",
+    ),
+    Mutant(
+        "12 no batch ends for its padding",
+        BATCHES,
+        "padding is not None and cells - needed > padding",
+        "False",
+        "batches: pad_too_much",
+    ),
+    Mutant(
+        "12 predictions in batches that suit no device",
+        EVALUATION,
+        "**batch_bounds(device, batch_size, batch_cells),",
+        "batch_size=batch_size or 32,",
+        "evaluation: within_the_bounds",
+    ),
+    Mutant(
+        "12 fused AdamW without weight decay",
+        "optimizers.py",
+        'weight_decay=group["weight_decay"], amsgrad',
+        "weight_decay=0.0, amsgrad",
+        "optimizers: plain_groups",
+    ),
+    Mutant(
+        "12 the fitted rule goes to what is right alone",
+        AGENT,
+        ".clamp(min=1e-30) - belief",
+        ".clamp(min=1e-30)",
+        "arc_agent: likelihood_s_gradient",
+    ),
+]
