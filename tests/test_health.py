@@ -84,7 +84,7 @@ def changed_answers(change: Callable[[torch.Tensor], torch.Tensor], which: str) 
 
         def answer(reading: Any, refinement: Any = None, **given: Any) -> Any:
             made = real(reading, refinement, **given)
-            if which == ("first" if refinement is None else "second") or which == "all":
+            if which == ("first" if refinement is None else "second"):
                 made = dataclasses.replace(made, logits=change(made.logits))
             return made
 
@@ -168,8 +168,14 @@ def set_curriculum(run: Any) -> None:
     run.curriculum = SizeWarmupCurriculum(end=1.0)
 
 
-def always_three(logits: torch.Tensor) -> torch.Tensor:
-    return (logits + 30.0 * torch.eye(10)[3]).log_softmax(-1)
+def one_colour(run: Any) -> None:
+    """The first answers are all of colour 3, the second ones of colour 4."""
+
+    def always(colour: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda logits: (logits + 30.0 * torch.eye(10)[colour]).log_softmax(-1)
+
+    changed_answers(always(3), "first")(run)
+    changed_answers(always(4), "second")(run)
 
 
 MODEL_FAULTS: dict[str, tuple[str, Prepare | None, tuple[Any, ...]]] = {
@@ -198,7 +204,7 @@ MODEL_FAULTS: dict[str, tuple[str, Prepare | None, tuple[Any, ...]]] = {
         ("--agent_lr", 1e-6, "--qwen_lr", 1e-6, "--epochs", 3, "--batch_size", 30, "--augment",
          "off", "--draw_steps", "off"),
     ),
-    "one colour for every cell": ("same_answers", changed_answers(always_three, "all"), ()),
+    "one colour for every cell": ("same_answers", one_colour, ()),
 }  # fmt: skip
 
 
