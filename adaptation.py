@@ -117,10 +117,11 @@ def adapt(
         if progress is not None:
             progress(1 - max(0.0, left()) / seconds if seconds else share)
 
+    asking: dict[str, Any] = {**how, "batch_size": 2 * batch_size}
     answered: dict[str, list[Outcome]] = {}
     while len(answered) < len(unseen) and (not answered or left(1 - MEASURE_SHARE) > 0):
         some = unseen[len(answered) : len(answered) + MEASURED_AT_ONCE]
-        answered |= _outcomes_of_folds(system, some, {}, range(FOLDS), **how)
+        answered |= _outcomes_of_folds(system, some, {}, range(FOLDS), **asking)
         report(0.0)
     measuring_s = time.monotonic() - begun
     chosen = unseen[: len(answered)]
@@ -148,7 +149,7 @@ def adapt(
 
     for fold in range(FOLDS):
         judge = trained(fold, [_without(task, fold) for task in chosen])
-        for task_id, more in _outcomes_of_folds(judge, chosen, index, [fold], **how).items():
+        for task_id, more in _outcomes_of_folds(judge, chosen, index, [fold], **asking).items():
             answered[task_id] += more
     after = {task_id: _measure(answers) for task_id, answers in answered.items()}
     better = any(after[task_id] > before[task_id] for task_id in before)

@@ -643,16 +643,16 @@ class BackwardModel(nn.Module):
         features, right, mask = features.flatten(0, 1), right.flatten(0, 1), (colour >= 0).flatten()
         n, cells = colour.shape
         demos = DemonstrationCells(
-            features,
-            features,
-            features,
-            mask,
-            right,
-            places(*canvas, colour.device).repeat(n),
-            torch.arange(n, device=colour.device) * cells,
-            torch.full((n,), cells, device=colour.device),
-            most=cells,
-            seen=batch.context.shape[1] * cells,
+            raw=features,  # inputs are seen as they are: nothing encodes them
+            plain=features,
+            tokens=features,
+            mask=mask,
+            right=right,
+            place=places(*canvas, colour.device).repeat(n),
+            first=torch.arange(n, device=colour.device) * cells,
+            count=torch.full((n,), cells, device=colour.device),
+            largest=cells,
+            most_seen=batch.context.shape[1] * cells,
         )
         where, seen = context_cells(demos, batch.context, self.max_cells)
         features, right = take(features, where), take(right, where)
@@ -738,7 +738,7 @@ class ArcAgent(nn.Module):
 
     def read_demonstrations(self, batch: Batch) -> DemonstrationCells:
         """Encode each demonstration of a batch once; every query that may see it reuses it."""
-        groups = groups_of(batch.demo_rooms)
+        groups = groups_of(batch.demo_rooms, batch.demo_output.device.type)
         read = [self._read_group(batch, group) for group in groups]
         raw, plain, mask, right, place = (torch.cat(part) for part in zip(*read, strict=True))
         begins = torch.tensor(layout(groups)).to(plain.device, non_blocking=True)
@@ -751,8 +751,8 @@ class ArcAgent(nn.Module):
             place=place,
             first=begins[0],
             count=begins[1],
-            most=max(group.rows * group.cols for group in groups),
-            seen=batch.demo_seen,
+            largest=max(group.rows * group.cols for group in groups),
+            most_seen=batch.most_seen,
         )
 
     def _read_group(self, batch: Batch, group: Group) -> tuple[Tensor, ...]:
@@ -979,7 +979,9 @@ def drawn_steps(n_steps: int, *key: int) -> int:
 
 def towards(belief: Tensor, right: Tensor) -> Tensor:
     """How belief (..., pointers), probabilities, is to change so that right pointers are chosen,
-    right (..., pointers) >= 0 their weights: belief given that one of them is, minus belief."""
+    right (..., pointers) >= 0 their weights: belief given that one of them is, minus belief. That
+    is the gradient of the likelihood's logarithm by logits; where the likelihood is below 1e-30 it
+    only leads away from what is believed."""
     chosen = belief * right
     return chosen / chosen.sum(-1, keepdim=True).clamp(min=1e-30) - belief
 

@@ -45,7 +45,8 @@ IN_BLOCKS = ("blocks.", "encoder.", "demonstrations.")  # of the agent's weights
 
 @dataclass(frozen=True)
 class SystemConfig:
-    """Everything that decides which weights a run has; written to config.json, read by predict."""
+    """Everything that a user decides about which weights a run has; written to config.json, read
+    by predict."""
 
     width: int = 96
     heads: int = 2
@@ -516,7 +517,7 @@ class System:
         return dataclasses.replace(
             batch,
             context=context,
-            demo_seen=seen,
+            most_seen=seen,
             size_candidates=candidates,
             size_support=support,
             proposed_size=torch.zeros_like(batch.proposed_size),

@@ -183,7 +183,7 @@ class Batch(_Movable):
     proposed_facts: torch.Tensor  # (Q, A, N_PROPOSAL_FACTS) float32, 0 without a proposal
     n_tasks: int
     demo_rooms: list[tuple[int, int]]  # (rows, cols) that hold each demonstration's output, as cut
-    demo_seen: int  # cells of these rooms that a query's context has at most
+    most_seen: int  # cells of these rooms that a query's context has at most
     pair_ids: list[PairId] = field(default_factory=list)  # of the queries
     views: list[View] = field(default_factory=list)  # of the queries
     part: Part | None = None  # of a larger batch, where several processes train; None: it is whole
@@ -406,7 +406,7 @@ class Collator:
             hc, wc = hd, wd = canvas
             rooms = [canvas] * n_c
         n_cells = [rows * cols for rows, cols in rooms]
-        demo_seen = max([1, *(sum(n_cells[c] for c in rows_of) for rows_of in contexts)])
+        most_seen = max([1, *(sum(n_cells[c] for c in rows_of) for rows_of in contexts)])
         bounds = np.minimum(bounds, (hc, wc))
 
         # Queries: planes and features within the bound of the output, whole inputs. Cells beyond
@@ -490,7 +490,7 @@ class Collator:
             proposed_facts=torch.from_numpy(proposed_facts),
             n_tasks=len(requests),
             demo_rooms=rooms,
-            demo_seen=demo_seen,
+            most_seen=most_seen,
             pair_ids=pair_ids,
             views=[r.view for r, _ in query_of],
         )

@@ -17,7 +17,8 @@ from grid_parts import MAX_SIDE
 
 # In what a cell costs without attention, about 8 us on one CPU core: a further group costs that of
 # so many cells; attention to so many cells costs each of them as much again.
-GROUP_CELLS = 100
+GROUP_CELLS = {"cpu": 100}
+GROUP_CELLS_GPU = 50_000  # guess: 140 launches, in which a GPU computes so many cells
 ATTENDED_CELLS = 1000
 
 Room = tuple[int, int]  # rows, cols
@@ -34,7 +35,7 @@ class DemonstrationCells:
     right (N, pointers) float32: 1 where that pointer shows the output's colour.
     place (N,) int64: row * MAX_SIDE + col.
     first, count (C,) int64: where a demonstration's cells begin, and how many there are.
-    most: cells of the largest; seen: about so many can a query see, padding included.
+    largest: cells of the largest one; most_seen: no query sees more, padding included.
     """
 
     raw: Tensor
@@ -45,8 +46,8 @@ class DemonstrationCells:
     place: Tensor
     first: Tensor
     count: Tensor
-    most: int
-    seen: int
+    largest: int
+    most_seen: int
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,12 @@ class Group:
     rows: int
     cols: int
 
-    @property
-    def cells(self) -> int:
-        return len(self.members) * self.rows * self.cols
 
-
-def groups_of(rooms: Sequence[Room]) -> list[Group]:
+def groups_of(rooms: Sequence[Room], device: str = "cpu") -> list[Group]:
     """Demonstrations grouped so that padding and the number of groups cost least, about: those of
     one size together, and sizes in falling order join the group that it makes dearer by least, or
-    open one."""
+    open one. device: its type, for which the cost is."""
+    further = GROUP_CELLS.get(device, GROUP_CELLS_GPU)
 
     def cost(n: int, room: Room) -> float:
         cells = room[0] * room[1]
@@ -76,7 +74,7 @@ def groups_of(rooms: Sequence[Room]) -> list[Group]:
         alike.setdefault(room, []).append(number)
     groups: list[tuple[Room, list[int]]] = []
     for own in sorted(alike, key=lambda room: (-room[0] * room[1], room)):
-        best, place, new = GROUP_CELLS + cost(len(alike[own]), own), len(groups), (own, alike[own])
+        best, place, new = further + cost(len(alike[own]), own), len(groups), (own, alike[own])
         for at, (room, members) in enumerate(groups):
             wide = max(room[0], own[0]), max(room[1], own[1])
             joined = [*members, *alike[own]]
@@ -112,18 +110,19 @@ def context_cells(demos: DemonstrationCells, context: Tensor, limit: int) -> tup
     `limit` cells, cells that differ from the input come first, then an even scatter of the rest.
     """
     pair = context.clamp(min=0).unsqueeze(-1)
-    cell = torch.arange(demos.most, device=context.device)
-    within = (cell < demos.count[pair]) & (context >= 0).unsqueeze(-1)
-    where = torch.where(within, demos.first[pair] + cell, 0).flatten(1)
+    cell = torch.arange(demos.largest, device=context.device)
+    count = demos.count[pair]
+    within = (cell < count) & (context >= 0).unsqueeze(-1)
+    where = (demos.first[pair] + torch.minimum(cell, count - 1)).flatten(1)
     seen = demos.mask[where] & within.flatten(1)
-    # M depends on `seen` and shapes alone: in training, the largest count of seen cells would let a
-    # query's own output (in its neighbours' contexts) change the rounding of its logits.
-    keep = min(limit, demos.seen, where.shape[1])
+    # M depends on rooms alone: in training, how many cells queries do see would let a query's own
+    # output (in its neighbours' contexts) change the rounding of its logits.
+    keep = min(limit, demos.most_seen, where.shape[1])
     if keep < where.shape[1]:
         changed = 1.0 - demos.right[..., 0][where]
         # A fixed hash of row and column (not of the canvas, which others in the batch widen).
         slot = torch.arange(context.shape[1], device=context.device)
-        slot = slot[:, None].expand(-1, demos.most).flatten()
+        slot = slot[:, None].expand(-1, demos.largest).flatten()
         scatter = demos.place[where] * 40503 % 65536 / 65536.0 + 1e-5 * slot
         rank = seen.float() * (1.0 + changed + scatter)
         chosen = rank.topk(keep, dim=1).indices.sort(dim=1).values

@@ -31,7 +31,7 @@ USABLE = 0.9  # of a device's memory: the rest is lost between blocks, or anothe
 # Of the process itself: on a GPU its context and kernels (guess), on a CPU the libraries (measured)
 CONTEXT_BYTES, LIBRARY_BYTES = 700 * 10**6, 600 * 10**6
 BYTES_OF_STATE = {"muon": 4, "adamw": 8, "adamw8bit": 2}  # a trained number
-# Copies that an update makes of its group's numbers, for a moment.
+# Copies that an update makes of its group's numbers, for a moment, on a GPU.
 COPIES_IN_STEP = {"muon": 3, "adamw": 1, "adamw8bit": 0}
 HALF = 0.77  # of what the agent's blocks keep in float32, they keep under autocast
 ON_DISK_BESIDE = 2  # files beside the rolling checkpoints: best_model.pt, and the one being written

@@ -56,6 +56,10 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrix.dtype)
 
 
+def _plain_memory(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon where a group says `muon=True`, else AdamW, `eight_bit=True` with small moments.
 
@@ -127,7 +131,7 @@ class MuonAdamW(torch.optim.Optimizer):
         grads = [p.grad for p in params if p.grad is not None]
         first: list[Tensor] = []
         second: list[Tensor] = []
-        steps: list[float] = []
+        steps: list[Tensor] = []
         for p in params:
             state = self.state[p]
             if not state:
@@ -137,12 +141,12 @@ class MuonAdamW(torch.optim.Optimizer):
             state["step"] += 1
             first.append(state["exp_avg"])
             second.append(state["exp_avg_sq"])
-            steps.append(float(state["step"]))  # kept on the CPU: no sync
-        if all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (*params, *grads)):
-            # the same in one pass over memory, a fifth of the time; elsewhere it wants its step
-            # counts on the device
+            steps.append(state["step"])  # kept on the CPU: no sync
+        if all(_plain_memory(x) for x in (*params, *grads)):
+            # The same in one pass over memory, a fifth of the time. It asks for no strides, and
+            # elsewhere than on a CPU for step counts on the device.
             torch._fused_adamw_(
-                params, grads, first, second, [], [self.state[p]["step"] for p in params],
+                params, grads, first, second, [], steps,
                 lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
                 weight_decay=group["weight_decay"], amsgrad=False, maximize=False,
             )  # fmt: skip
@@ -151,11 +155,12 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, value=1 - beta2)
         denominators = torch._foreach_sqrt(second)
-        corrections = [(1 - beta2**t) ** 0.5 for t in steps]
+        counts = [float(step) for step in steps]
+        corrections = [(1 - beta2**t) ** 0.5 for t in counts]
         torch._foreach_div_(denominators, corrections)
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        scale = [-group["lr"] / (1 - beta1**t) for t in steps]
+        scale = [-group["lr"] / (1 - beta1**t) for t in counts]
         torch._foreach_addcdiv_(params, first, denominators, scale)
 
     def _adamw_eight_bit(self, group: dict[str, Any], params: list[Tensor]) -> None:

@@ -304,8 +304,8 @@ def check_width(parser: Parser, width: int | None) -> None:
 
 
 def heads_of(width: int) -> int:
-    """Attention heads of an agent, at least two (rows and columns): 48 channels each when narrow,
-    64 from width 256 on."""
+    """Attention heads of an agent, at least two (rows and columns): of about 48 channels when
+    narrow, 64 from width 256 on."""
     return max(2, width // 48) if width < 256 else width // 64
 
 

@@ -352,6 +352,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "device": device_name(args.device),
         "batch_size": ours.run.args.batch_size,
         "batches": len(positions),
+        "cost_power": args.cost_power,
         "repeats": args.repeats,
         "qwen": ours.run.system.qwen.description(),
         "rows": found,

@@ -24,6 +24,11 @@ OPTIMIZER_SWITCHES = frozenset(
     {"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"}
 )
 
+SETTINGS_FIX = (
+    "Take the model settings of that run and the version of the program that trained it, or start "
+    "a new run."
+)
+
 
 # --------------------------------------------------------------------------------------------------
 # States of live objects, out and in
@@ -102,7 +107,7 @@ def _shape_text(value: Any) -> str:
 
 def _check_fit(name: str, module: Any, saved: Any, where: str) -> None:
     """Names and shapes of one module before anything is changed; a difference is an error."""
-    fix = "Resume with the model settings of that run, or start a new run."
+    fix = SETTINGS_FIX
     if saved is None:
         raise MismatchError(f"{where} has no state for '{name}'", "it was saved as None", fix)
     if not _is_plain(module):
@@ -200,7 +205,7 @@ def apply_state(
             raise MismatchError(
                 f"{where} does not fit '{name}'",
                 f"{type(e).__name__}: {e}",
-                "Resume with the model settings of that run, or start a new run.",
+                SETTINGS_FIX,
             ) from e
     recast: list[str] = []
     if not verify_live:

@@ -386,7 +386,7 @@ def rows_of(stream: Any, epoch: Any, key: Any) -> Any:
         shown = {name: getattr(batch, name)[q] for name in QUERY_FIELDS}
         shown |= {name: getattr(batch, name)[seen] for name in DEMO_FIELDS}
         shape = {name: tuple(getattr(batch, name).shape) for name in QUERY_FIELDS + DEMO_FIELDS}
-        rooms = batch.demo_rooms, batch.demo_seen
+        rooms = batch.demo_rooms, batch.most_seen
         out.append((shown, shape, rooms, batch.pair_ids, batch.views, batch.n_tasks))
     return out
 

@@ -63,8 +63,10 @@ def test_equal_ones_are_one_group_and_little_is_padded(rooms: Any) -> None:
     groups = groups_of(rooms)
     for room in set(rooms):
         assert sum(any(rooms[n] == room for n in group.members) for group in groups) == 1
-    padded = sum(group.cells for group in groups) - sum(rows * cols for rows, cols in rooms)
-    assert padded <= GROUP_CELLS * (len(set(rooms)) - len(groups))
+    computed = sum(len(group.members) * group.rows * group.cols for group in groups)
+    padded = computed - sum(rows * cols for rows, cols in rooms)
+    assert padded <= GROUP_CELLS["cpu"] * (len(set(rooms)) - len(groups))
+    assert len(groups_of(rooms, "cuda")) <= len(groups)
 
 
 def test_what_lies_on_one_canvas_is_one_group() -> None:
@@ -78,7 +80,7 @@ def test_what_lies_on_one_canvas_is_one_group() -> None:
 def test_an_evaluation_batch_has_a_room_for_each_output(mixed: Any) -> None:
     sizes = [tuple(size) for size in mixed.demo_output_size.tolist()]
     assert mixed.demo_rooms == sizes
-    assert mixed.demo_seen == 3 * 3 + 9 * 9 + 3 * 3 + 9 * 9
+    assert mixed.most_seen == 3 * 3 + 9 * 9 + 3 * 3 + 9 * 9
 
 
 def test_a_training_batch_has_its_canvas_as_every_room() -> None:
@@ -88,7 +90,7 @@ def test_a_training_batch_has_its_canvas_as_every_room() -> None:
         rows, cols = batch.demo_output.shape[1:]
         assert set(batch.demo_rooms) == {(rows, cols)}
         longest = int((batch.context >= 0).sum(1).max())
-        assert batch.demo_seen == longest * rows * cols
+        assert batch.most_seen == longest * rows * cols
 
 
 # ---------------------------------------------------------------- reading
@@ -102,7 +104,7 @@ def test_groups_change_no_answer(mixed: Any) -> None:
     n = len(mixed.demo_output)
     assert len(groups_of(mixed.demo_rooms)) == 3  # one of them padded
     at_once = dataclasses.replace(
-        mixed, demo_rooms=[(rows, cols)] * n, demo_seen=mixed.context.shape[1] * rows * cols
+        mixed, demo_rooms=[(rows, cols)] * n, most_seen=mixed.context.shape[1] * rows * cols
     )
     with torch.no_grad():
         a, b = (system.answer(system.read(batch)) for batch in (mixed, at_once))
@@ -136,7 +138,7 @@ def test_context_cells_are_the_query_s_own_and_their_number_follows_rooms(
             demos = system.agent.read_demonstrations(batch)
         for limit in (10_000, 40, 7):
             where, seen = context_cells(demos, batch.context, limit)
-            assert where.shape[1] == min(limit, batch.demo_seen)
+            assert where.shape[1] == min(limit, batch.most_seen)
             for query, slots in enumerate(batch.context.tolist()):
                 own = {
                     cell
@@ -169,7 +171,7 @@ def test_cells_that_differ_from_the_input_come_first(mixed: Any) -> None:
 def test_another_task_s_demonstrations_are_all_in_sight(mixed: Any) -> None:
     """Breaks: shuffled demonstrations cut to as many cells as the batch's own contexts have."""
     system = lively_system(demonstrations="shuffled")
-    few = dataclasses.replace(mixed, demo_seen=1)
+    few = dataclasses.replace(mixed, most_seen=1)
     with torch.no_grad():
         a, b = (system.answer(system.read(batch)).logits for batch in (mixed, few))
     assert torch.equal(a, b)

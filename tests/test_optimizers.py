@@ -57,6 +57,24 @@ def test_plain_groups_are_torch_adamw(weight_decay: Any, betas: Any, dtype: Any)
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_a_gradient_that_lies_transposed_in_memory_counts_as_it_reads() -> None:
+    """Breaks: memory walked through without asking how the numbers lie in it."""
+    ours = tensors((5, 3), (4, 4))
+    theirs = copies(ours)
+    a, b = MuonAdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, 0.95))
+    b.param_groups[0]["weight_decay"] = 0.0
+    for step in range(3):
+        for params in (ours, theirs):
+            give_gradients(params, step)
+            for p in params:
+                assert p.grad is not None
+                p.grad = p.grad.t().contiguous().t()
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_learning_rate_of_a_group_can_change_between_steps_as_in_torch() -> None:
     ours = tensors((4, 4))
     theirs = copies(ours)

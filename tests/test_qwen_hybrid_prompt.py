@@ -66,7 +66,7 @@ def make_batch(tasks: list[list[tuple[tuple[int, int], tuple[int, int]]]], seed:
         "n_tasks": len(tasks),
         "context": context,
         "demo_rooms": [tuple(size) for size in output_size.tolist()],
-        "demo_seen": 1,
+        "most_seen": 1,
     }
     rest = {f.name: torch.zeros(0) for f in fields(Batch) if f.type == "torch.Tensor"}
     return Batch(**(rest | read))

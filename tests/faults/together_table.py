@@ -27,8 +27,8 @@ TOGETHER = [
     Mutant(
         "12 cells of the next demonstration in sight",
         GROUPED,
-        "within = (cell < demos.count[pair]) & (context >= 0).unsqueeze(-1)",
-        "within = (cell < demos.most) & (context >= 0).unsqueeze(-1)",
+        "within = (cell < count) & (context >= 0).unsqueeze(-1)",
+        "within = (context >= 0).unsqueeze(-1)",
         "demonstration_cells: groups_change or context_cells",
     ),
     Mutant(
@@ -48,7 +48,7 @@ TOGETHER = [
     Mutant(
         "12 shuffled demonstrations cut to the own context",
         SYSTEM,
-        "            demo_seen=seen,\n",
+        "            most_seen=seen,\n",
         "",
         "demonstration_cells: another_task",
     ),
