@@ -135,9 +135,10 @@ class Bench:
 
         pairs = 0
         stream, device = self.run.stream, self.run.device
-        for batch, targets in prefetch(lambda p: stream.batch(0, p), positions, depth=3):
+        made = prefetch(lambda p: stream.batch(0, p), positions, depth=3)
+        for number_of_batch, (batch, targets) in enumerate(made):
+            self.run.progress.batch = number_of_batch  # it decides how many planning steps
             self.script.train_step(self.run, batch.to(device), targets.to(device))
-            self.run.progress.batch += 1
             pairs += len(targets.size)
         return pairs
 
@@ -152,14 +153,18 @@ class Bench:
 
 
 def forward_and_loss(run: Any, batch: Any, targets: Any, place: int) -> tuple[Any, Any, Any, Any]:
-    """(loss, reading, pass, what was earned): what `train_step` asks of the models, and no more."""
+    """(loss, reading, pass, what was earned): what `train_step` asks of the models, and no more, in
+    as many planning steps. place: the number of the batch."""
     import torch
 
+    from arc_agent import drawn_steps
+
     system = run.system
+    steps = drawn_steps(run.args.planning_steps, run.args.seed, run.progress.epoch, place, 3)
     with run.autocast():
         reading = system.read(batch, torch.zeros_like(targets.fits))
         draws = torch.Generator(run.device).manual_seed(place)
-        passed = system.answer_twice(reading, draws)
+        passed = system.answer_twice(reading, draws, steps=steps)
         backward = system.backward_both(reading, passed)
         true = system.backward_of(reading, targets.output, targets.size)
     earned = system.reward(reading, passed, targets, backward)
