@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import lively_system
 
 import dataset_arc
 import trainloop_complete_with_fixes as trainloop
@@ -86,6 +87,38 @@ def test_the_plain_loop_is_what_it_says(load: Any, task_set: Any, monkeypatch: A
     assert len(canvases) == 4
     assert max(max(canvas) for canvas in canvases) < 30
     assert max(lengths) < 200
+
+
+# ---------------------------------------------------------------- an evaluation
+
+
+def test_an_evaluation_is_measured_whole_and_in_its_parts(
+    load: Any, reference: Any, tasks_file: Path, capsys: Any
+) -> None:
+    """Breaks: a part that is never called, or one that stays watched."""
+    bench = load("bench_evaluation")
+    flags = ["--data", str(tasks_file), "--repeats", "1"]
+    assert bench.main([str(reference.folder), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "6 test inputs of 6 tasks, one view, 1 thread(s)" in printed
+    parts = [line.split(maxsplit=1)[1] for line in printed.splitlines() if line.startswith("  ")]
+    assert sorted(parts) == [
+        "demonstrations read", "evidence", "fitted rule", "language model and prompt",
+        "looks at demonstrations, all in", "planning", "policy",
+    ]  # fmt: skip
+    assert bench.main([str(reference.folder), *flags, "--every", "3"]) == 0
+    assert "2 test inputs of 2 tasks" in capsys.readouterr().out
+    assert bench.main([str(tasks_file.parent / "none"), *flags]) == 3
+    assert "no such run folder" in capsys.readouterr().err
+
+
+def test_what_is_watched_is_as_it_was_afterwards(load: Any) -> None:
+    system = lively_system()
+    before = {name for part in (system.agent, system.qwen) for name in vars(part)}
+    with pytest.raises(ZeroDivisionError):
+        load("bench_evaluation").watched(system, lambda: 1 // 0)
+    assert before == {name for part in (system.agent, system.qwen) for name in vars(part)}
+    assert "refine" not in vars(system)
 
 
 # ---------------------------------------------------------------- scaling
