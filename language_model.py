@@ -324,7 +324,7 @@ def build_tiny(seed: int | torch.Generator = 0) -> tuple[nn.Module, Any]:
     """A Qwen2 of 0.05 M parameters with random weights, and its tokenizer; no file, no network.
 
     One layer of two heads: with two layers of four the answers were no better and the reading cost
-    three times as much (docs/LOG.md).
+    more than twice as much (docs/LOG.md).
     """
     from transformers import Qwen2Config, Qwen2Model
 
