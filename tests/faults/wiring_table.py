@@ -815,7 +815,7 @@ OTHERS = [
         COMMAND,
         "return memory, EXIT_MEMORY",
         "return memory, EXIT_UNEXPECTED",
-        "command_line: out_of_memory",
+        "seams_log: memory_of_the_cpu",
     ),
     # 34 seeds, honesty
     Mutant(
