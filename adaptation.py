@@ -95,9 +95,10 @@ def adapt(
     on a CPU. Of `seconds` a sixth is for measuring the tasks, small ones first; those it does not
     get to are left alone. parts: what learns, "tokens" of the new tasks or "all" weights but the
     language model's; the policy learns in both cases. lr: of the weights; tokens take ten times as
-    much. batch_size: queries. dtype: of autocast, None = off; float16 would need a scaler and has
-    none. progress gets the share done, in 0..1. Tasks with one demonstration have nothing to learn
-    from and stay unseen. Raises ValueError for other parts, or for no end or two.
+    much. batch_size: queries; to measure, twice as many. dtype: of autocast, None = off; float16
+    would need a scaler and has none. progress gets the share done, in 0..1. Tasks with one
+    demonstration have nothing to learn from and stay unseen. Raises ValueError for other parts, or
+    for no end or two.
     """
     if parts not in PARTS or (seconds is None) == (n_batches is None):
         raise ValueError(f"parts is one of {PARTS}, and one of seconds and n_batches is given")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from batches import Batch, bare_batch, generator
 from demonstration_cells import (
+    Cells,
     DemonstrationCells,
     Group,
     context_cells,
@@ -526,16 +527,9 @@ class RuleFit(nn.Module):
             changed = 1.0 - right[..., :1]  # pointer 0 is the input's own colour
             weight = mask.unsqueeze(-1) * (1.0 + self.log_changed.exp() * changed)
             weight = weight / weight.sum(1, keepdim=True).clamp(min=1.0)
-            weighted = (seen * weight).transpose(1, 2)
-            moments = weighted @ seen
-            ridge = self.log_ridge.exp().clamp(min=RIDGE_FLOOR)
-            eye = torch.eye(seen.shape[-1], device=seen.device)
-            solve, failed = positive_solver(moments + ridge * eye)
-            rule = solve(weighted @ right) * self.gain
-            # then steps on the likelihood that a right pointer is chosen, whichever it is
-            for step_size in self.step_size:
-                belief = (seen @ rule + self.prior).softmax(-1)
-                rule = rule + step_size * solve(weighted @ towards(belief, right))
+            rule, failed = fitted_rule(
+                seen, right, weight, self.log_ridge, self.gain, self.prior, self.step_size
+            )
             score = query @ rule + self.prior
         fitted = mask.any(-1) & (failed == 0)
         return torch.where(fitted.view(-1, 1, 1), score, 0.0)
@@ -642,10 +636,7 @@ class BackwardModel(nn.Module):
         right = torch.cat([shown.gather(-1, index).squeeze(-1), constant], dim=-1)
         features, right, mask = features.flatten(0, 1), right.flatten(0, 1), (colour >= 0).flatten()
         n, cells = colour.shape
-        demos = DemonstrationCells(
-            raw=features,  # inputs are seen as they are: nothing encodes them
-            plain=features,
-            tokens=features,
+        demos = Cells(
             mask=mask,
             right=right,
             place=places(*canvas, colour.device).repeat(n),
@@ -658,15 +649,16 @@ class BackwardModel(nn.Module):
         features, right = take(features, where), take(right, where)
         with torch.autocast(features.device.type, enabled=False):
             weight = seen.float() / seen.sum(1, keepdim=True).clamp(min=1)
-            weighted = (features * weight.unsqueeze(-1)).transpose(1, 2)
-            ridge = self.log_ridge.exp().clamp(min=RIDGE_FLOOR)
-            eye = torch.eye(features.shape[-1], device=features.device)
-            solve, failed = positive_solver(weighted @ features + ridge * eye)
-            rule = solve(weighted @ right) * self.gain
-            for step_size in self.step_size:
-                belief = (features @ rule + self.to_pointer.bias).softmax(-1)
-                wanted = right.clamp(min=1e-6)
-                rule = rule + step_size * solve(weighted @ towards(belief, wanted))
+            rule, failed = fitted_rule(
+                features,
+                right,
+                weight.unsqueeze(-1),
+                self.log_ridge,
+                self.gain,
+                self.to_pointer.bias,
+                self.step_size,
+                floor=1e-6,
+            )
         fitted = seen.any(-1) & (failed == 0)
         return torch.where(fitted.view(-1, 1, 1), rule, 0.0)
 
@@ -740,7 +732,8 @@ class ArcAgent(nn.Module):
         """Encode each demonstration of a batch once; every query that may see it reuses it."""
         groups = groups_of(batch.demo_rooms, batch.demo_output.device.type)
         read = [self._read_group(batch, group) for group in groups]
-        raw, plain, mask, right, place = (torch.cat(part) for part in zip(*read, strict=True))
+        one = len(read) == 1  # always, in a training batch of whole tasks
+        raw, plain, mask, right, place = read[0] if one else map(torch.cat, zip(*read, strict=True))
         begins = torch.tensor(layout(groups)).to(plain.device, non_blocking=True)
         return DemonstrationCells(
             raw=raw,
@@ -975,6 +968,36 @@ def drawn_steps(n_steps: int, *key: int) -> int:
     """
     odds = 1.0 / np.arange(1, n_steps + 1)
     return int(generator(*key).choice(n_steps, p=odds / odds.sum())) + 1
+
+
+def fitted_rule(
+    seen: Tensor,
+    right: Tensor,
+    weight: Tensor,
+    log_ridge: Tensor,
+    gain: Tensor,
+    prior: Tensor,
+    step_sizes: Tensor,
+    *,
+    floor: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(rule (Q, R, pointers), failed (Q,), not 0 where there is none) from features to pointers.
+
+    seen (Q, M, R) features, right (Q, M, pointers) and weight (Q, M, 1) of cells, all float32. By
+    ridge regression of `right`, times `gain`; then a step for each size on the likelihood that a
+    right pointer is chosen, whichever it is, beside `prior` (pointers,). floor: of the weight of a
+    pointer in that likelihood.
+    """
+    weighted = (seen * weight).transpose(1, 2)
+    ridge = log_ridge.exp().clamp(min=RIDGE_FLOOR)
+    eye = torch.eye(seen.shape[-1], device=seen.device)
+    solve, failed = positive_solver(weighted @ seen + ridge * eye)
+    rule = solve(weighted @ right) * gain
+    wanted = right.clamp(min=floor) if floor else right
+    for step_size in step_sizes:
+        belief = (seen @ rule + prior).softmax(-1)
+        rule = rule + step_size * solve(weighted @ towards(belief, wanted))
+    return rule, failed
 
 
 def towards(belief: Tensor, right: Tensor) -> Tensor:

@@ -937,11 +937,10 @@ def evaluation_batches(
     The context is the first max_context demonstrations. Every view is gone through in turn, tasks
     ordered by the size that their inputs and demonstrations call for; a batch holds at most
     batch_size queries, and cells of the canvas that this asks for at most batch_cells (None: no
-    bound); a task that would add more than `padding` cells which no query needs begins another
-    batch (None: however many). task_table:
-    task id -> task_index; without an entry a task is unseen (-1). proposals: by task id and number
-    of the test input. turns: asked before each batch whether it is wanted; one that is not is left
-    out, unmade.
+    bound); each task that would add more than `padding` cells which no query needs begins another
+    batch (None: however many). task_table: task id -> task_index; without an entry a task is unseen
+    (-1). proposals: by task id and number of the test input. turns: asked before each batch whether
+    it is wanted; one that is not is left out, unmade.
     """
     wanted: Iterator[bool] = repeat(True) if turns is None else turns
     chosen = [View()] if views is None else [views] if isinstance(views, View) else list(views)
@@ -975,16 +974,16 @@ def evaluation_batches(
             keyed.append((key, replace(request, view=view)))
         pack: list[Request] = []
         filled, canvas = 0, (0, 0)
-        for (_, *own, _, _), request in sorted(keyed, key=lambda item: item[0]):
+        for (_, rows, cols, *_), request in sorted(keyed, key=lambda item: item[0]):
             n = filled + len(request.queries)
-            wide = max(canvas[0], own[0]), max(canvas[1], own[1])
+            wide = max(canvas[0], rows), max(canvas[1], cols)
             cells = n * wide[0] * wide[1]
-            needed = filled * canvas[0] * canvas[1] + len(request.queries) * own[0] * own[1]
+            needed = filled * canvas[0] * canvas[1] + len(request.queries) * rows * cols
             full = n > batch_size or (batch_cells is not None and cells > batch_cells)
             if pack and (full or (padding is not None and cells - needed > padding)):
                 if next(wanted):
                     yield collator.collate(pack)
-                pack, filled, wide = [], 0, (own[0], own[1])
+                pack, filled, wide = [], 0, (rows, cols)
             pack.append(request)
             filled, canvas = filled + len(request.queries), wide
         if pack and bool(next(wanted)):

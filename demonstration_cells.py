@@ -2,7 +2,7 @@
 
 Demonstrations are of many sizes. Each is read on a canvas that holds it (`Batch.demo_rooms`), those
 of about one size together: little is computed of cells that are none. The module has no weights.
-`from demonstration_cells import DemonstrationCells, context_cells, groups_of, layout, take`.
+`from demonstration_cells import Cells, DemonstrationCells, context_cells, groups_of, layout, take`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from grid_parts import MAX_SIDE
 
 # In what a cell costs without attention, about 8 us on one CPU core: a further group costs that of
 # so many cells; attention to so many cells costs each of them as much again.
-GROUP_CELLS = {"cpu": 100}
+GROUP_CELLS = 100
 GROUP_CELLS_GPU = 50_000  # guess: 140 launches, in which a GPU computes so many cells
 ATTENDED_CELLS = 1000
 
@@ -25,22 +25,16 @@ Room = tuple[int, int]  # rows, cols
 
 
 @dataclass
-class DemonstrationCells:
-    """The encoded demonstrations of a batch: N cells in all, C demonstrations.
+class Cells:
+    """Where the cells of a batch's demonstrations are: N cells in all, C demonstrations.
 
-    raw (N, width): each cell's sources and features, embedded, before the encoder.
-    plain (N, width): the same after the encoder, as a query's cells are encoded.
-    tokens (N, width): plain plus the embedded `right`, so the output is known, too.
-    mask (N,) bool: the cells that an output has.
-    right (N, pointers) float32: 1 where that pointer shows the output's colour.
+    mask (N,) bool: the cells that a grid has.
+    right (N, pointers) float32: 1 where that pointer shows the grid's colour.
     place (N,) int64: row * MAX_SIDE + col.
     first, count (C,) int64: where a demonstration's cells begin, and how many there are.
     largest: cells of the largest one; most_seen: no query sees more, padding included.
     """
 
-    raw: Tensor
-    plain: Tensor
-    tokens: Tensor
     mask: Tensor
     right: Tensor
     place: Tensor
@@ -48,6 +42,20 @@ class DemonstrationCells:
     count: Tensor
     largest: int
     most_seen: int
+
+
+@dataclass
+class DemonstrationCells(Cells):
+    """The encoded demonstrations of a batch, by the cells of their outputs.
+
+    raw (N, width): each cell's sources and features, embedded, before the encoder.
+    plain (N, width): the same after the encoder, as a query's cells are encoded.
+    tokens (N, width): plain plus the embedded `right`, so the output is known, too.
+    """
+
+    raw: Tensor
+    plain: Tensor
+    tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ def groups_of(rooms: Sequence[Room], device: str = "cpu") -> list[Group]:
     """Demonstrations grouped so that padding and the number of groups cost least, about: those of
     one size together, and sizes in falling order join the group that it makes dearer by least, or
     open one. device: its type, for which the cost is."""
-    further = GROUP_CELLS.get(device, GROUP_CELLS_GPU)
+    further = GROUP_CELLS if device == "cpu" else GROUP_CELLS_GPU
 
     def cost(n: int, room: Room) -> float:
         cells = room[0] * room[1]
@@ -103,7 +111,7 @@ def places(rows: int, cols: int, device: torch.device) -> Tensor:
     return (row[:, None] + torch.arange(cols, device=device)).flatten()
 
 
-def context_cells(demos: DemonstrationCells, context: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+def context_cells(demos: Cells, context: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """Which demonstration cells each query sees: (numbers of cells, seen), both (Q, M).
 
     context (Q, demonstrations) int64, -1 = none. Where a query's demonstrations have more than

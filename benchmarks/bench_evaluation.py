@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from command_line import Parser, guarded, number  # noqa: E402 - the scripts are no package
-from trained_model import known_errors  # noqa: E402
+from trained_model import known_errors, load_model  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +48,6 @@ def measure(args: argparse.Namespace) -> int:
     from batches import Collator, View
     from dataset_arc import load_tasks
     from evaluation import predict_tasks, without_outputs
-    from trained_model import load_model
 
     torch.set_num_threads(args.threads)
     model = load_model(args.run)

@@ -107,9 +107,10 @@ def _shape_text(value: Any) -> str:
 
 def _check_fit(name: str, module: Any, saved: Any, where: str) -> None:
     """Names and shapes of one module before anything is changed; a difference is an error."""
-    fix = SETTINGS_FIX
     if saved is None:
-        raise MismatchError(f"{where} has no state for '{name}'", "it was saved as None", fix)
+        raise MismatchError(
+            f"{where} has no state for '{name}'", "it was saved as None", SETTINGS_FIX
+        )
     if not _is_plain(module):
         return
     live = module.state_dict()
@@ -118,7 +119,7 @@ def _check_fit(name: str, module: Any, saved: Any, where: str) -> None:
             raise MismatchError(
                 f"{where} does not fit '{name}'",
                 f"key '{name}.{key}': expected {_shape_text(value)}, found nothing",
-                fix,
+                SETTINGS_FIX,
             )
         if key.endswith("_extra_state") or not is_tensor(value):
             continue
@@ -127,7 +128,7 @@ def _check_fit(name: str, module: Any, saved: Any, where: str) -> None:
                 f"{where} does not fit '{name}'",
                 f"key '{name}.{key}': expected {_shape_text(value)}, "
                 f"found {_shape_text(saved[key])}",
-                fix,
+                SETTINGS_FIX,
             )
     unexpected = [k for k in saved if k not in live]
     if unexpected:
@@ -135,7 +136,7 @@ def _check_fit(name: str, module: Any, saved: Any, where: str) -> None:
             f"{where} does not fit '{name}'",
             f"key '{name}.{unexpected[0]}': expected nothing, "
             f"found {_shape_text(saved[unexpected[0]])}",
-            fix,
+            SETTINGS_FIX,
         )
 
 

@@ -65,7 +65,7 @@ def test_equal_ones_are_one_group_and_little_is_padded(rooms: Any) -> None:
         assert sum(any(rooms[n] == room for n in group.members) for group in groups) == 1
     computed = sum(len(group.members) * group.rows * group.cols for group in groups)
     padded = computed - sum(rows * cols for rows, cols in rooms)
-    assert padded <= GROUP_CELLS["cpu"] * (len(set(rooms)) - len(groups))
+    assert padded <= GROUP_CELLS * (len(set(rooms)) - len(groups))
     assert len(groups_of(rooms, "cuda")) <= len(groups)
 
 
