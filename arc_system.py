@@ -28,6 +28,7 @@ from grid_accuracy_loss import (
 )
 from grid_features import N_CONTROL
 from grid_parts import COLOURS, MAX_SIDE
+from language_model import TINY
 from loss_function import EFELoss, expected_steps
 from policy_refined import PolicyInfo, RefinedPolicy
 from proposal_policy import ARM_FACTS, Choice, acceptable, candidates_of
@@ -40,6 +41,7 @@ from solver2 import Solver2
 # At prediction, planning ends for a query whose expected share of right cells reaches this
 # (measured on training demonstrations, see docs/LOG.md).
 STOP_CONFIDENCE = 0.8
+ONE_THREAD_WIDTH = 256  # channels of the agent, beside the tiny language model
 IN_BLOCKS = ("blocks.", "encoder.", "demonstrations.")  # of the agent's weights: those of blocks
 
 
@@ -156,6 +158,12 @@ class System:
     solver2: Solver2
     efe_loss: EFELoss
     policy_rl: RefinedPolicy
+
+    @property
+    def one_thread(self) -> bool:
+        """Whether more than one CPU thread make no batch quicker: they wait for each other at every
+        small operation (docs/PERFORMANCE.md)."""
+        return self.qwen.name == TINY and self.config.width <= ONE_THREAD_WIDTH
 
     def modules(self) -> dict[str, nn.Module]:
         """By the names a checkpoint uses."""

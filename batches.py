@@ -60,6 +60,12 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
+def generator_for(device: str, *key: int) -> torch.Generator:
+    """The same on a device, for torch's functions."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device=device).manual_seed(seed)
+
+
 def _turn(grid: NDArray[Any], dihedral: int) -> NDArray[Any]:
     return np.rot90(grid.T if dihedral >= 4 else grid, dihedral % 4)
 
@@ -919,7 +925,7 @@ def train_targets(requests: Sequence[Request], batch: Batch) -> Targets:
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluation_batches(
+def evaluation_requests(
     tasks: Sequence[Task],
     views: View | Sequence[View] | None = None,
     batch_size: int = 16,
@@ -928,11 +934,11 @@ def evaluation_batches(
     padding: int | None = None,
     max_context: int = 6,
     task_table: Mapping[str, int] | None = None,
-    collator: Collator | None = None,
     proposals: Mapping[tuple[str, int], Proposals] | None = None,
     turns: Iterator[bool] | None = None,
-) -> Iterator[Batch]:
-    """Batches whose queries are the tasks' test inputs; test outputs are not read (may be None).
+) -> Iterator[list[Request]]:
+    """What `Collator.collate` makes batches of whose queries are the tasks' test inputs; test
+    outputs are not read (may be None).
 
     The context is the first max_context demonstrations. Every view is gone through in turn, tasks
     ordered by the size that their inputs and demonstrations call for; a batch holds at most
@@ -940,13 +946,12 @@ def evaluation_batches(
     bound); each task that would add more than `padding` cells which no query needs begins another
     batch (None: however many). task_table: task id -> task_index; without an entry a task is unseen
     (-1). proposals: by task id and number of the test input. turns: asked before each batch whether
-    it is wanted; one that is not is left out, unmade.
+    it is wanted; one that is not is left out.
     """
     wanted: Iterator[bool] = repeat(True) if turns is None else turns
     chosen = [View()] if views is None else [views] if isinstance(views, View) else list(views)
     if batch_size < 1 or max_context < 1:
         raise ValueError("batch_size and max_context must be at least 1")
-    collator = collator or Collator()
     table = task_table or {}
     requests = []
     for task in tasks:
@@ -982,12 +987,25 @@ def evaluation_batches(
             full = n > batch_size or (batch_cells is not None and cells > batch_cells)
             if pack and (full or (padding is not None and cells - needed > padding)):
                 if next(wanted):
-                    yield collator.collate(pack)
+                    yield pack
                 pack, filled, wide = [], 0, (rows, cols)
             pack.append(request)
             filled, canvas = filled + len(request.queries), wide
         if pack and bool(next(wanted)):
-            yield collator.collate(pack)
+            yield pack
+
+
+def evaluation_batches(
+    tasks: Sequence[Task],
+    views: View | Sequence[View] | None = None,
+    batch_size: int = 16,
+    *,
+    collator: Collator | None = None,
+    **options: Any,
+) -> Iterator[Batch]:
+    """The batches of `evaluation_requests`, which takes the options."""
+    collator = collator or Collator()
+    yield from map(collator.collate, evaluation_requests(tasks, views, batch_size, **options))
 
 
 def _likely_sides(request: Request) -> tuple[int, int]:
@@ -1026,18 +1044,19 @@ def evaluation_targets(tasks: Iterable[Task], batch: Batch) -> Targets:
 
 
 def prefetch(
-    make: Callable[[T], R], positions: Iterable[T], depth: int = 2
+    make: Callable[[T], R], positions: Iterable[T], depth: int = 2, threads: int = 1
 ) -> Generator[R, None, None]:
-    """make(position) for each position in order, up to `depth` of them ahead in one thread.
+    """make(position) for each position in order, up to `depth` of them ahead, each in one of so
+    many threads.
 
-    An error in `make` is raised when its turn comes; closing the iterator waits for the one call
-    under way. depth 0: no thread.
+    An error in `make` is raised when its turn comes; closing the iterator waits for the calls under
+    way. depth 0: no thread.
     """
     if depth <= 0:
         yield from map(make, positions)
         return
     waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     try:
         for position in positions:
             waiting.append(pool.submit(make, position))

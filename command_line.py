@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -426,6 +426,31 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(torch.device(device))
 
 
+# Batches that are answered side by side at most. Guess: threads of one Python wait for each other.
+MOST_AT_ONCE = 8
+
+
+def share_cores(threads: int | None, one_each: bool) -> int:
+    """Set torch's threads on a CPU; returns how many batches are to be answered at a time.
+
+    threads: as the user wants it, None: OMP_NUM_THREADS, or as many as cores. one_each: a batch is
+    quickest on one thread (`System.one_thread`), so the others take further batches.
+    """
+    import torch
+
+    wanted = threads or _threads_at_first()
+    torch.set_num_threads(1 if one_each else wanted)
+    return min(wanted, MOST_AT_ONCE) if one_each else 1
+
+
+@cache
+def _threads_at_first() -> int:
+    """torch's own number, before anybody has set another."""
+    import torch
+
+    return torch.get_num_threads()
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -467,13 +492,16 @@ def pick_precision(amp: str, device: str) -> tuple[torch.dtype | None, bool]:
     return (torch.bfloat16, False) if amp == "bf16" else (torch.float16, True)
 
 
+THREADS_HELP = "CPU threads (default: cores); of tiny models, so many batches at a time"
+
+
 def add_process_arguments(parser: argparse.ArgumentParser, quiet: str) -> None:
     """The flags of every script that uses a trained model; `quiet` says what is still printed."""
     add_version(parser)
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=number(int, 1, 1024), help="CPU threads (default: cores)")
+    parser.add_argument("--threads", type=number(int, 1, 1024), help=THREADS_HELP)
     parser.add_argument("--offline", action="store_true", help="never ask a model hub")
     parser.add_argument("--quiet", action="store_true", help=quiet)
 

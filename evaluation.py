@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from arc_agent import AgentOutput
 from arc_system import Answered, System
-from batches import Batch, Collator, View, evaluation_batches, prefetch
+from batches import Batch, Collator, Request, View, evaluation_requests, generator_for, prefetch
 from dataset_arc import Task
 from grid_accuracy_loss import copied_share, pick_colour, weighted_cell_mean
 from grid_parts import COLOURS
@@ -173,6 +173,7 @@ def predict_tasks(
     own_scores: Mapping[str, float] | None = None,
     accept: bool = True,
     whole_first: bool = True,
+    at_once: int = 1,
     ranks: Ranks = ALONE,
 ) -> dict[Key, Prediction]:
     """Predict every test input of `tasks` once per view, and collect the votes.
@@ -188,65 +189,81 @@ def predict_tasks(
     own_scores: by task id, how well the system does on the demonstrations without them
     (`demonstration_scores`); accept=False: see `System.predict`; whole_first=False: the deadline
     and max_batches hold in the first view, too, small tasks first; what is not reached has no
-    prediction. ranks: processes that take the batches in turn and all have all predictions in the
-    end; progress then hears of 0 queries meanwhile, and of the batches at the end. Raises
-    ValueError if a test output is in sight.
+    prediction. at_once: batches that are answered at a time on a CPU, each in a thread of its own;
+    the predictions are the same. ranks: processes that take the batches in turn and all have all
+    predictions in the end; progress then hears of 0 queries meanwhile, and of the batches at the
+    end. Raises ValueError if a test output is in sight.
     """
     if any(pair.output is not None for task in tasks for pair in task.tests):
         raise ValueError("predict_tasks must not see test outputs: pass without_outputs(tasks)")
     kind = device.split(":")[0]
+    collator = collator or Collator()
     found: dict[Key, Prediction] = {}
     turns = _Turns(ranks)
 
     cost = {task.task_id: _cells(task) for task in tasks}
-    whole = len(views) * sum(cost[task.task_id] * len(task.tests) for task in tasks)
+    all_cells = len(views) * sum(cost[task.task_id] * len(task.tests) for task in tasks)
 
     def take(cast: Ballots) -> None:
         for key, ballot in cast:
             if only is None or key in only:
                 found.setdefault(key, Prediction()).take(ballot)
         if progress is not None:
-            progress(len(cast), sum(cost[task_id] for (task_id, _), _ in cast) / whole)
+            progress(len(cast), sum(cost[task_id] for (task_id, _), _ in cast) / all_cells)
 
-    def batches() -> Iterator[tuple[int, View, Batch, int]]:
-        """(number of the view, view, batch, number of the batch), of those that are this
-        process's."""
+    def asked() -> Iterator[_Asked]:
+        """Of the batches that are this process's."""
         hurried = deadline is not None or max_batches is not None
         for number, view, some in _work(tasks, views, N_COST_GROUPS if hurried else 1):
-            for batch in evaluation_batches(
+            for requests in evaluation_requests(
                 some,
                 view,
                 **batch_bounds(device, batch_size, batch_cells),
                 task_table=task_index,
                 max_context=max_context,
-                collator=collator,
                 proposals=proposals,
                 turns=turns,
             ):
-                yield number, view, batch, turns.n
+                yield _Asked(turns.n, number == 0, view, requests)
+
+    def is_over(one: _Asked) -> bool:
+        late = deadline is not None and time.monotonic() > deadline
+        spent = late or (max_batches is not None and one.n >= max_batches)
+        return spent and not (one.first_view and whole_first)
+
+    def ballots_of(one: _Asked, batch: Batch) -> tuple[int, Ballots]:
+        on_device = batch.to(device)
+        with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+            answered = system.predict(
+                on_device,
+                generator_for(device, seed, one.n),
+                own_score=_by_query(batch, own_scores).to(device),
+                accept=accept,
+            )
+        keys = [(task_id, number) for task_id, _, number in batch.pair_ids]
+        of_view = _ballots(batch, on_device, answered, one.view)
+        return one.n, list(zip(keys, of_view, strict=True))
+
+    def whole(one: _Asked) -> tuple[int, Ballots] | None:
+        return None if is_over(one) else ballots_of(one, collator.collate(one.requests))
+
+    def made(one: _Asked) -> tuple[_Asked, Batch]:
+        return one, collator.collate(one.requests)
 
     def ballots() -> Iterator[tuple[int, Ballots]]:
         """Of each batch, by its number, until time or batches are spent."""
-        generator = torch.Generator(device=device).manual_seed(seed)
-        made = batches()
-        # made ahead in a thread: most of the first view is the analysis of grids
-        with contextlib.closing(prefetch(lambda _: next(made, None), itertools.count())) as coming:
-            for number, view, batch, n in iter(coming.__next__, None):
-                late = deadline is not None and time.monotonic() > deadline
-                spent = late or (max_batches is not None and n >= max_batches)
-                if spent and (number or not whole_first):
+        if kind == "cpu":
+            # Batches made ahead in a thread gain nothing here (docs/PERFORMANCE.md); whole batches
+            # side by side do.
+            depth = at_once if at_once > 1 else 0
+            with contextlib.closing(prefetch(whole, asked(), depth, at_once)) as coming:
+                yield from itertools.takewhile(lambda some: some is not None, coming)
+            return
+        with contextlib.closing(prefetch(made, asked())) as ahead:
+            for one, batch in ahead:
+                if is_over(one):
                     return
-                on_device = batch.to(device)
-                with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
-                    answered = system.predict(
-                        on_device,
-                        generator,
-                        own_score=_by_query(batch, own_scores).to(device),
-                        accept=accept,
-                    )
-                keys = [(task_id, number) for task_id, _, number in batch.pair_ids]
-                of_view = _ballots(batch, on_device, answered, view)
-                yield n, list(zip(keys, of_view, strict=True))
+                yield ballots_of(one, batch)
 
     was_training = system.agent.training
     system.train(False)
@@ -279,6 +296,15 @@ def predict_tasks(
 
 
 Ballots = list[tuple[Key, "Prediction"]]
+
+
+class _Asked(NamedTuple):
+    """A batch to be: its number, whether it is of the first view, the view, what it asks for."""
+
+    n: int
+    first_view: bool
+    view: View
+    requests: list[Request]
 
 
 class _Turns:
@@ -792,6 +818,7 @@ def evaluate(
     by_task: bool = False,
     heed_stop: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
+    at_once: Callable[[], int] = lambda: 1,
     **options: Any,
 ) -> dict[str, Any]:
     """Score the system on the given queries of `tasks`; targets meet predictions in `score`,
@@ -806,7 +833,8 @@ def evaluate(
     hypothesis_tasks: the hypotheses of so many tasks before the voting, and after it, however long
     that takes; repeats what a deadline cut. acceptance: full, demonstrations or off, what a
     refinement needs. by_task: with each query's `Outcome`. heed_stop: called between batches; what
-    it raises ends the evaluation. say: hears of trouble. deadline, max_batches and options
+    it raises ends the evaluation. say: hears of trouble. at_once: asked how many batches are
+    answered at a time, when they are about to be. deadline, max_batches and options
     (task_index, batch_size, device, dtype, seed, collator): as of `predict_tasks`.
     """
     ids = {task_id for task_id, _ in keys}
@@ -828,13 +856,18 @@ def evaluate(
 
     explained: dict[Key, Explained] = {}
     if fitter is not None:
-        at_once = deadline is not None and first is None
-        explained = collect(time.monotonic() if at_once else None, first)
+        hurried = deadline is not None and first is None
+        explained = collect(time.monotonic() if hurried else None, first)
         first = len({task_id for task_id, _ in explained}) if first is None else first
     own_scores = None
     if fitter is not None and acceptance == "demonstrations":
         own_scores = contested_scores(
-            system, wanted, explained, progress=lambda *_: heed_stop(), **options
+            system,
+            wanted,
+            explained,
+            progress=lambda *_: heed_stop(),
+            at_once=at_once(),
+            **options,
         )
     n_done = n_batches = 0
     with work_bar(title, hide_bar) as bar:
@@ -864,6 +897,7 @@ def evaluate(
             own_scores=own_scores,
             accept=acceptance != "off",
             whole_first=fitter is None,
+            at_once=at_once(),
             **options,
         )
     views_done = n_done / max(1, sum(len(task.tests) for task in wanted))

@@ -158,7 +158,7 @@ class Fitter:
             )
             for _ in range(n_workers)
         ]
-        self._n_working = n_workers
+        self._n_working, self._n_waiting = n_workers, 0
         for child in self._children:
             threading.Thread(target=self._drive, args=(child,), daemon=True).start()
 
@@ -191,6 +191,12 @@ class Fitter:
         with self._changed:
             kept = self._order[: self._n_first(wanted)]
             return {(name, i): e for name in kept for i, e in enumerate(self.done[name])}
+
+    @property
+    def n_busy(self) -> int:
+        """How many child processes have work."""
+        with self._changed:
+            return 0 if self._closed else self._n_working - self._n_waiting
 
     def n_first(self) -> int:
         """How many of the smallest tasks are fitted without a gap."""
@@ -257,7 +263,9 @@ class Fitter:
                     return "demonstrations", (task_id, self._pairs[task_id])
                 if self._later:
                     return "tests", self._later.popleft()
+                self._n_waiting += 1
                 self._changed.wait()
+                self._n_waiting -= 1
         return None
 
     def _drive(self, child: subprocess.Popen[bytes]) -> None:

@@ -33,6 +33,7 @@ from command_line import (
     number,
     pick_device,
     pick_precision,
+    share_cores,
     write,
 )
 from grid_pictures import Picture, answers_page, colours_of, in_terminal
@@ -391,8 +392,6 @@ def run_prediction(args: argparse.Namespace) -> int:
     started = time.monotonic()
     device = pick_device(args.device)
     dtype, _ = pick_precision("auto", device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
     on_cpu = device == "cpu"
     n_views = args.views or (VIEWS_CPU if on_cpu else VIEWS_GPU)
@@ -404,6 +403,7 @@ def run_prediction(args: argparse.Namespace) -> int:
     tasks = load_tasks(args.data, strict=args.strict)
     split, chosen = choose_split(tasks, args.split)
     model = load_model(args.model, checkpoint=args.checkpoint, device=device, offline=args.offline)
+    at_once = share_cores(args.threads, model.system.one_thread) if on_cpu else 1
     for note in model.notes:
         print(f"warning: {note}", file=sys.stderr)
     n_inputs = sum(len(task.tests) for task in chosen)
@@ -462,7 +462,7 @@ def run_prediction(args: argparse.Namespace) -> int:
     ) -> dict[Key, Prediction]:
         how: dict[str, Any] = {
             "task_index": task_index, "device": device, "dtype": dtype, "seed": model.seed,
-            "batch_size": args.batch_size,
+            "batch_size": args.batch_size, "at_once": at_once,
         }  # fmt: skip
         own_scores = None
         if args.acceptance == "demonstrations":

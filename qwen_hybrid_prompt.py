@@ -9,6 +9,7 @@ Use: ``build_qwen_prompt("tiny", width=96, n_control=48)``, then ``prompt = modu
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -272,6 +273,7 @@ class KeptStates:
         self.max_bytes = max_bytes
         self.n_bytes = self.hits = self.misses = 0
         self._entries: dict[bytes, Tensor] = {}
+        self._lock = threading.Lock()  # an evaluation reads several batches at a time
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -281,16 +283,18 @@ class KeptStates:
 
     def get(self, key: bytes) -> Tensor | None:
         """The pair's states, or None where they have to be computed."""
-        found = self._entries.get(key)
-        self.hits += found is not None
-        self.misses += found is None
-        return found
+        with self._lock:
+            found = self._entries.get(key)
+            self.hits += found is not None
+            self.misses += found is None
+            return found
 
     def put(self, key: bytes, states: Tensor) -> None:
         size = states.numel() * states.element_size()
-        if key not in self._entries and self.n_bytes + size <= self.max_bytes:
-            self._entries[key] = states
-            self.n_bytes += size
+        with self._lock:
+            if key not in self._entries and self.n_bytes + size <= self.max_bytes:
+                self._entries[key] = states
+                self.n_bytes += size
 
     def description(self) -> str:
         """What has been kept and used so far, in words."""
@@ -497,8 +501,9 @@ class QwenHybridPrompt(nn.Module):
         text = self._text(batch)
         # the one wait for the device: which pairs are read together is decided here
         lengths, truncated = torch.stack([text.lengths, text.truncated.long()]).tolist()
-        self.n_pairs += len(lengths)
-        self.n_truncated += sum(truncated)
+        if self.training:
+            self.n_pairs += len(lengths)
+            self.n_truncated += sum(truncated)
         if self.states is not None:
             return self._from_states(self.states, text.symbols, lengths)
         readings: list[Tensor | None] = [None] * len(lengths)
@@ -516,7 +521,8 @@ class QwenHybridPrompt(nn.Module):
             rows = torch.tensor(members).to(text.symbols.device, non_blocking=True)
             pooled = self._run(text.symbols[rows], text.lengths[rows], bucket, again)
             fresh.update(zip(members, pooled.unbind(0), strict=True))
-        self._n_fresh = len(fresh)
+        if self.training:
+            self._n_fresh = len(fresh)
         for pair, reading in fresh.items():
             readings[pair] = reading
             if keys:

@@ -30,6 +30,7 @@ from command_line import (
     number,
     pick_device,
     pick_precision,
+    share_cores,
     write,
 )
 from persistence.files import atomic_write_bytes, expanded
@@ -220,8 +221,10 @@ def make_gallery(
 
     views = args.views or (VIEWS_CPU if device == "cpu" else VIEWS_GPU)
     dtype, _ = pick_precision("auto", device)
+    at_once = share_cores(args.threads, model.system.one_thread) if device == "cpu" else 1
     how: dict[str, Any] = {
         "task_index": model.task_index, "device": device, "dtype": dtype, "seed": model.seed,
+        "at_once": at_once,
     }  # fmt: skip
     flags = record.arguments
     hide = no_bar(args.quiet)
@@ -460,11 +463,7 @@ def make_galleries(args: argparse.Namespace, records: Sequence[Record]) -> list[
 
     if not args.tasks:
         return [Gallery([], "No task was answered for this page (--tasks 0).") for _ in records]
-    import torch
-
     device = pick_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     chosen = sample_tasks(tasks_of(args, records).train, args.tasks)
     made = []
     for record in records:

@@ -23,7 +23,6 @@ from evaluation import Key
 from hypotheses import Fitter
 from model_persistence import ModelPersistence
 from optimizers import WeightAverage
-from ranks import ALONE
 from run_lines import how_to_repeat, say_results
 from run_state import VALIDATED, Run, StopRequested, is_over
 from time_budget import FINAL_RESERVE_S, Limits
@@ -123,11 +122,8 @@ def evaluate(
     """
     args = run.args
 
-    # its draws are of one stream over all batches: every process does all of it, to the end
-    alone = ALONE if args.policy == "random" else run.ranks
-
     def heed_stop() -> None:
-        if run.stop is not None and run.stop.requested and alone.many == run.ranks.many:
+        if run.stop is not None and run.stop.requested:
             raise StopRequested
 
     def scored() -> dict[str, Any]:
@@ -155,7 +151,8 @@ def evaluate(
             dtype=run.dtype,
             seed=args.seed,
             collator=run.collator,
-            ranks=alone,
+            at_once=run.free_threads,
+            ranks=run.ranks,
         )
 
     with run.average.applied():

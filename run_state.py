@@ -195,6 +195,7 @@ class Run:
     log: RunLog
     clock: Clock
     started: float  # time.monotonic() of the process's start
+    at_once: int = 1  # batches that an evaluation may answer at a time, each in a thread
     ranks: Ranks = ALONE  # the processes that train it together
     recent: Recent = field(default_factory=Recent)
     train_started: float = 0.0  # time.monotonic() of this process's first batch
@@ -220,6 +221,11 @@ class Run:
         """The context of a forward pass: mixed precision where it is on."""
         kind = self.device.split(":")[0]
         return torch.autocast(kind, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def free_threads(self) -> int:
+        """How many batches an evaluation is to answer at a time now: hypotheses keep theirs."""
+        busy = 0 if self.fitter is None else self.fitter.n_busy
+        return max(1, self.at_once - busy)
 
     def stopping(self) -> bool:
         """Whether a signal has come, to this process or another one: all learn of it here."""

@@ -43,6 +43,7 @@ from command_line import (
     number,
     pick_device,
     pick_precision,
+    share_cores,
     task_counts,
 )
 from config_file import differences, merge_config
@@ -111,8 +112,8 @@ def build_parser() -> Parser:
     add("--allow_mismatch", action="store_true",
         help="resume although seed, data, batch size or model differ (default: refuse)")
     add("--threads", type=number(int, 1, 1024),
-        help="CPU threads (default: cores; with a --time_budget below 8, one less: hypotheses "
-             "want it)")
+        help="CPU threads (default: cores); a tiny model trains on one and answers so many "
+             "batches at once, fewer while hypotheses are fitted")
     add("--dry_run", action="store_true",
         help="set everything up, print it and the memory that the run takes, train nothing; of "
              "Qwen only its config.json is loaded")
@@ -312,7 +313,6 @@ def heads_of(width: int) -> int:
 if __name__ == "__main__":
     answer_early(read_flags, MEMORY_ADVICE)
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -325,7 +325,7 @@ from arc_system import (
     build_system,
     rows_of,
 )
-from batches import Batch, Collator, Targets, TrainingStream, prefetch
+from batches import Batch, Collator, Targets, TrainingStream, generator_for, prefetch
 from curriculum import (
     DynamicMemoryThreshold,
     GradientMonitor,
@@ -444,8 +444,6 @@ def run_training(args: argparse.Namespace, started: float, ranks: Ranks = ALONE)
     args.device = pick_device(ranks.device(args.device))
     check_flags(args, ranks)
     fill_device_defaults(args, args.device, ranks.local_world)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
 
     # Data, model, then a folder: nothing is written for a run that cannot start.
@@ -501,14 +499,11 @@ def fill_device_defaults(args: argparse.Namespace, device: str, n_processes: int
         args.val_pairs = 100
     if args.cost_power is None:
         args.cost_power = 1.5 if short else 0.0
-    brief = args.time_budget is not None and args.time_budget < 8
     if args.acceptance is None:
         quick = (args.time_budget, args.schedule_batches, args.max_batches) != (None,) * 3
         args.acceptance = "full" if quick else "demonstrations"
     n_cores = max(1, cores() // n_processes)
     args.workers = 1 if n_cores <= 4 else min(4, n_cores // 4)
-    if args.threads is None and on_cpu and args.hypotheses == "on" and brief:
-        args.threads = max(1, n_cores - args.workers)  # they are fitted until the end
 
 
 def load_data(args: argparse.Namespace) -> TaskSet:
@@ -584,6 +579,7 @@ def set_up(
         seed=args.seed,
     )
     system = build_system(config, device, offline=args.offline, weights=not args.dry_run)
+    at_once = share_cores(args.threads, system.one_thread) if device == "cpu" else 1
     args.qwen_train = system.qwen.train_mode  # "auto" may mean another thing on another device
     collator = Collator()
     groups = system.parameter_groups(
@@ -633,6 +629,7 @@ def set_up(
         else MutedLog(None),
         clock=Clock(),
         started=started,
+        at_once=at_once,
         ranks=ranks,
     )
 
@@ -1067,12 +1064,6 @@ def train_step(run: Run, batch: Batch, targets: Targets, *, last: bool = True) -
         "threshold": run.threshold.get_threshold(),
         "pairs": part.n_queries,
     }
-
-
-def generator_for(device: str, *numbers: int) -> torch.Generator:
-    """A torch.Generator that is a pure function of the numbers (seed, epoch, position, ...)."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator(device=device).manual_seed(seed)
 
 
 def learning_rates(optimizer: MuonAdamW) -> dict[str, float]:

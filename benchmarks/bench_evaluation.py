@@ -5,8 +5,8 @@
 
 Without hypotheses. "cold": with the analysis of every grid, as the first evaluation of a run has
 it; "warm": with the analyses kept, as all later ones of the same grids have it, the median of the
-repetitions. Then, of one warm pass, the parts that take most, by this thread's CPU seconds; a part
-is counted in those that call it, too. It trains nothing and writes nothing.
+repetitions. Then, of one warm pass, the parts that take most, in CPU seconds of the threads that
+call them; a part is counted in those that call it, too. It trains nothing and writes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import Parser, guarded, number  # noqa: E402 - the scripts are no package
+from command_line import Parser, counted, guarded, number, share_cores  # noqa: E402 - the scripts are no package
 from trained_model import known_errors, load_model  # noqa: E402
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", default="arcagi2", help="as of the trainer (default: %(default)s)")
     add("--every", type=number(int, 1), default=1, help="ask one task of so many (default: 1)")
     add("--repeats", type=number(int, 1), default=3, help="warm passes (default: 3)")
-    add("--threads", type=number(int, 1, 1024), default=1, help="CPU threads (default: 1)")
+    add("--threads", type=number(int, 1, 1024), default=1, help="as of the trainer (default: 1)")
     args = parser.parse_args(argv)
     return guarded(lambda: measure(args), "Ask fewer tasks with --every.", known_errors)
 
@@ -43,31 +43,37 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args: argparse.Namespace) -> int:
     """The figures, printed as they come. Raises UserError, or what `load_model` and `load_tasks`
     do."""
-    import torch
-
     from batches import Collator, View
     from dataset_arc import load_tasks
     from evaluation import predict_tasks, without_outputs
 
-    torch.set_num_threads(args.threads)
     model = load_model(args.run)
+    at_once = share_cores(args.threads, model.system.one_thread)
     tasks = without_outputs(load_tasks(args.data).train[:: args.every])
     collator = Collator()
 
-    def answer() -> tuple[int, float]:
-        """Queries answered, and CPU seconds, those of the thread that makes batches included."""
-        begun = time.process_time()
+    def answer() -> tuple[int, float, float]:
+        """Queries answered, CPU seconds of all threads, and seconds."""
+        cpu, wall = time.process_time(), time.monotonic()
         found = predict_tasks(
-            model.system, tasks, [View()], task_index=model.task_index, collator=collator
+            model.system,
+            tasks,
+            [View()],
+            task_index=model.task_index,
+            collator=collator,
+            at_once=at_once,
         )
-        return len(found), time.process_time() - begun
+        return len(found), time.process_time() - cpu, time.monotonic() - wall
 
-    n, cold = answer()
-    print(f"{n} test inputs of {len(tasks)} tasks, one view, {torch.get_num_threads()} thread(s)")
-    print(f"cold: {cold:.1f} CPU s")
-    warm = [answer()[1] for _ in range(args.repeats)]
+    n, cold, cold_s = answer()
+    together = f"{counted(at_once, 'batch', 'batches')} at a time"
+    print(f"{n} test inputs of {len(tasks)} tasks, one view, {together}")
+    print(f"cold: {cold:.1f} CPU s, {cold_s:.1f} s")
+    taken = [answer()[1:] for _ in range(args.repeats)]
+    warm, warm_s = ([one[clock] for one in taken] for clock in (0, 1))
     low, high = min(warm), max(warm)
-    print(f"warm: {statistics.median(warm):.1f} CPU s ({low:.1f} - {high:.1f})")
+    median, median_s = statistics.median(warm), statistics.median(warm_s)
+    print(f"warm: {median:.1f} CPU s ({low:.1f} - {high:.1f}), {median_s:.1f} s")
     parts = watched(model.system, answer)
     for name, seconds in sorted(parts.items(), key=lambda part: -part[1]):
         print(f"  {seconds:6.2f} {name}")
@@ -75,7 +81,7 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def watched(system: Any, work: Callable[[], Any]) -> dict[str, float]:
-    """CPU seconds of this thread in some parts of the system while it works."""
+    """CPU seconds of some parts of the system while it works."""
     agent = system.agent
     places = [
         (system.qwen, "forward", "language model and prompt"),

@@ -251,13 +251,13 @@ def test_predictions_are_made_within_the_bounds_of_the_device(
 ) -> None:
     """Breaks: batches that are as large on a CPU as on a GPU."""
     given: list[dict[str, Any]] = []
-    real = evaluation.evaluation_batches
+    real = evaluation.evaluation_requests
 
     def batches(*args: Any, **options: Any) -> Any:
         given.append(options)
         return real(*args, **options)
 
-    monkeypatch.setattr(evaluation, "evaluation_batches", batches)
+    monkeypatch.setattr(evaluation, "evaluation_requests", batches)
     predict_tasks(system, hidden[:1], [View()], batch_size=3)
     bounds: dict[str, Any] = {**batch_bounds("cpu", 3)}
     assert [{**options, **bounds} == options for options in given] == [True]
