@@ -417,13 +417,21 @@ def pick_device(name: str) -> str:
     return name
 
 
-def device_name(device: str) -> str:
-    """The hardware in words, for results."""
+def device_name(device: str, at_once: int = 1) -> str:
+    """The hardware in words, for results; at_once: batches that an evaluation answers at a time."""
     import torch
 
     if device == "cpu":
-        return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+        return f"CPU, {thread_words(at_once)}"
     return torch.cuda.get_device_name(torch.device(device))
+
+
+def thread_words(at_once: int) -> str:
+    """How many threads torch has, and an evaluation: "1 thread (2 in evaluations)"."""
+    import torch
+
+    more = f" ({at_once} in evaluations)" if at_once > 1 else ""
+    return counted(torch.get_num_threads(), "thread") + more
 
 
 # Batches that are answered side by side at most. Guess: threads of one Python wait for each other.

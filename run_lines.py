@@ -11,9 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from command_line import counted
+from command_line import counted, thread_words
 from dataset_arc import TaskSet
 from evaluation import gains_line
 from health import FEW_BATCHES
@@ -46,7 +44,7 @@ def banner(run: Run, tasks: TaskSet, folder: Path | None, found: list[str]) -> N
         f"Agent:  {n_agent / 1e6:.2f} M parameters, width {args.width}, {args.planning_steps} steps"
     )
     several = f", {run.ranks.world} processes" if run.ranks.many else ""
-    say(f"Device: {run.device}, {precision}, {counted(torch.get_num_threads(), 'thread')}{several}")
+    say(f"Device: {run.device}, {precision}, {thread_words(run.at_once)}{several}")
     say(f"Run:    {folder}" if folder is not None else "Run:    nothing is written (--dry_run)")
     for note in args.notes:
         say(note)

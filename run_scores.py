@@ -205,7 +205,7 @@ def vote(run: Run, plan: Plan) -> None:
         "batch": progress.total,
         "minutes": (time.monotonic() - run.started) / 60,
         "trained_minutes": run.clock.train_s / 60,
-        "device": device_name(run.device),
+        "device": device_name(run.device, run.at_once),
     }
     written = run.log.write_results(result)
     say_results(run, result, written)

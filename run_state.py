@@ -339,7 +339,7 @@ def full_config(run: Run, tasks: TaskSet) -> dict[str, Any]:
     return {
         "commands": [*(typed if isinstance(typed, list) else []), shlex.join(run.args.command)],
         "arguments": given,
-        "threads": torch.get_num_threads(),
+        "threads": max(torch.get_num_threads(), run.at_once),
         "system": dataclasses.asdict(run.system.config),
         "data": {"name": tasks.name, "sha256": tasks.sha256, "tasks": len(tasks.train)},
         "task_ids": [task.task_id for task in tasks.train],
@@ -350,7 +350,7 @@ def full_config(run: Run, tasks: TaskSet) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "commit": commit_hash(),
-        "device": device_name(run.device),
+        "device": device_name(run.device, run.at_once),
     }
 
 

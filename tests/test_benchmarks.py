@@ -100,7 +100,7 @@ def test_an_evaluation_is_measured_whole_and_in_its_parts(
     flags = ["--data", str(tasks_file), "--repeats", "1"]
     assert bench.main([str(reference.folder), *flags]) == 0
     printed = capsys.readouterr().out
-    assert "6 test inputs of 6 tasks, one view, 1 thread(s)" in printed
+    assert "6 test inputs of 6 tasks, one view, 1 batch at a time" in printed
     parts = [line.split(maxsplit=1)[1] for line in printed.splitlines() if line.startswith("  ")]
     assert sorted(parts) == [
         "demonstrations read", "evidence", "fitted rule", "language model and prompt",

@@ -126,6 +126,21 @@ def test_a_link_to_the_short_name_is_the_script_too(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("threads", "one_each", "torch_has", "at_once"),
+    [(5, True, 1, 5), (5, False, 5, 1), (99, True, 1, 8), (None, True, 1, 3), (None, False, 3, 1)],
+)
+def test_cores_go_to_one_batch_or_to_several(
+    monkeypatch: pytest.MonkeyPatch, threads: Any, one_each: bool, torch_has: int, at_once: int
+) -> None:
+    """Breaks: a tiny model on threads that wait for each other, or a large one on a single one."""
+    given: list[int] = []
+    monkeypatch.setattr(command_line, "_threads_at_first", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    assert command_line.share_cores(threads, one_each) == at_once
+    assert given == [torch_has]
+
+
 def test_an_error_is_said_where_stderr_is_closed(tmp_path: Path) -> None:
     """Breaks: no word and exit code 1 where the user has closed stderr."""
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(SCRIPT.with_name('predict.py')))}"

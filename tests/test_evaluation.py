@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -268,6 +269,84 @@ def test_batch_size_changes_no_prediction(system: Any, hidden: Any) -> None:
     b = predict_tasks(system, hidden, [View()], batch_size=32)
     for key in a:
         assert np.array_equal(a[key].attempts(1)[0], b[key].attempts(1)[0])
+
+
+def content_of(found: Any) -> Any:
+    """All that predictions hold, in an order of their own, to be compared bit for bit."""
+
+    def of(p: Any) -> Any:
+        votes = [(key, c.votes, c.weight) for key, c in p.candidates.items()]
+        changes = [(content(c.before), content(c.after), c.accepted) for c in p.changes]
+        spare = None if p.spare is None else (content(p.spare[0]), p.spare[1])
+        return votes, p.views, p.steps, changes, spare, p.refined and of(p.refined)
+
+    return {key: of(p) for key, p in found.items()}
+
+
+@pytest.mark.parametrize("policy", ["on", "random"])
+def test_batches_side_by_side_change_no_bit(
+    system: Any, hidden: Any, monkeypatch: Any, policy: str
+) -> None:
+    """Breaks: weights, draws or an order of votes that depend on which thread is first; one batch
+    after the other all the same."""
+    facts = np.zeros((1, N_PROPOSAL_FACTS), np.float32)
+    offered = {key: Proposals((grid([n]),), facts) for n, key in enumerate(sorted(keys_of(hidden)))}
+    chooser = dataclasses.replace(system, config=dataclasses.replace(system.config, policy=policy))
+    inside, most = [0], [0]
+    lock, met = threading.Lock(), threading.Event()
+    real = evaluation._ballots
+
+    def counting(*args: Any) -> Any:
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            if inside[0] > 1:
+                met.set()
+        met.wait(5)  # for another one, which is under way too
+        try:
+            return list(real(*args))
+        finally:
+            with lock:
+                inside[0] -= 1
+
+    def asked(at_once: int) -> Any:
+        met.clear()
+        if at_once == 1:
+            met.set()
+        most[0] = 0
+        options: Any = {"batch_size": 1, "proposals": offered, "accept": False}
+        found = predict_tasks(
+            chooser, hidden, evaluation_views(2), at_once=at_once, max_batches=9, **options
+        )
+        return content_of(found), most[0]
+
+    monkeypatch.setattr(evaluation, "_ballots", counting)
+    alone, one = asked(1)
+    together, several = asked(3)
+    assert alone == together
+    assert one == 1
+    assert several > 1
+
+
+def test_an_error_of_a_batch_ends_the_prediction(system: Any, hidden: Any) -> None:
+    """Breaks: a batch lost in its thread, or the others asked first."""
+    done: list[int] = []
+
+    class Failing:
+        def __getattr__(self, name: Any) -> Any:
+            return getattr(system, name)
+
+        def predict(self, batch: Any, generator: Any, **options: Any) -> Any:
+            done.append(batch.n_queries)
+            if len(done) == 2:
+                raise MemoryError("too large")
+            return system.predict(batch, generator, **options)
+
+    spy: Any = Failing()
+    with pytest.raises(MemoryError, match="too large"):
+        predict_tasks(spy, hidden, evaluation_views(9), batch_size=1, at_once=2)
+    assert len(done) < 9
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 def test_the_system_keeps_its_mode(system: Any, hidden: Any) -> None:

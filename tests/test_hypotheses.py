@@ -339,6 +339,22 @@ def test_the_children_give_what_is_worked_out_here_also_when_they_are_gone(task_
         killed.close()
 
 
+def test_children_are_busy_while_they_have_work(task_set: Any) -> None:
+    """Breaks: cores kept free for hypotheses that are all fitted, or taken from those that are
+    not."""
+    fitter = Fitter(without_outputs(task_set.train), 2)
+    try:
+        assert fitter.n_busy > 0
+        fitter.collect()
+        end = time.monotonic() + 30  # the children hand in their last task, and ask for another
+        while fitter.n_busy and time.monotonic() < end:
+            time.sleep(0.01)
+        assert fitter.n_busy == 0
+    finally:
+        fitter.close()
+    assert fitter.n_busy == 0
+
+
 def test_a_worker_that_dies_hands_its_work_on(task_set: Any) -> None:
     """Breaks: the dead worker's task lost, so that the rest waits behind its gap."""
     hidden = without_outputs(task_set.train)

@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -331,6 +332,7 @@ class Fitted:
     """A fitter with everything done, but `n_late` tasks that come after the voting has begun."""
 
     failed = None
+    n_busy = 0
 
     def __init__(self, tasks: Any, n_late: Any = 0) -> None:
         self.asked: list[Any] = []
@@ -359,9 +361,10 @@ def scored(ready: Any, task_set: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`scored(fitter, *flags)`: (results of `evaluate`, what `predict_tasks` was given each
     time)."""
 
-    def make(fitter: Any, *flags: Any, stop: Any = None, **options: Any) -> Any:
+    def make(fitter: Any, *flags: Any, stop: Any = None, busy: int = 0, **options: Any) -> Any:
         step = ready(*flags)
         step.run.stop = stop
+        step.run.fitter = SimpleNamespace(n_busy=busy)
         given = []
         real = evaluation.predict_tasks
 
@@ -396,6 +399,17 @@ def test_acceptance_asks_what_it_says(scored: Any, task_set: Any) -> None:
         assert voted["own_scores"] is None
         assert voted["accept"] == accept
         assert set(voted["proposals"]) == {k for k, e in fitter.found.items() if e.hypotheses}
+
+
+def test_an_evaluation_takes_the_threads_that_hypotheses_leave(scored: Any, task_set: Any) -> None:
+    """Breaks: --threads without effect on a tiny model's evaluation, all of them taken while
+    hypotheses are fitted, or fewer for ever because they were fitted when the run began."""
+    fitter = Fitted(task_set.train)
+    _, given = scored(fitter, "--threads", "3", "--acceptance", "demonstrations")
+    assert [one["at_once"] for one in given] == [3, 3]
+    for busy, at_once in ((1, 2), (3, 1), (9, 1)):
+        _, given = scored(Fitted(task_set.train), "--threads", "3", busy=busy)
+        assert {one["at_once"] for one in given} == {at_once}
 
 
 def test_hypotheses_that_come_late_vote_and_both_numbers_are_told(

@@ -1262,8 +1262,8 @@ HYPOTHESES = [
     Mutant(
         "47 Ctrl+C waits for the demonstrations",
         EVALUATION,
-        "system, wanted, explained, progress=lambda *_: heed_stop(), **options",
-        "system, wanted, explained, **options",
+        "            progress=lambda *_: heed_stop(),\n",
+        "",
         "wiring: stop_is_heeded",
     ),
     Mutant(
