@@ -222,11 +222,13 @@ def test_the_first_process_alone_writes(one: Path, two: Path) -> None:
     assert "2 processes" in log
 
 
+@pytest.mark.parametrize("policy", ["on", "random"])
 def test_votes_and_hypotheses_of_two_processes_are_those_of_one(
-    job: Job, data: Path, tmp_path: Path
+    policy: str, job: Job, data: Path, tmp_path: Path
 ) -> None:
     first, results = tmp_path / "first", []
     start = ("--data", data, "--runs_dir", first, *TINY[:-2], "--max_batches", 1)
+    start += ("--policy", policy)
     well(job(2, "script", *start))
     for n in (1, 2):
         runs = tmp_path / str(n)

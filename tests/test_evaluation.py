@@ -302,7 +302,8 @@ def test_batches_side_by_side_change_no_bit(
             most[0] = max(most[0], inside[0])
             if inside[0] > 1:
                 met.set()
-        met.wait(5)  # for another one, which is under way too
+        if not met.wait(5):  # for another one, which is under way too
+            met.set()
         try:
             return list(real(*args))
         finally:
