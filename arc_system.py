@@ -45,6 +45,12 @@ ONE_THREAD_WIDTH = 256  # channels of the agent, beside the tiny language model
 IN_BLOCKS = ("blocks.", "encoder.", "demonstrations.")  # of the agent's weights: those of blocks
 
 
+def takes_one_thread(qwen_model: str, width: int) -> bool:
+    """Whether more than one CPU thread make no batch quicker: they wait for each other at every
+    small operation (docs/PERFORMANCE.md). qwen_model: a name, a folder or a hub id, not "auto"."""
+    return qwen_model == TINY and width <= ONE_THREAD_WIDTH
+
+
 @dataclass(frozen=True)
 class SystemConfig:
     """Everything that a user decides about which weights a run has; written to config.json, read
@@ -161,9 +167,8 @@ class System:
 
     @property
     def one_thread(self) -> bool:
-        """Whether more than one CPU thread make no batch quicker: they wait for each other at every
-        small operation (docs/PERFORMANCE.md)."""
-        return self.qwen.name == TINY and self.config.width <= ONE_THREAD_WIDTH
+        """`takes_one_thread` of this system."""
+        return takes_one_thread(self.config.qwen_model, self.config.width)
 
     def modules(self) -> dict[str, nn.Module]:
         """By the names a checkpoint uses."""

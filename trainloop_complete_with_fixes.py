@@ -324,6 +324,7 @@ from arc_system import (
     arms_right,
     build_system,
     rows_of,
+    takes_one_thread,
 )
 from batches import Batch, Collator, Targets, TrainingStream, generator_for, prefetch
 from curriculum import (
@@ -503,7 +504,9 @@ def fill_device_defaults(args: argparse.Namespace, device: str, n_processes: int
         quick = (args.time_budget, args.schedule_batches, args.max_batches) != (None,) * 3
         args.acceptance = "full" if quick else "demonstrations"
     n_cores = max(1, cores() // n_processes)
-    args.workers = 1 if n_cores <= 4 else min(4, n_cores // 4)
+    lm, _ = resolve_qwen_model(args.qwen_model, device)
+    spare = n_cores - 1 if on_cpu and takes_one_thread(lm, args.width) else n_cores // 4
+    args.workers = max(1, min(4, spare))
 
 
 def load_data(args: argparse.Namespace) -> TaskSet:

@@ -141,6 +141,31 @@ def test_cores_go_to_one_batch_or_to_several(
     assert given == [torch_has]
 
 
+@pytest.mark.parametrize(
+    ("qwen_model", "width", "n_cores", "n_processes", "workers"),
+    [
+        ("auto", None, 2, 1, 1), ("auto", None, 1, 1, 1), ("tiny", 256, 4, 1, 3),
+        ("auto", None, 64, 1, 4), ("auto", None, 8, 4, 1), ("auto", 512, 4, 1, 1),
+        ("some/model", None, 8, 1, 2), ("some/model", None, 64, 1, 4),
+    ],
+)  # fmt: skip
+def test_hypotheses_get_the_cores_that_training_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+    qwen_model: str,
+    width: Any,
+    n_cores: int,
+    n_processes: int,
+    workers: int,
+) -> None:
+    """Breaks: one worker beside a tiny model that trains on one of many cores, or four beside a
+    large one."""
+    monkeypatch.setattr(trainloop, "cores", lambda: n_cores)
+    args = trainloop.read_flags(["--qwen_model", qwen_model])
+    args.width = width
+    trainloop.fill_device_defaults(args, "cpu", n_processes)
+    assert args.workers == workers
+
+
 def test_an_error_is_said_where_stderr_is_closed(tmp_path: Path) -> None:
     """Breaks: no word and exit code 1 where the user has closed stderr."""
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(SCRIPT.with_name('predict.py')))}"

@@ -228,8 +228,7 @@ def test_votes_and_hypotheses_of_two_processes_are_those_of_one(
 ) -> None:
     first, results = tmp_path / "first", []
     start = ("--data", data, "--runs_dir", first, *TINY[:-2], "--max_batches", 1)
-    start += ("--policy", policy)
-    well(job(2, "script", *start))
+    well(job(2, "script", *start, "--policy", policy))
     for n in (1, 2):
         runs = tmp_path / str(n)
         shutil.copytree(first, runs, symlinks=True)

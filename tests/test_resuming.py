@@ -115,6 +115,7 @@ def test_a_resume_is_bit_identical_with_hypotheses_and_any_number_of_processes(
     """Breaks: training that depends on which hypotheses are ready; the choice's optimizer not
     saved."""
     flags = ("--epochs", 1, "--hypotheses", "on")
+    monkeypatch.setattr(trainloop, "cores", lambda: 2)
     whole = train(*flags, runs="whole")
     assert whole.code == 0, whole.err
     assert whole.run.args.workers == len(whole.run.fitter._children) == 1
@@ -131,7 +132,7 @@ def test_a_resume_is_bit_identical_with_hypotheses_and_any_number_of_processes(
     monkeypatch.setattr(trainloop, "cores", lambda: 12)
     resumed = train("--resume", stopped.folder, *flags)
     assert resumed.code == 0, resumed.err
-    assert len(resumed.run.fitter._children) == 3
+    assert len(resumed.run.fitter._children) == 4
     assert "Resume: EXACT" in resumed.out
     assert "choice_optimizer" in full_state(whole)
     assert_same_end(resumed, whole)
