@@ -91,10 +91,12 @@ class SharedFitter(Fitter):
     What training asks for is fitted in the process that asks.
     """
 
-    def __init__(self, tasks: Sequence[Task], n_workers: int, ranks: Ranks) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], n_workers: int, ranks: Ranks, known: bytes = b""
+    ) -> None:
         self.ranks, self.of_all = ranks, [task.task_id for task in by_size(tasks)]
         self.n_kept = 0
-        super().__init__(by_size(tasks)[ranks.rank :: ranks.world], n_workers)
+        super().__init__(by_size(tasks)[ranks.rank :: ranks.world], n_workers, known)
 
     def collect(
         self, deadline: float | None = None, n_tasks: int | None = None, waiting: Any = None
@@ -124,6 +126,11 @@ class SharedFitter(Fitter):
         return self.n_kept
 
 
-def shared_fitter(tasks: Sequence[Task], n_workers: int, ranks: Ranks) -> Fitter:
-    """Hypotheses of these tasks, without test outputs, made beside training."""
-    return SharedFitter(tasks, n_workers, ranks) if ranks.many else Fitter(tasks, n_workers)
+def shared_fitter(
+    tasks: Sequence[Task], n_workers: int, ranks: Ranks, known: bytes = b""
+) -> Fitter:
+    """Hypotheses of these tasks, without test outputs, made beside training; known: of a
+    checkpoint."""
+    if ranks.many:
+        return SharedFitter(tasks, n_workers, ranks, known)
+    return Fitter(tasks, n_workers, known)

@@ -26,8 +26,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+import kept_hypotheses
 import rule_list
 from dataset_arc import Grid, Task
+from kept_hypotheses import Kept
 from rule_arms import ARMS, Limits
 from rule_list import Explained, Hypothesis, Verdict
 
@@ -120,6 +122,16 @@ def pairs_of(task: Task) -> Pairs:
     return [(p.input, p.output) for p in task.demonstrations]
 
 
+def inputs_of(task: Task) -> list[Any]:
+    """A task's test inputs."""
+    return [p.input for p in task.tests]
+
+
+def digest_of(pairs: Pairs, inputs: Sequence[Any] = ()) -> str:
+    """`kept_hypotheses.digest` of what a task is fitted to."""
+    return kept_hypotheses.digest([*(g for pair in pairs for g in pair), *inputs])
+
+
 def explain_demonstrations(pairs: Pairs) -> list[Explained]:
     """Each demonstration explained from the others with TRAINING_ARMS; pure."""
     arms = {name: ARMS[name] for name in TRAINING_ARMS}
@@ -130,10 +142,11 @@ class Fitter:
     """Hypotheses of tasks, made in `n_workers` child processes from the moment this object is made.
 
     tasks: whose test inputs are answered, without test outputs; fitted smallest first. What is
-    asked for with `ask` comes before them. Raises ValueError if a test output is in sight.
+    asked for with `ask` comes before them. known: of an earlier one's `kept`; what is in it is not
+    fitted again. Raises ValueError if a test output is in sight.
     """
 
-    def __init__(self, tasks: Sequence[Task], n_workers: int = 1) -> None:
+    def __init__(self, tasks: Sequence[Task], n_workers: int = 1, known: bytes = b"") -> None:
         if any(pair.output is not None for task in tasks for pair in task.tests):
             raise ValueError("Fitter must not see test outputs: pass without_outputs(tasks)")
         self.n_tasks = len(tasks)
@@ -142,7 +155,13 @@ class Fitter:
         ordered = by_size(tasks)
         self._order = [task.task_id for task in ordered]
         self._n_gapless = 0  # of the order's first: done, none left out
-        self._later = deque((t.task_id, pairs_of(t), [p.input for p in t.tests]) for t in ordered)
+        self._records: dict[tuple[str, str], bytes] = {}  # of `kept_hypotheses`, by kind and task
+        self._known: dict[str, Kept] = {}  # of demonstrations, until training asks for them
+        self._take(known, {task.task_id: task for task in tasks})
+        self.n_known = len(self.done)
+        self._later = deque(
+            (t.task_id, pairs_of(t), inputs_of(t)) for t in ordered if t.task_id not in self.done
+        )
         self._asked: deque[str] = deque()
         self._pairs: dict[str, Pairs] = {}
         self._proposed: dict[str, list[Proposals | None]] = {}
@@ -218,7 +237,11 @@ class Fitter:
             for task in tasks:
                 if task.task_id not in self._pairs:
                     self._pairs[task.task_id] = pairs_of(task)
-                    self._asked.append(task.task_id)
+                    known = self._known.pop(task.task_id, None)
+                    if known is not None and known.grids == digest_of(self._pairs[task.task_id]):
+                        self._proposed[task.task_id] = [proposals_of(e) for e in known.found]
+                    else:
+                        self._asked.append(task.task_id)
             self._changed.notify_all()
 
     def leave_one_out(self, task: Task) -> list[Proposals | None]:
@@ -232,10 +255,40 @@ class Fitter:
                 self._changed.wait(1.0)
             if task.task_id in self._proposed:
                 return self._proposed[task.task_id]
-        made = [proposals_of(e) for e in explain_demonstrations(pairs_of(task))]
+        found = explain_demonstrations(pairs_of(task))
+        self._put("demonstrations", task.task_id, found, digest_of(pairs_of(task)))
+        return self._proposed[task.task_id]
+
+    # ---- kept
+
+    def kept(self) -> bytes:
+        """All that is fitted so far, for another Fitter's `known`."""
         with self._changed:
-            self._proposed[task.task_id] = made
-        return made
+            return kept_hypotheses.packed(self._records.values())
+
+    def _take(self, known: bytes, tasks: dict[str, Task]) -> None:
+        """What of it belongs to these tasks' test inputs, or may to demonstrations."""
+        for one in kept_hypotheses.unpacked(known):
+            task = tasks.get(one.task_id)
+            if one.kind == "demonstrations":
+                self._known[one.task_id] = one
+            elif task is not None and one.grids == digest_of(pairs_of(task), inputs_of(task)):
+                self.done[one.task_id] = one.found
+            else:
+                continue
+            self._records[one.kind, one.task_id] = one.record
+
+    def _put(self, kind: str, task_id: str, found: list[Explained], grids: str) -> None:
+        """Take in what was fitted, and tell who waits for it."""
+        record = kept_hypotheses.record(kind, task_id, grids, found)
+        proposed = [proposals_of(e) for e in found] if kind == "demonstrations" else []
+        with self._changed:
+            if kind == "tests":
+                self.done[task_id] = found
+            else:
+                self._proposed[task_id] = proposed
+            self._records[kind, task_id] = record
+            self._changed.notify_all()
 
     # ---- the children
 
@@ -279,14 +332,10 @@ class Fitter:
                 data = _read(child.stdout)
                 if data is None:
                     break
+                grids = digest_of(*work[1][1:])
                 work = None
                 kind, task_id, found = pickle.loads(data)
-                with self._changed:
-                    if kind == "tests":
-                        self.done[task_id] = found
-                    else:
-                        self._proposed[task_id] = [proposals_of(e) for e in found]
-                    self._changed.notify_all()
+                self._put(kind, task_id, found, grids)
         except (OSError, ValueError, EOFError):
             pass  # closed, or killed: said below
         with self._changed:

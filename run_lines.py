@@ -168,11 +168,11 @@ def say_results(run: Run, result: dict[str, Any], written: bool) -> None:
 
 
 def fitted_again(run: Run) -> str:
-    """What a stop costs beside the training, whose state is saved: hypotheses are in no file."""
-    assert run.fitter is not None
+    """What a stop of several processes costs beside the training: the checkpoint is the first
+    one's."""
     line = (
-        f"The hypotheses fitted so far ({counted(run.fitter.n_first(), 'task')}) are in no file; "
-        "the resumed run fits them again"
+        "Hypotheses that the other processes have fitted are in no file; the resumed run fits them "
+        "again"
     )
     if run.args.time_budget:
         line += ", in what is left of its --time_budget: fewer of them may vote at the end"

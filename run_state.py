@@ -202,6 +202,7 @@ class Run:
     resumed_at: int = 0  # batches that were done before this process
     stop: StopSignals | None = None  # while they are caught
     fitter: Fitter | None = None  # hypotheses of the final evaluation's tasks, made beside training
+    kept_hypotheses: bytes = b""  # of the checkpoint that was resumed, for the fitter
     # What is known to be saved: the state of each checkpoint, by its id, and the resumed one.
     promised: dict[int, Place] = field(default_factory=dict)
     resumed_from: Place | None = None
@@ -367,8 +368,8 @@ def commit_hash() -> str | None:
 
 def checkpoint_extra(run: Run) -> dict[str, Any]:
     """All that a checkpoint holds beside the six objects: `Run.state`, the settings and what the
-    arithmetic depends on, which model it is, Qwen's kept readings, what is known to be wrong, and
-    the random state."""
+    arithmetic depends on, which model it is, Qwen's kept readings, what is known to be wrong, the
+    hypotheses fitted so far, and the random state."""
     run.clock.elapsed_s = time.monotonic() - run.started
     extra = {name: part.state_dict() for name, part in run.state().items()}
     extra["config"] = run_config(run)
@@ -377,6 +378,9 @@ def checkpoint_extra(run: Run) -> dict[str, Any]:
     extra |= describe(run.system, run.average, run.stream.task_table)
     extra["qwen_cache"] = run.system.qwen.cache_state()
     extra["health"] = run.health.state_dict()
+    kept = run.kept_hypotheses if run.fitter is None else run.fitter.kept()
+    if kept:
+        extra["hypotheses"] = torch.frombuffer(bytearray(kept), dtype=torch.uint8)
     extra["rng"] = capture_rng_state()
     return extra
 
@@ -435,6 +439,8 @@ def restore(run: Run, metadata: dict[str, Any]) -> tuple[list[str], list[str]]:
             raise unknown_position(metadata)
     run.progress.skipped_in_a_row = 0  # the next ones decide anew
     run.health.load_state_dict(extra.get("health", {}))
+    if isinstance(extra.get("hypotheses"), torch.Tensor):
+        run.kept_hypotheses = extra["hypotheses"].to("cpu", torch.uint8).numpy().tobytes()
     run.started = time.monotonic() - run.clock.elapsed_s
     try:
         missing = restore_rng_state(extra["rng"])

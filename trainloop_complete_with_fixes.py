@@ -756,7 +756,13 @@ def start_fitting(run: Run, plan: Plan) -> None:
     args = run.args
     ids = {task_id for task_id, _ in plan.final}
     some = [task for task in plan.tasks.train if task.task_id in ids]
-    run.fitter = shared_fitter(evaluation.without_outputs(some), args.workers, run.ranks)
+    run.fitter = shared_fitter(
+        evaluation.without_outputs(some), args.workers, run.ranks, run.kept_hypotheses
+    )
+    if run.fitter.n_known:
+        run.log.say(
+            f"Hypotheses of {run.fitter.n_known}/{run.fitter.n_tasks} tasks are in the checkpoint"
+        )
     if args.policy != "off" and args.demonstrations == "on":  # else the ablation would leak
         run.stream.proposals = run.fitter
 
@@ -1157,7 +1163,7 @@ def leave_early(run: Run, persistence: ModelPersistence) -> int:
             kept = "the state is saved, best_model.pt is not"
         command = resume_command(run)
         run.log.say(f"Stopped by {stop.name}; {kept}. Go on with:\n    {command}", important=True)
-        if run.fitter is not None and run.fitter.n_first():
+        if run.fitter is not None and run.ranks.many:
             run.log.say(fitted_again(run))
     return stop.exit_code
 

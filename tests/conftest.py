@@ -39,7 +39,7 @@ from hypotheses import explain_demonstrations, pairs_of, proposals_of
 SCRIPT = Path(trainloop.__file__)
 MODULES = ("agent", "qwen", "solver2", "efe_loss", "policy_rl")
 # Of a checkpoint's extra: what two equal runs may differ in.
-CLOCKS = ("clock", "rng", "flags", "in_use", "health")
+CLOCKS = ("clock", "rng", "flags", "in_use", "health", "hypotheses")
 # Of a batch row, where there are hypotheses to choose from.
 CHOICE_FIGURES = (
     "proposal_loss", "proposal_sure_loss", "proposal_entropy", "group_zero_frac",
@@ -548,6 +548,18 @@ def assert_same_end(a: Outcome, b: Outcome) -> None:
     assert a.figures() == b.figures()
     states = [{n: m.state_dict() for n, m in o.run.system.modules().items()} for o in (a, b)]
     assert differing(states[0], states[1]) == []
+
+
+def same_proposals(a: Any, b: Any) -> Any:
+    """Two lists of `Proposals` or None, bit for bit."""
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            assert len(x.grids) == len(y.grids)
+            assert all(map(np.array_equal, x.grids, y.grids))
+            assert np.array_equal(x.facts, y.facts)
+    return True
 
 
 def one_line_error(outcome: Outcome, code: int) -> str:

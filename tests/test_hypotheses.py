@@ -17,9 +17,9 @@ import pytest
 from conftest import (
     Proposer,
     grid_of,
-    interrupt_after,
     make_task,
     make_tasks,
+    same_proposals,
     write_tasks,
 )
 
@@ -200,19 +200,6 @@ def test_the_script_lets_hypotheses_vote_and_tells_each_part_alone(train: Any) -
     assert outcome.run.fitter._children[0].poll() is not None  # it is gone when the run is
 
 
-@pytest.mark.parametrize("budget", [(), ("--time_budget", 5)], ids=["epochs", "a budget"])
-def test_a_stop_says_what_of_the_hypotheses_is_lost(
-    train: Any, monkeypatch: pytest.MonkeyPatch, budget: tuple[Any, ...]
-) -> None:
-    monkeypatch.setattr(Fitter, "n_first", lambda _: 1)
-    interrupt_after(monkeypatch, 1)
-    stopped = train("--hypotheses", "on", "--val_pairs", 1, *budget)
-    assert stopped.code == 130
-    (said,) = [line for line in stopped.out.splitlines() if "fitted so far (1 task)" in line]
-    assert "are in no file; the resumed run fits them again" in said
-    assert said.endswith("fewer of them may vote at the end." if budget else "again.")
-
-
 def test_so_many_hypotheses_are_taken_as_asked(train: Any) -> None:
     outcome = train("--epochs", 1, "--hypotheses", "on", "--hypothesis_tasks", 2)
     results = json.loads((outcome.folder / "results.json").read_text(encoding="utf-8"))
@@ -239,18 +226,6 @@ def test_another_test_output_changes_no_hypothesis(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- demonstrations, for training
-
-
-def same_proposals(a: Any, b: Any) -> Any:
-    """Two lists of `Proposals` or None, bit for bit."""
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        assert (x is None) == (y is None)
-        if x is not None:
-            assert len(x.grids) == len(y.grids)
-            assert all(map(np.array_equal, x.grids, y.grids))
-            assert np.array_equal(x.facts, y.facts)
-    return True
 
 
 def test_a_demonstration_is_explained_from_the_others_alone(task_set: Any) -> None:
