@@ -34,6 +34,7 @@ BYTES_OF_STATE = {"muon": 4, "adamw": 8, "adamw8bit": 2}  # a trained number
 # Copies that an update makes of its group's numbers, for a moment, on a GPU.
 COPIES_IN_STEP = {"muon": 3, "adamw": 1, "adamw8bit": 0}
 HALF = 0.77  # of what the agent's blocks keep in float32, they keep under autocast
+KEPT_BYTES = 1200  # of a task's hypotheses, all in all; 40 tasks of ARC-AGI-2: 1,183 on average
 ON_DISK_BESIDE = 2  # files beside the rolling checkpoints: best_model.pt, and the one being written
 
 
@@ -267,9 +268,11 @@ def _step_bytes(groups: Sequence[dict[str, Any]]) -> float:
 
 
 def checkpoint_bytes(run: Run) -> int:
-    """Bytes of a checkpoint: what is saved of the modules, optimizer states, averaged weights; 0.3
-    MB for the rest of it."""
+    """Bytes of a checkpoint: what is saved of the modules, optimizer states, averaged weights, all
+    hypotheses; 0.3 MB for the rest of it."""
     total = 300_000
+    if run.args.hypotheses == "on":
+        total += KEPT_BYTES * len(run.stream.tasks)
     for module in run.system.modules().values():
         saved = getattr(module, "persistent_state_dict", module.state_dict)()
         total += sum(_bytes(t) for t in saved.values() if isinstance(t, torch.Tensor))
