@@ -36,6 +36,7 @@ from rule_list import Explained, Hypothesis, Verdict
 Key = tuple[str, int]  # task id, number of the test input
 Pairs = list[tuple[Any, Any]]
 HEADER = struct.Struct("<Q")
+MOST_WORKERS = 4  # child processes; guess: there is other work beside
 MAX_PROPOSALS = 12  # different answers a query
 # What training's queries are explained with: half the time of all arms; any answer exact for 61 of
 # 167 demonstrations of 50 tasks, 62 with `again` at 1.4 times the time.
@@ -64,6 +65,11 @@ class Proposals:
 
     grids: tuple[Grid, ...]
     facts: NDArray[np.float32]
+
+
+def workers_on(n_cores: int) -> int:
+    """How many child processes fit hypotheses where so many cores are free."""
+    return max(1, min(MOST_WORKERS, n_cores))
 
 
 def by_size(tasks: Sequence[Task]) -> list[Task]:

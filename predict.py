@@ -27,6 +27,7 @@ from command_line import (
     UserError,
     add_process_arguments,
     check_arguments,
+    cores,
     counted,
     guarded,
     no_bar,
@@ -387,7 +388,7 @@ def run_prediction(args: argparse.Namespace) -> int:
         without_outputs,
         work_bar,
     )
-    from hypotheses import Fitter
+    from hypotheses import Fitter, workers_on
 
     started = time.monotonic()
     device = pick_device(args.device)
@@ -419,9 +420,12 @@ def run_prediction(args: argparse.Namespace) -> int:
     say(f"Device: {device}, {counted(n_views, 'view')}")
 
     hide_bar = no_bar(args.quiet)
-    fitter = Fitter(without_outputs(chosen)) if args.hypotheses == "on" else None
+    adapting = bool(args.adapt_seconds or args.adapt_batches)
+    fitter = None
+    if args.hypotheses == "on":
+        fitter = Fitter(without_outputs(chosen), workers_on(cores() - adapting))
     adapted = None
-    if args.adapt_seconds or args.adapt_batches:
+    if adapting:
         from adaptation import adapt
 
         percent = tqdm(total=100, desc="Adapting", unit="%", leave=False, disable=hide_bar)

@@ -24,6 +24,7 @@ from command_line import (
     UserError,
     add_process_arguments,
     check_arguments,
+    cores,
     counted,
     guarded,
     no_bar,
@@ -260,13 +261,13 @@ def make_gallery(
 
 
 def explain(tasks: Sequence[Task], hide: bool) -> dict[Key, Explained]:
-    """Hypotheses for the tasks' test inputs, fitted in a process of their own."""
+    """Hypotheses for the tasks' test inputs, fitted in processes of their own."""
     from tqdm import tqdm
 
     from evaluation import without_outputs
-    from hypotheses import Fitter
+    from hypotheses import Fitter, workers_on
 
-    fitter = Fitter(without_outputs(tasks))
+    fitter = Fitter(without_outputs(tasks), workers_on(cores()))
     try:
         with tqdm(
             total=len(tasks), desc="Hypotheses", unit="task", leave=False, disable=hide

@@ -342,6 +342,7 @@ from grid_accuracy_loss import (
     mean_colour,
     resize_logits,
 )
+from hypotheses import workers_on
 from language_model import resolve_qwen_model
 from loss_function import EFE_SHARE, combined_loss
 from loss_function import PARTS as EFE_PARTS
@@ -506,7 +507,7 @@ def fill_device_defaults(args: argparse.Namespace, device: str, n_processes: int
     n_cores = max(1, cores() // n_processes)
     lm, _ = resolve_qwen_model(args.qwen_model, device)
     spare = n_cores - 1 if on_cpu and takes_one_thread(lm, args.width) else n_cores // 4
-    args.workers = max(1, min(4, spare))
+    args.workers = workers_on(spare)
 
 
 def load_data(args: argparse.Namespace) -> TaskSet:

@@ -15,7 +15,9 @@ import pytest
 import torch
 from conftest import FAST, differing, make_task, make_tasks, write_tasks
 
+import command_line
 import evaluation
+import hypotheses
 import predict
 import trained_model
 import trainloop_complete_with_fixes as trainloop
@@ -156,6 +158,36 @@ def test_kaggle_challenges_without_outputs(
     assert "1 task known from training, 1 unseen" in printed
     assert "test 1: no known output" in printed
     assert "Nothing to score: none of the 3 test inputs has a known output." in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "workers", "at_once"),
+    [((), 3, 3), (("--threads", 2), 3, 2), (("--adapt_batches", 1), 2, 3)],
+)
+def test_prediction_takes_the_cores_that_there_are(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: Any, flags: Any, workers: int, at_once: int
+) -> None:
+    """Breaks: one process fits all hypotheses and one thread answers, on many idle cores."""
+    made: list[int] = []
+    asked: list[int] = []
+    fitter, predict_tasks = hypotheses.Fitter, evaluation.predict_tasks
+
+    def made_with(tasks: Any, n_workers: int = 1) -> Any:
+        made.append(n_workers)
+        return fitter(tasks, 1)
+
+    def watched(*args: Any, **options: Any) -> Any:
+        asked.append(options.get("at_once", 1))
+        return predict_tasks(*args, **options)
+
+    monkeypatch.setattr(predict, "cores", lambda: 3)
+    monkeypatch.setattr(command_line, "_threads_at_first", lambda: 3)
+    monkeypatch.setattr(hypotheses, "Fitter", made_with)
+    monkeypatch.setattr(evaluation, "predict_tasks", watched)
+    out = tmp_path / "s.json"
+    assert call(run, "--data", data, "--out", out, "--views", 1, *flags) == 0
+    assert made == [workers]
+    assert asked[-1] == at_once
 
 
 def test_one_task_file_and_a_folder_of_runs(run: Path, tmp_path: Path, capsys: Any) -> None:
