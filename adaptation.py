@@ -84,6 +84,7 @@ def adapt(
     seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    at_once: int = 1,
     progress: Callable[[float], None] | None = None,
 ) -> Adapted:
     """Train copies of `system` on the demonstrations of those `tasks` that have no row yet, and
@@ -96,9 +97,9 @@ def adapt(
     get to are left alone. parts: what learns, "tokens" of the new tasks or "all" weights but the
     language model's; the policy learns in both cases. lr: of the weights; tokens take ten times as
     much. batch_size: queries; to measure, twice as many. dtype: of autocast, None = off; float16
-    would need a scaler and has none. progress gets the share done, in 0..1. Tasks with one
-    demonstration have nothing to learn from and stay unseen. Raises ValueError for other parts, or
-    for no end or two.
+    would need a scaler and has none. at_once: as of `predict_tasks`, to measure. progress gets the
+    share done, in 0..1. Tasks with one demonstration have nothing to learn from and stay unseen.
+    Raises ValueError for other parts, or for no end or two.
     """
     if parts not in PARTS or (seconds is None) == (n_batches is None):
         raise ValueError(f"parts is one of {PARTS}, and one of seconds and n_batches is given")
@@ -118,7 +119,7 @@ def adapt(
         if progress is not None:
             progress(1 - max(0.0, left()) / seconds if seconds else share)
 
-    asking: dict[str, Any] = {**how, "batch_size": 2 * batch_size}
+    asking: dict[str, Any] = {**how, "batch_size": 2 * batch_size, "at_once": at_once}
     answered: dict[str, list[Outcome]] = {}
     while len(answered) < len(unseen) and (not answered or left(1 - MEASURE_SHARE) > 0):
         some = unseen[len(answered) : len(answered) + MEASURED_AT_ONCE]

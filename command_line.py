@@ -426,20 +426,20 @@ def device_name(device: str, at_once: int = 1) -> str:
     return torch.cuda.get_device_name(torch.device(device))
 
 
-def thread_words(at_once: int) -> str:
-    """How many threads torch has, and an evaluation: "1 thread (2 in evaluations)"."""
-    import torch
-
-    more = f" ({at_once} in evaluations)" if at_once > 1 else ""
-    return counted(torch.get_num_threads(), "thread") + more
-
-
 # Batches that are answered side by side at most. Guess: threads of one Python wait for each other.
 MOST_AT_ONCE = 8
 
 
+def thread_words(at_once: int) -> str:
+    """How many threads torch has, and an evaluation: "1 thread (2 in evaluations)"."""
+    import torch
+
+    more = f" ({min(at_once, MOST_AT_ONCE)} in evaluations)" if at_once > 1 else ""
+    return counted(torch.get_num_threads(), "thread") + more
+
+
 def share_cores(threads: int | None, one_each: bool) -> int:
-    """Set torch's threads on a CPU; returns how many batches are to be answered at a time.
+    """Set torch's threads on a CPU; returns how many batches may be answered at a time.
 
     threads: as the user wants it, None: OMP_NUM_THREADS, or as many as cores. one_each: a batch is
     quickest on one thread (`System.one_thread`), so the others take further batches.
@@ -448,7 +448,7 @@ def share_cores(threads: int | None, one_each: bool) -> int:
 
     wanted = threads or _threads_at_first()
     torch.set_num_threads(1 if one_each else wanted)
-    return min(wanted, MOST_AT_ONCE) if one_each else 1
+    return wanted if one_each else 1
 
 
 @cache

@@ -96,7 +96,7 @@ class SharedFitter(Fitter):
     ) -> None:
         self.ranks, self.of_all = ranks, [task.task_id for task in by_size(tasks)]
         self.n_kept = 0
-        super().__init__(by_size(tasks)[ranks.rank :: ranks.world], n_workers, known)
+        super().__init__(by_size(tasks)[ranks.rank :: ranks.world], n_workers, known, tasks)
 
     def collect(
         self, deadline: float | None = None, n_tasks: int | None = None, waiting: Any = None

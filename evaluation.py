@@ -27,6 +27,7 @@ from tqdm import tqdm
 from arc_agent import AgentOutput
 from arc_system import Answered, System
 from batches import Batch, Collator, Request, View, evaluation_requests, generator_for, prefetch
+from command_line import MOST_AT_ONCE
 from dataset_arc import Task
 from grid_accuracy_loss import copied_share, pick_colour, weighted_cell_mean
 from grid_parts import COLOURS
@@ -255,8 +256,9 @@ def predict_tasks(
         if kind == "cpu":
             # Batches made ahead in a thread gain nothing here (docs/PERFORMANCE.md); whole batches
             # side by side do.
-            depth = at_once if at_once > 1 else 0
-            with contextlib.closing(prefetch(whole, asked(), depth, at_once)) as coming:
+            threads = min(at_once, MOST_AT_ONCE)
+            depth = threads if threads > 1 else 0
+            with contextlib.closing(prefetch(whole, asked(), depth, threads)) as coming:
                 yield from itertools.takewhile(lambda some: some is not None, coming)
             return
         with contextlib.closing(prefetch(made, asked())) as ahead:

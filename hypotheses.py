@@ -30,7 +30,7 @@ import kept_hypotheses
 import rule_list
 from dataset_arc import Grid, Task
 from kept_hypotheses import Kept
-from rule_arms import ARMS, Limits
+from rule_arms import ARMS, TRAINING_ARMS, TRAINING_LIMITS
 from rule_list import Explained, Hypothesis, Verdict
 
 Key = tuple[str, int]  # task id, number of the test input
@@ -38,10 +38,6 @@ Pairs = list[tuple[Any, Any]]
 HEADER = struct.Struct("<Q")
 MOST_WORKERS = 4  # child processes; guess: there is other work beside
 MAX_PROPOSALS = 12  # different answers a query
-# What training's queries are explained with: half the time of all arms; any answer exact for 61 of
-# 167 demonstrations of 50 tasks, 62 with `again` at 1.4 times the time.
-TRAINING_ARMS = ("plain", "pairs", "shadow", "objects", "places", "drawn")
-TRAINING_LIMITS = Limits(max_cells=1600)
 
 # What is known of a proposed answer before anybody looks at it: how the demonstrations judge the
 # way it was found, each predicted from the others ("verdict": all, half, some, none right, not
@@ -149,10 +145,17 @@ class Fitter:
 
     tasks: whose test inputs are answered, without test outputs; fitted smallest first. What is
     asked for with `ask` comes before them. known: of an earlier one's `kept`; what is in it is not
-    fitted again. Raises ValueError if a test output is in sight.
+    fitted again. others: further tasks; what is known of them is kept, no more. Raises ValueError
+    if a test output is in sight.
     """
 
-    def __init__(self, tasks: Sequence[Task], n_workers: int = 1, known: bytes = b"") -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        n_workers: int = 1,
+        known: bytes = b"",
+        others: Sequence[Task] = (),
+    ) -> None:
         if any(pair.output is not None for task in tasks for pair in task.tests):
             raise ValueError("Fitter must not see test outputs: pass without_outputs(tasks)")
         self.n_tasks = len(tasks)
@@ -163,7 +166,7 @@ class Fitter:
         self._n_gapless = 0  # of the order's first: done, none left out
         self._records: dict[tuple[str, str], bytes] = {}  # of `kept_hypotheses`, by kind and task
         self._known: dict[str, Kept] = {}  # of demonstrations, until training asks for them
-        self._take(known, {task.task_id: task for task in tasks})
+        self._take(known, tasks, others)
         self.n_known = len(self.done)
         self._later = deque(
             (t.task_id, pairs_of(t), inputs_of(t)) for t in ordered if t.task_id not in self.done
@@ -272,16 +275,18 @@ class Fitter:
         with self._changed:
             return kept_hypotheses.packed(self._records.values())
 
-    def _take(self, known: bytes, tasks: dict[str, Task]) -> None:
+    def _take(self, known: bytes, tasks: Sequence[Task], others: Sequence[Task]) -> None:
         """What of it belongs to these tasks' test inputs, or may to demonstrations."""
+        mine = {task.task_id for task in tasks}
+        by_id = {task.task_id: task for task in (*tasks, *others)}
         for one in kept_hypotheses.unpacked(known):
-            task = tasks.get(one.task_id)
+            task = by_id.get(one.task_id)
             if one.kind == "demonstrations":
                 self._known[one.task_id] = one
-            elif task is not None and one.grids == digest_of(pairs_of(task), inputs_of(task)):
-                self.done[one.task_id] = one.found
-            else:
+            elif task is None or one.grids != digest_of(pairs_of(task), inputs_of(task)):
                 continue
+            elif one.task_id in mine:
+                self.done[one.task_id] = one.found
             self._records[one.kind, one.task_id] = one.record
 
     def _put(self, kind: str, task_id: str, found: list[Explained], grids: str) -> None:
@@ -332,26 +337,30 @@ class Fitter:
         assert child.stdin is not None
         assert child.stdout is not None
         work: tuple[str, Any] | None = None
+        why = ""
         try:
             while (work := self._next()) is not None:
                 _write(child.stdin, pickle.dumps(work))
                 data = _read(child.stdout)
                 if data is None:
                     break
-                grids = digest_of(*work[1][1:])
-                work = None
                 kind, task_id, found = pickle.loads(data)
-                self._put(kind, task_id, found, grids)
+                self._put(kind, task_id, found, digest_of(*work[1][1:]))
+                work = None
         except (OSError, ValueError, EOFError):
             pass  # closed, or killed: said below
+        except Exception as error:  # noqa: BLE001 - whatever it is, who waits has to hear of it
+            why = f"{type(error).__name__}: {error}"
         with self._changed:
             self._n_working -= 1
             if work is not None and work[0] == "tests":  # another child may do it
                 self._later.appendleft(work[1])
             elif work is not None:
                 self._asked.appendleft(work[1][0])
+            if why:  # it waits for work
+                child.kill()
             if not self._closed and not self._n_working:
-                self.failed = f"its process ended with exit code {child.wait()}"
+                self.failed = why or f"its process ended with exit code {child.wait()}"
             self._changed.notify_all()
 
 

@@ -24,9 +24,9 @@ from rule_list import Explained, Hypothesis, Verdict
 
 # Whose text decides what is fitted, and how it is written here.
 SOURCES = (
-    "hypotheses.py", "kept_hypotheses.py", "rule_arms.py", "rule_drawings.py", "rule_facts.py",
-    "rule_list.py", "rule_objects.py", "rule_search.py", "grid_features.py", "grid_parts.py",
-    "grid_transforms.py", "size_rules.py",
+    "kept_hypotheses.py", "rule_arms.py", "rule_drawings.py", "rule_facts.py", "rule_list.py",
+    "rule_objects.py", "rule_search.py", "grid_features.py", "grid_parts.py", "grid_transforms.py",
+    "size_rules.py",
 )  # fmt: skip
 LENGTH = struct.Struct("<I")  # before each record
 
@@ -46,7 +46,13 @@ class Kept(NamedTuple):
 def program() -> bytes:
     """sha256 of the sources that decide what is fitted: hypotheses of another version are none."""
     here = Path(__file__).resolve().parent
-    return hashlib.sha256(b"\0".join((here / name).read_bytes() for name in SOURCES)).digest()
+    texts = ((here / name).read_text(encoding="utf-8") for name in SOURCES)  # ends of lines alike
+    return hashlib.sha256("\0".join(texts).encode()).digest()
+
+
+def is_ours(data: bytes) -> bool:
+    """Whether this program wrote it."""
+    return data[: len(program())] == program()
 
 
 def digest(grids: Iterable[NDArray[Any]]) -> str:
@@ -73,7 +79,7 @@ def packed(records: Iterable[bytes]) -> bytes:
 
 def unpacked(data: bytes) -> Iterator[Kept]:
     """What `packed` was given; nothing of another program's, nor of what is damaged."""
-    if data[: len(program())] != program():
+    if not is_ours(data):
         return
     at = len(program())
     while at + LENGTH.size <= len(data):

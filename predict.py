@@ -393,6 +393,8 @@ def run_prediction(args: argparse.Namespace) -> int:
     started = time.monotonic()
     device = pick_device(args.device)
     dtype, _ = pick_precision("auto", device)
+    if args.threads:  # of a tiny model fewer later, see `share_cores`
+        torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
     on_cpu = device == "cpu"
     n_views = args.views or (VIEWS_CPU if on_cpu else VIEWS_GPU)
@@ -421,9 +423,10 @@ def run_prediction(args: argparse.Namespace) -> int:
 
     hide_bar = no_bar(args.quiet)
     adapting = bool(args.adapt_seconds or args.adapt_batches)
-    fitter = None
+    fitter, workers = None, 0
     if args.hypotheses == "on":
-        fitter = Fitter(without_outputs(chosen), workers_on(cores() - adapting))
+        workers = workers_on(cores() - adapting)
+        fitter = Fitter(without_outputs(chosen), workers)
     adapted = None
     if adapting:
         from adaptation import adapt
@@ -441,6 +444,7 @@ def run_prediction(args: argparse.Namespace) -> int:
                 seed=model.seed,
                 device=device,
                 dtype=None if dtype is torch.float16 else dtype,  # it would need a scaler
+                at_once=max(1, at_once - workers),
                 progress=lambda share: percent.update(int(100 * share) - percent.n),
             )
         for line in adaptation_report(adapted):

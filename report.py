@@ -464,7 +464,11 @@ def make_galleries(args: argparse.Namespace, records: Sequence[Record]) -> list[
 
     if not args.tasks:
         return [Gallery([], "No task was answered for this page (--tasks 0).") for _ in records]
+    import torch
+
     device = pick_device(args.device)
+    if args.threads:  # of a tiny model fewer later, see `share_cores`
+        torch.set_num_threads(args.threads)
     chosen = sample_tasks(tasks_of(args, records).train, args.tasks)
     made = []
     for record in records:

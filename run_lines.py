@@ -15,6 +15,8 @@ from command_line import counted, thread_words
 from dataset_arc import TaskSet
 from evaluation import gains_line
 from health import FEW_BATCHES
+from hypotheses import Fitter
+from kept_hypotheses import is_ours
 from loss_function import PARTS
 from run_state import REWARD_FIGURES, Run
 
@@ -165,6 +167,14 @@ def say_results(run: Run, result: dict[str, Any], written: bool) -> None:
             f"{result['network_queries']}/{result['n']}",
             important=important,
         )
+
+
+def known_line(run: Run, fitter: Fitter) -> str:
+    """What of the hypotheses a resumed run need not fit again."""
+    if not is_ours(run.kept_hypotheses):
+        return "Hypotheses: the checkpoint's are of another version of the rules; fitted anew"
+    whose = " of this process" if run.ranks.many else ""
+    return f"Hypotheses: {fitter.n_known} of {fitter.n_tasks} tasks{whose} are in the checkpoint"
 
 
 def fitted_again(run: Run) -> str:

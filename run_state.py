@@ -26,7 +26,7 @@ import torch
 
 from arc_system import System
 from batches import Collator, TrainingStream
-from command_line import EXIT_MISSING, EXIT_UNEXPECTED, UserError, device_name, git
+from command_line import EXIT_MISSING, EXIT_UNEXPECTED, UserError, cores, device_name, git
 from curriculum import DynamicMemoryThreshold, GradientMonitor, Schedule, SizeWarmupCurriculum
 from dataset_arc import TaskSet
 from health import Health
@@ -164,7 +164,7 @@ class Clock:
     elapsed_s: float = 0.0
     epoch_s: float = 0.0
     train_s: float = 0.0  # of the epochs before
-    query_s: float = 0.0  # of evaluation, per query and view
+    query_s: float = 0.0  # of evaluation, per query and view, where one batch is made at a time
     wait_s: float = 0.0  # of training, for the next batch
 
     def state_dict(self) -> dict[str, float]:
@@ -224,9 +224,10 @@ class Run:
         return torch.autocast(kind, dtype=self.dtype, enabled=self.dtype is not None)
 
     def free_threads(self) -> int:
-        """How many batches an evaluation is to answer at a time now: hypotheses keep theirs."""
+        """How many batches an evaluation is to answer at a time now: hypotheses keep their cores,
+        those that are no evaluation's first."""
         busy = 0 if self.fitter is None else self.fitter.n_busy
-        return max(1, self.at_once - busy)
+        return max(1, self.at_once - max(0, busy - max(0, cores() - self.at_once)))
 
     def stopping(self) -> bool:
         """Whether a signal has come, to this process or another one: all learn of it here."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from command_line import MOST_AT_ONCE
 from ranks import ALONE, Ranks
 from run_state import Run
 
@@ -44,7 +45,8 @@ def share_time(run: Run, limits: Limits, n_queries: int, views: int) -> None:
     # least. With hypotheses, which answer without the network, the deadline cuts the first view,
     # too; without them that one is always whole.
     budget_s = 60 * args.time_budget
-    view_s = run.clock.query_s * n_queries
+    # by then hypotheses are fitted, as a rule, and all threads answer
+    view_s = run.clock.query_s * n_queries / min(run.at_once, MOST_AT_ONCE)
     one_view_s = ONE_VIEW_MARGIN * view_s
     if run.fitter is not None:
         one_view_s = min(one_view_s, ONE_VIEW_FRAC * budget_s)

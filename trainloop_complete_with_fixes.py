@@ -112,8 +112,9 @@ def build_parser() -> Parser:
     add("--allow_mismatch", action="store_true",
         help="resume although seed, data, batch size or model differ (default: refuse)")
     add("--threads", type=number(int, 1, 1024),
-        help="CPU threads (default: cores); a tiny model trains on one and answers so many "
-             "batches at once, fewer while hypotheses are fitted")
+        help="CPU threads (default: cores; with a --time_budget below 8, one less: hypotheses "
+             "want it); a tiny model trains on one and answers so many batches at once, fewer "
+             "while hypotheses are fitted")
     add("--dry_run", action="store_true",
         help="set everything up, print it and the memory that the run takes, train nothing; of "
              "Qwen only its config.json is loaded")
@@ -363,7 +364,7 @@ from resuming import (
     take_saved_arguments,
     unsaved_line,
 )
-from run_lines import banner, bar_figures, fitted_again, log_batch, say_epoch
+from run_lines import banner, bar_figures, fitted_again, known_line, log_batch, say_epoch
 from run_log import MutedLog, RunLog, listener
 from run_scores import Plan, make_plan, score_untrained, seen_tasks, slices_in, validate, vote
 from run_state import (
@@ -446,6 +447,8 @@ def run_training(args: argparse.Namespace, started: float, ranks: Ranks = ALONE)
     args.device = pick_device(ranks.device(args.device))
     check_flags(args, ranks)
     fill_device_defaults(args, args.device, ranks.local_world)
+    if args.threads:  # of a tiny model fewer later, see `share_cores`
+        torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
 
     # Data, model, then a folder: nothing is written for a run that cannot start.
@@ -506,8 +509,11 @@ def fill_device_defaults(args: argparse.Namespace, device: str, n_processes: int
         args.acceptance = "full" if quick else "demonstrations"
     n_cores = max(1, cores() // n_processes)
     lm, _ = resolve_qwen_model(args.qwen_model, device)
-    spare = n_cores - 1 if on_cpu and takes_one_thread(lm, args.width) else n_cores // 4
-    args.workers = workers_on(spare)
+    small = on_cpu and takes_one_thread(lm, args.width)
+    args.workers = workers_on(n_cores - 1 if small else n_cores // 4)
+    brief = args.time_budget is not None and args.time_budget < 8
+    if args.threads is None and on_cpu and not small and args.hypotheses == "on" and brief:
+        args.threads = max(1, n_cores - args.workers)  # they are fitted until the end
 
 
 def load_data(args: argparse.Namespace) -> TaskSet:
@@ -760,10 +766,8 @@ def start_fitting(run: Run, plan: Plan) -> None:
     run.fitter = shared_fitter(
         evaluation.without_outputs(some), args.workers, run.ranks, run.kept_hypotheses
     )
-    if run.fitter.n_known:
-        run.log.say(
-            f"Hypotheses of {run.fitter.n_known}/{run.fitter.n_tasks} tasks are in the checkpoint"
-        )
+    if run.kept_hypotheses:
+        run.log.say(known_line(run, run.fitter))
     if args.policy != "off" and args.demonstrations == "on":  # else the ablation would leak
         run.stream.proposals = run.fitter
 

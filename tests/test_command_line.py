@@ -128,7 +128,7 @@ def test_a_link_to_the_short_name_is_the_script_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("threads", "one_each", "torch_has", "at_once"),
-    [(5, True, 1, 5), (5, False, 5, 1), (99, True, 1, 8), (None, True, 1, 3), (None, False, 3, 1)],
+    [(5, True, 1, 5), (5, False, 5, 1), (99, True, 1, 99), (None, True, 1, 3), (None, False, 3, 1)],
 )
 def test_cores_go_to_one_batch_or_to_several(
     monkeypatch: pytest.MonkeyPatch, threads: Any, one_each: bool, torch_has: int, at_once: int

@@ -107,7 +107,7 @@ def test_another_version_s_hypotheses_are_none(
 def test_the_version_is_that_of_every_file_a_fit_goes_through() -> None:
     """Breaks: a rule in a new file, whose change nobody would notice."""
     here = Path(kept_hypotheses.__file__).parent
-    used = {"hypotheses.py"}
+    used = {"rule_list.py", "kept_hypotheses.py"}
     while True:
         more = {
             f"{name}.py"
@@ -120,8 +120,7 @@ def test_the_version_is_that_of_every_file_a_fit_goes_through() -> None:
         if more <= used:
             break
         used |= more
-    reads_files = {"dataset_arc.py", "task_files.py", "command_line.py", "persistence.py"}
-    assert {name for name in used if name not in reads_files} == set(kept_hypotheses.SOURCES)
+    assert used == set(kept_hypotheses.SOURCES)
 
 
 grids = st.integers(1, 4).flatmap(
@@ -222,7 +221,7 @@ def test_a_resumed_run_fits_nothing_again(
     monkeypatch.setattr(Fitter, "_next", following)
     resumed = train("--resume", stopped.folder, *flags)
     assert resumed.code == 0, resumed.err
-    assert "Hypotheses of 6/6 tasks are in the checkpoint" in resumed.out
+    assert "Hypotheses: 6 of 6 tasks are in the checkpoint" in resumed.out
     assert "Resume: EXACT" in resumed.out
     assert "tests" not in asked
     names = ("exact_at_2", "alone", "gains", "hypothesis_tasks", "hypothesis_queries")
@@ -247,6 +246,49 @@ def test_a_checkpoint_without_hypotheses_is_resumed_all_the_same(
     assert kept.dtype == torch.uint8
     found = list(unpacked(kept.numpy().tobytes()))
     assert {one.kind for one in found} == {"tests", "demonstrations"}
+
+
+def test_a_resume_by_another_version_says_that_it_fits_anew(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--hypotheses", "on", "--val_pairs", 1, "--epochs", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_hypotheses, "program", lambda: b"another".ljust(32))
+        interrupt_after(patch, 2)
+        stopped = train(*flags)
+    resumed = train("--resume", stopped.folder, *flags)
+    assert resumed.code == 0, resumed.err
+    assert "Hypotheses: the checkpoint's are of another version of the rules" in resumed.out
+    assert json.loads((resumed.folder / "results.json").read_text())["hypothesis_queries"] == 6
+
+
+def test_a_process_keeps_what_is_known_of_the_others_tasks(hidden: Any, fitted: Any) -> None:
+    """Breaks: a resume by several processes that throws most of a checkpoint's away."""
+    mine = Fitter(hidden[:2], 0, fitted[2], hidden)
+    try:
+        assert set(mine.done) == {task.task_id for task in hidden[:2]}
+        assert mine.kept() == fitted[2]
+    finally:
+        mine.close()
+
+
+def test_an_error_while_a_result_is_taken_in_is_said(
+    hidden: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks: a run that waits for ever for a task whose result was lost."""
+
+    def record(*_: Any) -> bytes:
+        raise TypeError("not to be written")
+
+    monkeypatch.setattr(kept_hypotheses, "record", record)
+    fitter = Fitter(hidden, 2)
+    try:
+        begun = time.monotonic()
+        assert fitter.collect() == {}
+        assert time.monotonic() - begun < 60
+        assert fitter.failed == "TypeError: not to be written"
+    finally:
+        fitter.close()
 
 
 def test_what_is_kept_is_what_is_worked_out_here(hidden: Any, fitted: Any) -> None:

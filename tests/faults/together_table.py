@@ -83,7 +83,7 @@ TOGETHER = [
     Mutant(
         "13 batches of an evaluation one after the other",
         EVALUATION,
-        "depth = at_once if at_once > 1 else 0",
+        "depth = threads if threads > 1 else 0",
         "depth = 0",
         "evaluation: side_by_side",
     ),
@@ -160,8 +160,8 @@ TOGETHER = [
     Mutant(
         "14 hypotheses of an edited task",
         "hypotheses.py",
-        "one.grids == digest_of(pairs_of(task), inputs_of(task))",
-        "True",
+        "task is None or one.grids != digest_of(pairs_of(task), inputs_of(task))",
+        "task is None",
         "kept_hypotheses: other_grids",
     ),
     Mutant(
@@ -174,8 +174,8 @@ TOGETHER = [
     Mutant(
         "14 hypotheses of another version",
         "kept_hypotheses.py",
-        "data[: len(program())] != program()",
-        "False",
+        "data[: len(program())] == program()",
+        "True",
         "kept_hypotheses: another_version",
     ),
     Mutant(
