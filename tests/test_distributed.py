@@ -261,6 +261,22 @@ def test_a_resume_by_as_many_processes_is_exact_by_another_number_it_is_said(
     assert "EQUIVALENT (same data order, other processes: saved 2, now 1)" in ended[0]["out"]
 
 
+def test_a_stop_says_that_the_others_hypotheses_are_fitted_again(
+    job: Job, data: Path, tmp_path: Path
+) -> None:
+    """Breaks: "everything is saved" of what only one process has."""
+    runs = tmp_path / "runs"
+    start = ("--data", data, "--runs_dir", runs, *TINY[:-2], "--epochs", 2)
+    ended = job(2, "script", *start, "--time_budget", 9, fault="SIGTERM", at=2)
+    assert [one["code"] for one in ended] == [143, 143], ended
+    said = ended[0]["out"]
+    assert "Hypotheses that the other processes have fitted are in no file" in said
+    assert "fewer of them may vote at the end." in said
+    ended = job(2, "script", "--resume", "--runs_dir", runs, *TINY[2:6])
+    well(ended)
+    assert "tasks of this process are in the checkpoint" in ended[0]["out"]
+
+
 def test_a_process_that_is_killed_ends_the_others_and_all_start_again(
     job: Job, data: Path, two: Path, tmp_path: Path
 ) -> None:
