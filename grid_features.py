@@ -223,7 +223,6 @@ def _component_features(a: Anatomy) -> Grid:
     same, size, holes = a.same, a.same.size, a.holes
     k = size.size
     filled = same.colour > 0
-    solid = same.high * same.wide == size
     value: dict[str, NDArray[Any]] = {}
     value["colour_rank"] = np.minimum(same.colour, 7)
     value["component_size"], value["component_size_log"], hole_kind = _size_grades()[:, size]
@@ -232,7 +231,7 @@ def _component_features(a: Anatomy) -> Grid:
     value["enclosure"] = ~filled
     value["component_holes"] = np.zeros(k, np.uint8)
     if holes.size:
-        square = solid[holes] & (same.high[holes] == same.wide[holes]) & (size[holes] > 1)
+        square = a.solid[holes] & (same.high[holes] == same.wide[holes]) & (size[holes] > 1)
         value["enclosure"] = value["enclosure"].astype(np.uint8)
         value["enclosure"][holes] = np.where(square, 6, hole_kind[holes])
         owner = same.label.ravel()[a.above_holes]
@@ -240,7 +239,7 @@ def _component_features(a: Anatomy) -> Grid:
     shape, mirrored = shape_hashes(same, None)
     kind = np.where(a.frame, 5, 7 - mirrored)
     solid_kind = 1 + 2 * (same.high > 1) + (same.wide > 1)
-    value["component_kind"] = filled * np.where(solid, solid_kind, kind)
+    value["component_kind"] = filled * np.where(a.solid, solid_kind, kind)
     shapes = shape[same.real].tolist()
     copies = Counter(shapes)
     value["shape_copies"] = np.zeros(k, np.uint8)
@@ -261,38 +260,38 @@ def _object_features(a: Anatomy) -> Grid:
     return np.stack((_size_ranks(objects), shades))
 
 
-def _fill_grades(n_filled: Ints) -> Grid:
-    """Of each line's number of filled cells: 0 none, 1 the fewest but none, 2 the most, 3 other."""
-    n = n_filled.tolist()
-    most, fewest = max(n), min((i for i in n if i), default=0)
-    return np.array([i and (2 if i == most else 1 if i == fewest else 3) for i in n], np.uint8)
+def _fill_grades(counts: Ints, length: int) -> Grid:
+    """Of how many cells of each line are filled: 0 none, 1 the fewest but none, 2 the most, 3
+    other. counts (lines, 10) as `grid_parts.line_counts` returns them, of lines of that length."""
+    empty = counts[:, 0].tolist()
+    most, fewest = min(empty), max((n for n in empty if n < length), default=length)
+    grades = {fewest: 1, most: 2, length: 0}
+    return np.array([grades.get(n, 3) for n in empty], np.uint8)
 
 
 def _cell_features(a: Anatomy, panel_rank: Ints) -> Grid:
     """Cell features (N_CELL_FEATURES, rows, cols); panel_rank as `transforms` returns it."""
-    g = a.g
-    rows, cols = g.shape
+    rows, cols = a.g.shape
     cell: dict[str, NDArray[Any]] = {}
     four = np.zeros((rows, cols), np.uint8)
-    alike = g[1:] == g[:-1]
-    four[1:] += alike
-    four[:-1] += alike
-    alike = g[:, 1:] == g[:, :-1]
-    four[:, 1:] += alike
-    four[:, :-1] += alike
+    four[1:] += a.next_rows
+    four[:-1] += a.next_rows
+    four[:, 1:] += a.next_cols
+    four[:, :-1] += a.next_cols
     cell["same_neighbours_4"] = four
     solid = (a.padded > 0).view(np.uint8)
     eight = solid[:, :-2] + solid[:, 1:-1] + solid[:, 2:]
     eight = eight[:-2] + eight[1:-1] + eight[2:] - solid[1:-1, 1:-1]
     cell["filled_neighbours_8"] = np.minimum(eight, 7)
-    cell["uniform_lines"] = a.row_uniform[:, None] + 2 * a.col_uniform
+    row_uniform, col_uniform = (a.row_counts == cols).any(1), (a.col_counts == rows).any(1)
+    cell["uniform_lines"] = row_uniform[:, None] + 2 * col_uniform
     in_box = np.zeros((rows, cols), np.uint8)
     if a.box is not None:
         in_box[a.box] = 2
         in_box[a.box][1:-1, 1:-1] = 1
     cell["bbox_relation"] = in_box
-    cell["row_fill"] = _fill_grades(a.row_filled)[:, None]
-    cell["col_fill"] = _fill_grades(a.col_filled)
+    cell["row_fill"] = _fill_grades(a.row_counts, cols)[:, None]
+    cell["col_fill"] = _fill_grades(a.col_counts, rows)
     stack = a.rays.stack
     seen = (stack > 0).view(np.uint8)
     # Up and down, left and right: 1 for the one, 2 for the other, 1 more where they are alike.

@@ -73,6 +73,9 @@ class Lattice:
     limits: Ints  # (4, 1): the grid's own corners
     pairs: Ints  # (2, pairs): neighbours, the earlier cell first; diagonal ones come first
     n_diagonal: int
+    node_pairs: (
+        Ints  # (2, 2 * pairs): the same nodes as `pairs`, in the one labelling and the other
+    )
     node_row: Ints  # (2n,)
     by_col: Ints  # (2n,): the nodes in the order of their columns, and those columns
     col_by_col: Ints
@@ -86,17 +89,19 @@ def lattice(rows: int, cols: int) -> Lattice:
     index = np.arange(n).reshape(rows, cols)
     row, col = np.divmod(index.ravel(), cols)
     by_col = index.T.ravel()
-    pairs = (
+    neighbours = (
         (index[:-1, 1:], index[1:, :-1]),
         (index[:-1, :-1], index[1:, 1:]),
         (index[:, :-1], index[:, 1:]),
         (index[:-1], index[1:]),
     )
+    pairs = np.stack([np.concatenate([both[i].ravel() for both in neighbours]) for i in (0, 1)])
     return Lattice(
         places=np.stack((row, row, col, col)),
         limits=np.array([[0], [rows - 1], [0], [cols - 1]]),
-        pairs=np.stack([np.concatenate([pair[i].ravel() for pair in pairs]) for i in (0, 1)]),
+        pairs=pairs,
         n_diagonal=2 * (rows - 1) * (cols - 1),
+        node_pairs=np.concatenate((pairs, pairs + n), axis=1),
         node_row=np.concatenate((row, row)),
         by_col=np.concatenate((by_col, by_col + n)),
         col_by_col=np.tile(col[by_col], 2),
@@ -167,11 +172,10 @@ def parts_of(g: Grid) -> tuple[Parts, Parts]:
     np.equal(one, other, out=same)
     np.logical_and(one, other, out=both)
     same[: shape.n_diagonal] &= both[: shape.n_diagonal]
-    labelling, edge = joined.nonzero()
-    low, high = shape.pairs[:, edge] + n * labelling
+    low, high = shape.node_pairs[:, joined.ravel().nonzero()[0]]
     root = _roots(2 * n, low, high)
 
-    first = np.flatnonzero(root == np.arange(2 * n))
+    first = (root == np.arange(2 * n)).nonzero()[0]
     k = first.size
     number = np.empty(2 * n, np.int64)
     number[first] = np.arange(k)
@@ -198,7 +202,7 @@ def parts_of(g: Grid) -> tuple[Parts, Parts]:
             high=high_wide[0, part],
             wide=high_wide[1, part],
             colour=colour,
-            real=np.flatnonzero(colour),
+            real=colour.nonzero()[0],
         )
 
     return cut(0, 0, slice(k_same)), cut(n, k_same, slice(k_same, None))
@@ -345,28 +349,35 @@ def segments_of(is_line: Bools) -> Ints:
     return np.array(numbers)
 
 
-def uniform_lines(g: Grid) -> tuple[Bools, Bools]:
-    """Rows and columns that are of one colour."""
-    return (g == g[:, :1]).all(1), (g == g[:1]).all(0)
+def line_counts(g: Grid) -> tuple[Ints, Ints]:
+    """Cells of every colour in every row (rows, 10), and in every column (cols, 10)."""
+    rows, cols = g.shape
+    # As parts of a grid twice as large, the rows and then the columns.
+    row, _, col, _ = lattice(rows, cols).places
+    flat = g.ravel()
+    label = np.concatenate((row, col + rows))
+    counts = colour_counts(label, np.concatenate((flat, flat)), rows + cols)
+    return counts[:rows], counts[rows:]
 
 
-def separators_of(g: Grid, uniform: tuple[Bools, Bools]) -> tuple[Bools, Bools]:
+def separators_of(row_counts: Ints, col_counts: Ints) -> tuple[Bools, Bools]:
     """Rows and columns that are whole lines of one separator colour; none found: all False.
 
-    Filled colours come before background; among them the one with the most lines.
+    Filled colours come before background; among them the one with the most lines. The counts are
+    those of `line_counts`.
     """
-    row_colour, col_colour = g[:, 0], g[0]
-    of_rows = row_colour[uniform[0]].tolist()
-    of_cols = col_colour[uniform[1]].tolist()
+    rows, cols = len(row_counts), len(col_counts)
+    is_row, is_col = row_counts == cols, col_counts == rows  # whether a line is all of a colour
+    of_rows, of_cols = is_row.nonzero()[1].tolist(), is_col.nonzero()[1].tolist()
     lines = {
         colour: of_rows.count(colour) + of_cols.count(colour)
         for colour in sorted({*of_rows, *of_cols})
-        if of_rows.count(colour) < g.shape[0] and of_cols.count(colour) < g.shape[1]
+        if of_rows.count(colour) < rows and of_cols.count(colour) < cols
     }
     if not lines:
-        return np.zeros(g.shape[0], np.bool_), np.zeros(g.shape[1], np.bool_)
+        return np.zeros(rows, np.bool_), np.zeros(cols, np.bool_)
     colour = max(lines, key=lambda c: (c > 0, lines[c]))
-    return uniform[0] & (row_colour == colour), uniform[1] & (col_colour == colour)
+    return is_row[:, colour], is_col[:, colour]
 
 
 # ---------------------------------------------------------------- a grid taken apart
@@ -378,18 +389,18 @@ class Anatomy:
 
     g: (rows, cols) the grid in canonical colours; padded: with a border of background, one cell
         wide; by_row, by_col: its cells in that order; back (10,), counts: see `canonical`.
-    filled: (rows, cols) where g is not background; row_filled (rows,), col_filled (cols,): how
-        many such cells a line has. box: bounding box of the filled cells, None without any.
-    same, objects: see `parts_of`; object_counts (objects, 10): cells of each colour;
+    filled: (rows, cols) where g is not background. box: bounding box of such cells, None without.
+    next_rows (rows - 1, cols), next_cols (rows, cols - 1): where a cell equals the one after it.
+    row_counts (rows, 10), col_counts (cols, 10): see `line_counts`.
+    row_segments (rows,), col_segments (cols,): see `segments_of`.
+    same, objects: see `parts_of`. object_counts (real objects, 10): cells of each colour;
         object_shades (real objects,): how many colours each has.
-    sides_touched, open_part, frame: (parts of `same`,) how many of the grid's borders it reaches;
-        whether it reaches any; whether it has a rectangle's whole outline, but not all of its
-        inside.
+    sides_touched, open_part, solid, frame: (parts of `same`,) how many of the grid's borders it
+        reaches; whether it reaches any; whether it is a whole rectangle; whether it has a
+        rectangle's whole outline, but not all of its inside.
     holes, above_holes: the parts of `same` that are enclosed background, and for each the flat
         index of the cell above its first one.
     box_edges: uint8 (rows, cols) on top or bottom edge of its component's box + 2 * left or right.
-    row_uniform, row_segments (rows,), col_uniform, col_segments (cols,): see `uniform_lines` and
-        `segments_of`.
     """
 
     g: Grid
@@ -399,24 +410,25 @@ class Anatomy:
     back: Grid
     counts: Ints
     filled: Bools
-    row_filled: Ints
-    col_filled: Ints
     box: tuple[slice, slice] | None
+    next_rows: Bools
+    next_cols: Bools
+    row_counts: Ints
+    col_counts: Ints
+    row_segments: Ints
+    col_segments: Ints
     same: Parts
     objects: Parts
     object_counts: Ints
     object_shades: Ints
     sides_touched: Ints
     open_part: Bools
+    solid: Bools
     frame: Bools
     holes: Ints
     above_holes: Ints
     box_edges: Grid
     rays: Rays
-    row_uniform: Bools
-    col_uniform: Bools
-    row_segments: Ints
-    col_segments: Ints
 
 
 def take_apart(grid: Grid) -> Anatomy:
@@ -428,17 +440,18 @@ def take_apart(grid: Grid) -> Anatomy:
     by_row, by_col = g.tobytes(), g.T.tobytes()
     filled = g > 0
     same, objects = parts_of(g)
-    object_counts = colour_counts(objects.label, g, objects.size.size)
+    object_counts = colour_counts(objects.label, g, objects.size.size)[objects.real]
     shape = lattice(rows, cols)
     sides_touched = (same.corners == shape.limits).sum(0)
-    holes = np.flatnonzero(sides_touched + same.colour == 0)
+    holes = (sides_touched + same.colour == 0).nonzero()[0]
+    solid = same.size == same.high * same.wide
     label = same.label.ravel()
     on_corners = shape.places == same.corners[:, label]
     row_edge, col_edge = (on_corners[::2] | on_corners[1::2]).view(np.uint8)
     box_edges = row_edge + 2 * col_edge
     edge_cells = np.bincount(label[box_edges > 0], minlength=same.size.size)
-    uniform = uniform_lines(g)
-    row_line, col_line = separators_of(g, uniform)
+    row_counts, col_counts = line_counts(g)
+    row_line, col_line = separators_of(row_counts, col_counts)
     return Anatomy(
         g=g,
         padded=padded,
@@ -447,26 +460,24 @@ def take_apart(grid: Grid) -> Anatomy:
         back=back,
         counts=counts,
         filled=filled,
-        row_filled=filled.sum(1),
-        col_filled=filled.sum(0),
         box=(_filled_lines(by_row, cols), _filled_lines(by_col, rows)) if counts.size > 1 else None,
+        next_rows=g[1:] == g[:-1],
+        next_cols=g[:, 1:] == g[:, :-1],
+        row_counts=row_counts,
+        col_counts=col_counts,
+        row_segments=segments_of(row_line),
+        col_segments=segments_of(col_line),
         same=same,
         objects=objects,
         object_counts=object_counts,
-        object_shades=(object_counts[objects.real, 1:] > 0).sum(1),
+        object_shades=(object_counts[:, 1:] > 0).sum(1),
         sides_touched=sides_touched,
         open_part=sides_touched > 0,
-        frame=(
-            (same.colour > 0)
-            & (edge_cells == 2 * (same.high + same.wide) - 4)
-            & (same.size < same.high * same.wide)  # never so with fewer than three rows or columns
-        ),
+        solid=solid,
+        # With fewer than three rows or columns the outline is all of it.
+        frame=(same.colour > 0) & ~solid & (edge_cells == 2 * (same.high + same.wide) - 4),
         holes=holes,
         above_holes=same.first[holes] - cols,
         box_edges=box_edges.reshape(rows, cols),
         rays=rays_of(g),
-        row_uniform=uniform[0],
-        col_uniform=uniform[1],
-        row_segments=segments_of(row_line),
-        col_segments=segments_of(col_line),
     )

@@ -161,6 +161,7 @@ _TILINGS = _run("tile", "tile_row_blocks_flipped")
 _COLOURS = _run("colour_rank_1", "colour_background")
 _SAME_SIZE = _run(SAME_SIZE_SOURCES[0], SAME_SIZE_SOURCES[-1])
 _RAYS = _run("ray_up", "ray_down_left")
+_OBJECTS = _run("object_majority", "object_minority")
 
 
 # ---------------------------------------------------------------- the bank
@@ -353,7 +354,7 @@ def _put_scaled(bank: _Bank, a: Anatomy) -> None:
             bank.put(name, g.repeat(kr, 0).repeat(kc, 1))
     if rows % 3 == 0 and cols % 3 == 0:
         bank.put("downscale_3", g[::3, ::3])
-    deduped = _dedup(g)
+    deduped = _dedup(a)
     bank.put("dedup", deduped)
     if a.box is not None:
         # Background all around it, if any, is one line wide now.
@@ -372,12 +373,14 @@ def _put_scaled(bank: _Bank, a: Anatomy) -> None:
         bank.put("pinwheel", wheel)
 
 
-def _dedup(g: Grid) -> Grid:
-    """Collapse equal neighbouring rows and equal neighbouring columns."""
-    keep_rows, keep_cols = np.ones(g.shape[0], np.bool_), np.ones(g.shape[1], np.bool_)
-    keep_rows[1:] = (g[1:] != g[:-1]).any(1)
-    keep_cols[1:] = (g[:, 1:] != g[:, :-1]).any(0)
-    return g[keep_rows][:, keep_cols]
+def _dedup(a: Anatomy) -> Grid:
+    """Collapse equal neighbouring rows and equal neighbouring columns, to the last of them."""
+    rows, cols = a.g.shape
+    keep_rows, keep_cols = np.empty(rows, np.bool_), np.empty(cols, np.bool_)
+    keep_rows[-1] = keep_cols[-1] = True
+    np.logical_not(a.next_rows.all(1), out=keep_rows[:-1])
+    np.logical_not(a.next_cols.all(0), out=keep_cols[:-1])
+    return a.g[keep_rows][:, keep_cols]
 
 
 # ---------------------------------------------------------------- shifted, fallen, shining
@@ -391,8 +394,8 @@ def _put_shifts_and_rays(bank: _Bank, a: Anatomy) -> None:
     bank.keep("shift_left", padded[1:-1, 2:])
     bank.keep("shift_right", padded[1:-1, :-2])
     # What falls keeps its order: the filled cells of each line go to as many places at its end.
-    up = np.arange(rows)[:, None] < a.col_filled
-    left = np.arange(cols) < a.row_filled[:, None]
+    up = np.arange(rows)[:, None] < rows - a.col_counts[:, 0]
+    left = np.arange(cols) < cols - a.row_counts[:, :1]
     by_row, by_col = g[filled], g.T[filled.T]
     for name, ends, cells in (
         ("gravity_down", up[::-1].T, by_col),
@@ -484,8 +487,8 @@ def _put_mosaic(bank: _Bank, a: Anatomy) -> None:
     n_ids, same = a.counts.size, a.same
     if n_ids < 4:
         return
-    solid = (same.high * same.wide == same.size) & (same.high > 1) & (same.wide > 1)
-    loose = np.bincount(same.colour[~solid], minlength=n_ids)
+    patch = a.solid & (same.high > 1) & (same.wide > 1)
+    loose = np.bincount(same.colour[~patch], minlength=n_ids)
     cells = a.counts * (loose == 0)
     cover = int(cells.argmax())
     if cells[cover] == 0:
@@ -519,19 +522,17 @@ def _put_objects(bank: _Bank, a: Anatomy) -> None:
     colour = same.colour.astype(np.uint8)
     colour[a.holes] = flat[a.above_holes]
     bank.keep("fill_enclosed", colour[same.label])
-    bank.keep("object_majority", commonest_colour(a.object_counts)[a.objects.label])
-    bank.keep("object_minority", rarest_colour(a.object_counts)[a.objects.label])
+    of_objects = np.zeros((2, a.objects.size.size), np.uint8)
+    of_objects[0, a.objects.real] = commonest_colour(a.object_counts)
+    of_objects[1, a.objects.real] = rarest_colour(a.object_counts)
+    bank.own[_OBJECTS] = of_objects[:, a.objects.label]
     bank.keep("denoise_small", g * (same.size > 1)[same.label])
 
-    # The lines are labelled one after the other, the rows and then the columns.
-    row, _, col, _ = lattice(rows, cols).places
-    lines = np.concatenate((row, col + rows))
-    common = commonest_colour(colour_counts(lines, np.concatenate((flat, flat)), rows + cols))
-    bank.keep("row_common", common[:rows, None])
-    bank.keep("col_common", common[rows:])
+    bank.keep("row_common", commonest_colour(a.row_counts)[:, None])
+    bank.keep("col_common", commonest_colour(a.col_counts))
     bank.keep("row_first", flat[filled.argmax(1) + np.arange(0, g.size, cols)][:, None])
     bank.keep("col_first", flat[filled.argmax(0) * cols + np.arange(cols)])
-    bank.keep("cols_sorted", g[:, a.col_filled.argsort(kind="stable")])
+    bank.keep("cols_sorted", g[:, (-a.col_counts[:, 0]).argsort(kind="stable")])
 
     padded = a.padded
     across = np.maximum(np.maximum(padded[:, :-2], padded[:, 2:]), padded[:, 1:-1])
@@ -541,14 +542,14 @@ def _put_objects(bank: _Bank, a: Anatomy) -> None:
     # The commonest other filled colour that touches each component or background region.
     pairs = lattice(rows, cols).pairs
     one, other = flat[pairs]
-    touching = pairs[:, one != other]
+    touching = pairs[:, (one != other).nonzero()[0]]
     near_counts = colour_counts(same.label.ravel()[touching], flat[touching[::-1]], same.size.size)
     bank.keep("component_neighbour", commonest_colour(near_counts)[same.label])
 
     # The boxes of components below the grid: larger ones on top, solid ones show nothing.
     boxed = np.zeros(g.shape, np.uint8)
-    real = np.flatnonzero((same.colour > 0) & (same.size > 2) & (same.size < same.high * same.wide))
-    for i in real[np.argsort(-same.size[real], kind="stable")][::-1].tolist():
+    real = same.real[(~a.solid & (same.size > 2))[same.real]]
+    for i in real[(-same.size[real]).argsort(kind="stable")][::-1].tolist():
         boxed[part_box(same, i)] = same.colour[i]
     np.copyto(boxed, g, where=filled)
     bank.keep("object_bbox", boxed)
@@ -596,7 +597,7 @@ def _put_crops(bank: _Bank, a: Anatomy) -> None:
         box = colour_box(a.by_row, a.by_col, colour, g.shape[1])
         if box is not None:
             bank.put(name, g[box])
-    frames = np.flatnonzero(a.frame)
+    frames = a.frame.nonzero()[0]
     if frames.size:
         area = (same.high[frames] - 1) * (same.wide[frames] - 1)
         bank.put("crop_frame_interior", g[part_box(same, frames[area.argmax()])][1:-1, 1:-1])
@@ -650,25 +651,26 @@ def _put_panels(bank: _Bank, g: Grid, seg_r: Ints, seg_c: Ints) -> Ints:
     rank = np.zeros(g.shape, np.int64)
     if n_r * n_c < 2:
         return rank
-    inside_r, inside_c = np.flatnonzero(seg_r >= 0), np.flatnonzero(seg_c >= 0)
+    inside_r, inside_c = (seg_r >= 0).nonzero()[0], (seg_c >= 0).nonzero()[0]
     window = (inside_r[:, None], inside_c)
     content = g[window]
     label = seg_r[inside_r][:, None] * n_c + seg_c[inside_c]
     counts = colour_counts(label, content, n_r * n_c)
-    filled = counts[:, 1:].sum(1)
+    filled = counts[:, 1:].sum(1).tolist()
     common = commonest_colour(counts)
     bank.put("panel_map", common.reshape(n_r, n_c))
     majority = g.copy()
     majority[window] = common[label]
     bank.keep("panel_majority", majority)
-    of_panel = np.where(filled == filled.max(), 1, np.where(filled == filled.min(), 2, 3))
-    rank[window] = of_panel[label]
+    most, fewest = max(filled), min(filled)
+    of_panel = [1 if n == most else 2 if n == fewest else 3 for n in filled]
+    rank[window] = np.array(of_panel)[label]
     heights = {of_rows.count(i) for i in range(n_r)}
     widths = {of_cols.count(i) for i in range(n_c)}
     if len(heights) == len(widths) == 1:
         (high,), (wide,) = heights, widths
         panels = content.reshape(n_r, high, n_c, wide).transpose(0, 2, 1, 3).reshape(-1, high, wide)
-        bank.put("panel_fullest", panels[filled.argmax()])
+        bank.put("panel_fullest", panels[filled.index(most)])
         seen = [panel.tobytes() for panel in panels]
         odd = [i for i, key in enumerate(seen) if seen.count(key) == 1]
         if len(odd) == 1:

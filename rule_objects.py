@@ -20,13 +20,13 @@ from grid_parts import (
     Parts,
     canonical,
     colour_counts,
+    line_counts,
     part_box,
     parts_of,
     recoloured,
     segments_of,
     separators_of,
     shape_hashes,
-    uniform_lines,
 )
 
 # ---------------------------------------------------------------- names
@@ -290,7 +290,7 @@ def object_bank(grid: Grid) -> tuple[Grid, Grid, Grid]:
                 ]
             marks = plain if kind == "component" else shape
             _put_choices(put, kind, crops, parts.top[members], parts.left[members], marks[members])
-    row_line, col_line = separators_of(g, uniform_lines(g))
+    row_line, col_line = separators_of(*line_counts(g))
     seg_r, seg_c = segments_of(row_line), segments_of(col_line)
     n_r, n_c = int(seg_r.max()) + 1, int(seg_c.max()) + 1
     if 1 < n_r * n_c <= 60:
