@@ -403,7 +403,7 @@ def _analysed(grid: NDArray[np.integer], planes_only: bool) -> GridAnalysis:
     raw = np.asarray(grid)
     if raw.ndim != 2 or not 0 < raw.shape[0] <= MAX_SIDE or not 0 < raw.shape[1] <= MAX_SIDE:
         raise ValueError(f"grid shape {raw.shape}: expected (rows, cols) with 1..{MAX_SIDE} each")
-    if raw.min() < 0 or raw.max() >= COLOURS:
+    if (raw.dtype.kind != "u" and raw.min() < 0) or raw.max() >= COLOURS:
         raise ValueError(f"grid colours {raw.min()}..{raw.max()}: expected 0..{COLOURS - 1}")
     a = take_apart(raw.astype(np.uint8))
     planes, sizes, panel_rank = transforms(a)
@@ -487,31 +487,32 @@ CONTROL_NAMES: tuple[str, ...] = (
 N_CONTROL = len(CONTROL_NAMES)
 
 
-def match(analysis: GridAnalysis, output: Grid) -> tuple[NDArray[np.float32], Bools]:
+def match(analysis: GridAnalysis, output: Grid) -> tuple[NDArray[np.float32], Bools, float]:
     """How each source agrees with a demonstration's output (rows, cols).
 
     Returns share (N_SOURCES,) float32, the part of the output's cells that the source shows at the
-    same row and column, and same_size (N_SOURCES,) bool, its size equals the output's.
+    same row and column, same_size (N_SOURCES,) bool, its size equals the output's, and covered, the
+    part of the output's cells that any source shows.
     """
     rows, cols = output.shape
-    equal = analysis.planes[:, :rows, :cols] == output
-    share = equal.reshape(N_SOURCES, -1).mean(1, dtype=np.float32)
-    return share, (analysis.sizes == (rows, cols)).all(1)
+    equal = (analysis.planes[:, :rows, :cols] == output).reshape(N_SOURCES, -1)
+    # Up to 900 fits 16 bits, summed in a third of the time of 64 or of a mean.
+    share = (equal.sum(1, dtype=np.uint16) / output.size).astype(np.float32)
+    return share, (analysis.sizes == output.shape).all(1), _share(equal.any(0))
 
 
-def _maps(a: Grid, b: Grid) -> Bools:
-    """Which (colour of a, colour of b) pairs occur at one place; (10, 10)."""
-    joint = np.bincount(a.ravel().astype(np.int64) * COLOURS + b.ravel(), minlength=100)
-    return joint.reshape(COLOURS, COLOURS) > 0
+def _share(mask: Bools) -> float:
+    """The part of a mask that is true, as its mean, but in half the time."""
+    return int(np.count_nonzero(mask)) / mask.size
 
 
 def _own_symmetry(name: str, a: Grid) -> dict[str, float]:
     """The share of cells that equal their mirror image, three ways; 0 for an impossible one."""
     square = a.shape[0] == a.shape[1]
     return {
-        f"{name}_fliplr": float((a == a[:, ::-1]).mean()),
-        f"{name}_flipud": float((a == a[::-1]).mean()),
-        f"{name}_transpose": float((a == a.T).mean()) if square else 0.0,
+        f"{name}_fliplr": _share(a == a[:, ::-1]),
+        f"{name}_flipud": _share(a == a[::-1]),
+        f"{name}_transpose": _share(a == a.T) if square else 0.0,
     }
 
 
@@ -520,29 +521,30 @@ def control_features(analysis: GridAnalysis, input_grid: Grid, output: Grid) -> 
 
     analysis must be `analyse(input_grid)`. For demonstrations only: it reads the output.
     """
-    share, same_size = match(analysis, output)
+    share, same_size, covered = match(analysis, output)
     (hi, wi), (ho, wo) = input_grid.shape, output.shape
     rules = analysis.size_values == np.array([[ho], [wo]])
-    in_counts = np.bincount(input_grid.ravel(), minlength=COLOURS)
-    out_counts = np.bincount(output.ravel(), minlength=COLOURS)
-    has_in, has_out = in_counts > 0, out_counts > 0
+    in_counts = np.bincount(input_grid.ravel(), minlength=COLOURS).tolist()
+    out_counts = np.bincount(output.ravel(), minlength=COLOURS).tolist()
+    has_in = {colour for colour, n in enumerate(in_counts) if n}
+    has_out = {colour for colour, n in enumerate(out_counts) if n}
     bg = analysis.background
     changed = filled_changed = empty_changed = 0.0
     added = removed = functional = bijective = False
     if (hi, wi) == (ho, wo):
         differ = input_grid != output
-        changed = float(differ.mean())
+        changed = _share(differ)
         empty = input_grid == bg
-        filled_changed = float((differ & ~empty).mean())
-        empty_changed = float((differ & empty).mean())
+        filled_changed = _share(differ & ~empty)
+        empty_changed = _share(differ & empty)
         added = changed > 0 and filled_changed == 0
         removed = changed > 0 and bool((output[differ] == bg).all())
-        joint = _maps(input_grid, output)
-        functional = bool((joint.sum(1) <= 1).all())
-        bijective = functional and bool((joint.sum(0) <= 1).all())
+        # Pairs of colours at one place: each colour is in one at least.
+        joint = np.bincount(input_grid.ravel().astype(np.int64) * COLOURS + output.ravel())
+        n_pairs = np.count_nonzero(joint)
+        functional = n_pairs == len(has_in)
+        bijective = functional and n_pairs == len(has_out)
     best = float(share[same_size].max()) if same_size.any() else 0.0
-    covered = (analysis.planes[:, :ho, :wo] == output).any(0).mean()
-    first_row, first_col = output[:1], output[:, :1]
     pair: dict[str, Any] = {
         "size_same": (hi, wi) == (ho, wo),
         "size_swapped": (hi, wi) == (wo, ho),
@@ -562,13 +564,13 @@ def control_features(analysis: GridAnalysis, input_grid: Grid, output: Grid) -> 
         "input_cols": wi / MAX_SIDE,
         "output_rows": ho / MAX_SIDE,
         "output_cols": wo / MAX_SIDE,
-        "input_colours": has_in.sum() / COLOURS,
-        "output_colours": has_out.sum() / COLOURS,
-        "new_colours": (has_out & ~has_in).sum() / COLOURS,
-        "lost_colours": (has_in & ~has_out).sum() / COLOURS,
-        "palette_same": np.array_equal(has_in, has_out),
-        "palette_subset": not (has_out & ~has_in).any(),
-        "counts_same": np.array_equal(in_counts, out_counts),
+        "input_colours": len(has_in) / COLOURS,
+        "output_colours": len(has_out) / COLOURS,
+        "new_colours": len(has_out - has_in) / COLOURS,
+        "lost_colours": len(has_in - has_out) / COLOURS,
+        "palette_same": has_in == has_out,
+        "palette_subset": has_out <= has_in,
+        "counts_same": in_counts == out_counts,
         "input_density": 1.0 - in_counts[bg] / (hi * wi),
         "output_density": 1.0 - out_counts[bg] / (ho * wo),
         "changed": changed,
@@ -580,14 +582,14 @@ def control_features(analysis: GridAnalysis, input_grid: Grid, output: Grid) -> 
         "colour_bijection": bijective,
         **_own_symmetry("input", input_grid),
         **_own_symmetry("output", output),
-        "output_rot180": float((output == output[::-1, ::-1]).mean()),
-        "output_uniform": bool((output == output[0, 0]).all()),
-        "output_row_uniform": bool((output == first_col).all()),
-        "output_col_uniform": bool((output == first_row).all()),
-        "background_kept": has_out[bg],
+        "output_rot180": _share(output == output[::-1, ::-1]),
+        "output_uniform": len(has_out) == 1,
+        "output_row_uniform": bool((output == output[:, :1]).all()),
+        "output_col_uniform": bool((output == output[:1]).all()),
+        "background_kept": bg in has_out,
         "background_zero": bg == 0,
         "best_share": best,
-        "covered": float(covered),
+        "covered": covered,
     }
     of_pair = np.asarray(in_order(pair, PAIR_FEATURE_NAMES), np.float32)
     return np.concatenate((share, same_size, rules[0], rules[1], of_pair), dtype=np.float32)

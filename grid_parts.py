@@ -10,6 +10,7 @@ kept in tables, much is done for several planes at once, and short lists are lef
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -326,11 +327,14 @@ def _sight_lines(rows: int, cols: int) -> tuple[Ints, Ints]:
 def rays_of(g: Grid) -> Rays:
     """What each cell sees in the eight directions; g (rows, cols), values 0..15."""
     cells, views = _sight_lines(*g.shape)
-    seen = np.append(g.ravel(), np.uint8(0))[cells]
+    padded = np.zeros(g.size + 1, np.uint8)
+    padded[:-1] = g.ravel()
+    seen = padded[cells]
     # The last filled value so far is the greatest one with 16 more at every step.
     nearest = np.arange(0, 16 * len(cells), 16, dtype=np.int16)[:, None] + seen
     nearest *= seen > 0
-    np.maximum.accumulate(nearest, axis=0, out=nearest)
+    for before, here in itertools.pairwise(nearest):  # two thirds of np.maximum.accumulate's time
+        np.maximum(before, here, out=here)
     stack = (nearest.ravel()[views] & 15).astype(np.uint8).reshape(8, *g.shape)
     return Rays(stack, *stack)
 

@@ -430,6 +430,11 @@ def _mirror_axes(cols: int) -> tuple[Ints, Ints]:
     return axis.ravel(), np.array(outwards)
 
 
+# For each colour and the one that a cover leaves over, see `_put_mosaic`; and before them for all.
+_COLOUR_IDS = np.arange(COLOURS + 1, dtype=np.uint8)[:, None, None]
+_AXIS_WEIGHTS = np.where(_COLOUR_IDS == 0, -2, 3).astype(np.float32)
+
+
 def _best_axis(g: Grid, n_colours: int) -> int:
     """Doubled centre column of the mirror axis with the best agreement; g has colours
     0..n_colours.
@@ -438,13 +443,12 @@ def _best_axis(g: Grid, n_colours: int) -> int:
     are background on either side are not compared. Only axes in the middle half are tried; ties
     go to the one nearest the middle, cols - 1.
     """
-    rows, cols = g.shape
+    cols = g.shape[1]
     # Agreeing cells of every two columns, three times, less those filled in both, twice.
-    shown = g == np.arange(n_colours + 1, dtype=np.uint8)[:, None, None]
+    shown = g == _COLOUR_IDS[: n_colours + 1]
     np.logical_not(shown[0], out=shown[0])
     cells = shown.astype(np.float32).reshape(-1, cols)
-    weighted = cells * np.float32(3)
-    weighted[:rows] = -2 * cells[:rows]
+    weighted = (shown * _AXIS_WEIGHTS[: n_colours + 1]).reshape(-1, cols)
     axis, outwards = _mirror_axes(cols)
     score = np.bincount(axis, (weighted.T @ cells).ravel())[outwards]
     best = int(score.argmax())
