@@ -27,6 +27,7 @@ from grid_parts import (
     Grid,
     Ints,
     Parts,
+    read_only,
     shape_hashes,
     take_apart,
 )
@@ -177,7 +178,7 @@ _PLACE_ROWS, _OTHER_ROWS = _rows_of(_PLACE_FEATURES), _rows_of(_OTHER_FEATURES)
 
 @lru_cache(maxsize=KEPT_SHAPES)
 def _place_features(rows: int, cols: int) -> Grid:
-    """Features (features, rows, cols) in the order of _PLACE_FEATURES. Must not be written to."""
+    """Features (features, rows, cols) in the order of _PLACE_FEATURES."""
     row, col = np.arange(rows)[:, None], np.arange(cols)
     value: dict[str, Ints] = {}
     value["parity"] = row % 2 + 2 * (col % 2)
@@ -192,7 +193,7 @@ def _place_features(rows: int, cols: int) -> Grid:
     out = np.empty((len(_PLACE_FEATURES), rows, cols), np.uint8)
     for i, plane in enumerate(in_order(value, _PLACE_FEATURES)):
         out[i] = plane  # lines (rows, 1) and (cols,) are spread over the grid
-    return out
+    return read_only(out)
 
 
 @cache
@@ -203,7 +204,7 @@ def _size_grades() -> Grid:
     out[0, 1:] = np.minimum(size, 7)
     out[1, 1:] = np.minimum(np.log2(size), 7)
     out[2, 1:] = 2 + (size > 1).astype(np.int64) + (size > 4) + (size > 9)
-    return out
+    return read_only(out)
 
 
 def _size_ranks(parts: Parts) -> Grid:

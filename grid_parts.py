@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,9 @@ Bools = NDArray[np.bool_]
 COLOURS = 10
 OUTSIDE = 10  # plane value: no cell here
 MAX_SIDE = 30
-# Tables are kept for so many grid shapes; those of one shape take 60 kB on average, 400 at most.
-KEPT_SHAPES = 256
+# Tables are kept for so many grid shapes: 67 kB each on average, 250 at most, 29 MB for all 434
+# shapes of ARC-AGI-2's training inputs. Making them takes a fifth of what a grid takes as a whole.
+KEPT_SHAPES = 512
 
 
 # ---------------------------------------------------------------- canonical colours
@@ -62,6 +64,14 @@ def recoloured(planes: Grid, lut: Grid) -> Grid:
 
 # ---------------------------------------------------------------- what follows from the shape
 
+Table = TypeVar("Table", bound=NDArray[np.generic])
+
+
+def read_only(table: Table) -> Table:
+    """A table that is kept and shared, guarded against writing."""
+    table.setflags(write=False)
+    return table
+
 
 @dataclass(frozen=True, eq=False)
 class Lattice:
@@ -74,9 +84,7 @@ class Lattice:
     limits: Ints  # (4, 1): the grid's own corners
     pairs: Ints  # (2, pairs): neighbours, the earlier cell first; diagonal ones come first
     n_diagonal: int
-    node_pairs: (
-        Ints  # (2, 2 * pairs): the same nodes as `pairs`, in the one labelling and the other
-    )
+    node_pairs: Ints  # (2, 2 * pairs): the same as nodes of the one labelling, then of the other
     node_row: Ints  # (2n,)
     by_col: Ints  # (2n,): the nodes in the order of their columns, and those columns
     col_by_col: Ints
@@ -85,7 +93,7 @@ class Lattice:
 
 @lru_cache(maxsize=KEPT_SHAPES)
 def lattice(rows: int, cols: int) -> Lattice:
-    """The lattice of a grid's shape. Its arrays must not be written to."""
+    """The lattice of a grid's shape."""
     n = rows * cols
     index = np.arange(n).reshape(rows, cols)
     row, col = np.divmod(index.ravel(), cols)
@@ -97,16 +105,19 @@ def lattice(rows: int, cols: int) -> Lattice:
         (index[:-1], index[1:]),
     )
     pairs = np.stack([np.concatenate([both[i].ravel() for both in neighbours]) for i in (0, 1)])
+    node_pairs = read_only(np.concatenate((pairs, pairs + n), axis=1))
     return Lattice(
-        places=np.stack((row, row, col, col)),
-        limits=np.array([[0], [rows - 1], [0], [cols - 1]]),
-        pairs=pairs,
+        places=read_only(np.stack((row, row, col, col))),
+        limits=read_only(np.array([[0], [rows - 1], [0], [cols - 1]])),
+        pairs=node_pairs[:, : pairs.shape[1]],
         n_diagonal=2 * (rows - 1) * (cols - 1),
-        node_pairs=np.concatenate((pairs, pairs + n), axis=1),
-        node_row=np.concatenate((row, row)),
-        by_col=np.concatenate((by_col, by_col + n)),
-        col_by_col=np.tile(col[by_col], 2),
-        corner_codes=np.stack((row * MAX_SIDE + col, row * MAX_SIDE - col, col - row * MAX_SIDE)),
+        node_pairs=node_pairs,
+        node_row=read_only(np.concatenate((row, row))),
+        by_col=read_only(np.concatenate((by_col, by_col + n))),
+        col_by_col=read_only(np.tile(col[by_col], 2)),
+        corner_codes=read_only(
+            np.stack((row * MAX_SIDE + col, row * MAX_SIDE - col, col - row * MAX_SIDE))
+        ),
     )
 
 
@@ -121,7 +132,7 @@ def _shape_weights() -> NDArray[np.float64]:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(29)).astype(np.float64)
+    return read_only((z >> np.uint64(29)).astype(np.float64))
 
 
 def _roots(n: int, low: Ints, high: Ints) -> Ints:
@@ -148,7 +159,7 @@ class Parts:
     label: Ints  # (rows, cols)
     first: Ints  # flat index of the first cell
     size: Ints
-    corners: Ints  # (4, parts): top, bottom, left and right
+    corners: Ints  # (4, parts): top, bottom, left and right, which also have names of their own
     high: Ints  # rows and columns of the bounding box
     wide: Ints
     colour: Ints  # of the first cell; 0 = background
@@ -192,11 +203,11 @@ def parts_of(g: Grid) -> tuple[Parts, Parts]:
     high_wide = corners[1::2] - corners[::2] + 1
     k_same = int(first.searchsorted(n))
 
-    def cut(start: int, number: int, part: slice) -> Parts:
-        """The labelling whose nodes begin at start and whose components begin at number."""
+    def cut(start: int, lowest: int, part: slice) -> Parts:
+        """The labelling whose nodes begin at start, and its components at the lowest number."""
         colour = flat[first[part] - start].astype(np.int64)
         return Parts(
-            label=(label[start : start + n] - number).reshape(rows, cols),
+            label=(label[start : start + n] - lowest).reshape(rows, cols),
             first=first[part] - start,
             size=size[part],
             corners=corners[:, part],
@@ -273,7 +284,8 @@ def colour_counts(label: Ints, g: Grid, k: int) -> Ints:
 def rarest_colour(counts: Ints) -> Ints:
     """Rarest present filled colour of each row; 0 when there is none. Ties: overall rarer."""
     filled = counts[:, ::-1] - 1
-    filled[:, -1] = 1 << 20  # background: before the absent ones, which are the largest of all
+    filled[:, -1] = 1 << 20  # background: above all that are present
+    # Without a sign the -1 of an absent colour is the largest number of all.
     return COLOURS - 1 - filled.view(np.uint64).argmin(1)
 
 
@@ -303,8 +315,8 @@ class Rays:
 
 
 @lru_cache(maxsize=KEPT_SHAPES)
-def _sight_lines(rows: int, cols: int) -> tuple[Ints, Ints]:
-    """The lines of sight through a grid of n cells, side by side.
+def _sight_lines(rows: int, cols: int) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+    """The lines of sight through a grid of n cells, side by side; 16 bits to keep the tables small.
 
     Returns cells (steps, lines): the cell that a line has passed before each step, n for none; and
     views (8, n): where in it, as a flat index, each cell looks in the directions of Rays.stack.
@@ -321,7 +333,10 @@ def _sight_lines(rows: int, cols: int) -> tuple[Ints, Ints]:
     for way, (at, offset) in enumerate(((step, 0), (n_steps - 1 - step, n_lines))):
         cells[at + 1, line + offset] = np.arange(n)
         views[:, way] = at * (2 * n_lines) + line + offset
-    return cells[:-1], views.reshape(8, n)
+    return (
+        read_only(cells[:-1].astype(np.int16)),
+        read_only(views.reshape(8, n).astype(np.int16)),
+    )
 
 
 def rays_of(g: Grid) -> Rays:

@@ -28,6 +28,7 @@ from grid_parts import (
     lattice,
     part_box,
     rarest_colour,
+    read_only,
     recoloured,
     shape_hashes,
 )
@@ -172,7 +173,7 @@ class _Bank:
 
     def __init__(self, rows: int, cols: int) -> None:
         self.planes = np.full((N_SOURCES, MAX_SIDE, MAX_SIDE), OUTSIDE, np.uint8)
-        # The corner of each plane that SAME_SIZE_SOURCES and the like fill, (N_SOURCES, rows, cols)
+        # (N_SOURCES, rows, cols): the corner of each plane that a grid of the input's shape fills.
         self.own = self.planes[:, :rows, :cols]
         self._sizes = bytearray(2 * N_SOURCES)
 
@@ -194,7 +195,7 @@ class _Bank:
         self.planes[SOURCE_INDEX[name]] = plane
 
     def sizes(self) -> Grid:
-        """Rows and columns of each source, (N_SOURCES, 2)."""
+        """Rows and columns of each source, (N_SOURCES, 2), when all of them are there."""
         sizes = np.frombuffer(self._sizes, np.uint8).reshape(N_SOURCES, 2)
         present = self.own[_SAME_SIZE, 0, 0] != OUTSIDE
         sizes[_SAME_SIZE][present] = self.own.shape[1:]
@@ -217,7 +218,7 @@ def _put_geometric(bank: _Bank, g: Grid) -> None:
 @cache
 def _fold(side: int) -> Ints:
     """Plane index -> grid index for periodic tiling."""
-    return np.arange(MAX_SIDE) % side
+    return read_only(np.arange(MAX_SIDE) % side)
 
 
 @cache
@@ -226,7 +227,7 @@ def _tiling_cols(cols: int) -> Ints:
     plain = _fold(cols)
     mirrored = np.arange(MAX_SIDE) % (2 * cols)
     mirrored = np.minimum(mirrored, 2 * cols - 1 - mirrored)
-    return np.stack((plain, mirrored, cols - 1 - mirrored, cols - 1 - plain))
+    return read_only(np.stack((plain, mirrored, cols - 1 - mirrored, cols - 1 - plain)))
 
 
 @cache
@@ -234,7 +235,8 @@ def _tiling_rows(rows: int) -> Ints:
     """Plane row -> row of the _TILINGS among 4 * grid row + one of _tiling_cols, (6, 30)."""
     plain, mirrored, upside, _ = 4 * _tiling_cols(rows)
     odd = np.arange(MAX_SIDE) // rows % 2
-    return np.stack((plain, mirrored + 1, mirrored + 2, upside + 1, upside + 2, plain + 3 * odd))
+    tilings = (plain, mirrored + 1, mirrored + 2, upside + 1, upside + 2, plain + 3 * odd)
+    return read_only(np.stack(tilings))
 
 
 def _tiled(unit: Grid) -> Grid:
@@ -314,7 +316,8 @@ def _put_planes(bank: _Bank, a: Anatomy) -> None:
 def _slanted(period: int) -> Ints:
     """The place of each cell of a plane, by antidiagonals and by diagonals; (2, 30, 30)."""
     line = np.arange(MAX_SIDE)
-    return np.stack((line[:, None] + line, line[:, None] - line)) % period
+    places = np.stack((line[:, None] + line, line[:, None] - line)) % period
+    return read_only(places)
 
 
 def _put_slanted(bank: _Bank, g: Grid) -> None:
@@ -427,10 +430,10 @@ def _mirror_axes(cols: int) -> tuple[Ints, Ints]:
     axis[col, col] = 2 * cols - 1
     tried = range(cols // 2, cols - 1 + (cols + 1) // 2)
     outwards = sorted(tried, key=lambda centre: (abs(centre - cols + 1), centre))
-    return axis.ravel(), np.array(outwards)
+    return read_only(axis.ravel()), read_only(np.array(outwards))
 
 
-# For each colour and the one that a cover leaves over, see `_put_mosaic`; and before them for all.
+# In `_best_axis`: 1..10, one colour more than a grid has, as `_put_mosaic` needs; 0 is for all.
 _COLOUR_IDS = np.arange(COLOURS + 1, dtype=np.uint8)[:, None, None]
 _AXIS_WEIGHTS = np.where(_COLOUR_IDS == 0, -2, 3).astype(np.float32)
 
@@ -502,8 +505,7 @@ def _put_mosaic(bank: _Bank, a: Anatomy) -> None:
     table[cover] = 0
     by_row, by_col = a.by_row.translate(table), a.by_col.translate(table)
     work = np.frombuffer(by_row, np.uint8).reshape(a.g.shape)
-    back = np.arange(-1, COLOURS).astype(np.uint8)
-    back[0] = cover
+    back = np.array([cover, *range(COLOURS)], np.uint8)
     plane = back[_completed(work, by_row, by_col)]
     bank.fill("mosaic_period", plane)
     mirrored = back[_symmetric(work, n_ids)]
