@@ -8,8 +8,10 @@ Use: `from grid_features import analyse, place, control_features, CELL_FEATURE_N
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,12 +19,15 @@ from numpy.typing import NDArray
 
 from grid_parts import (
     COLOURS,
+    KEPT_SHAPES,
     MAX_SIDE,
     OUTSIDE,
     Anatomy,
     Bools,
     Grid,
     Ints,
+    Parts,
+    read_only,
     shape_hashes,
     take_apart,
 )
@@ -135,21 +140,13 @@ def in_order(named: Mapping[str, T], names: tuple[str, ...]) -> list[T]:
     return [named[name] for name in names]
 
 
-def _size_ranks(size: Ints, real: Bools) -> Ints:
-    """0 not real, 1 largest, 2 second, 3 third, 5 middle, 6 smallest, 7 all alike (by size)."""
-    out = np.zeros(size.size, np.int64)
-    levels = np.unique(size[real])
-    if levels.size == 1:
-        out[real] = 7
-    elif levels.size:
-        from_top = levels.size - 1 - np.searchsorted(levels, size[real])
-        grade = np.where(from_top < 3, from_top + 1, 5)
-        out[real] = np.where(from_top == levels.size - 1, 6, grade)
-    return out
+def _rows_of(names: tuple[str, ...]) -> Ints:
+    return np.array([CELL_FEATURE_NAMES.index(name) for name in names])
 
 
-# The cell features that are one value per component.
+# The cell features that are one value per component, per object, or follow from the grid's shape.
 _COMPONENT_FEATURES = (
+    "colour_rank",
     "component_size",
     "component_size_log",
     "component_size_rank",
@@ -158,169 +155,230 @@ _COMPONENT_FEATURES = (
     "component_holes",
     "component_kind",
     "shape_copies",
+    "colour_components",
 )
+_OBJECT_FEATURES = ("object_size_rank", "object_colours")
+_PLACE_FEATURES = (
+    "parity",
+    "row_mod_3",
+    "col_mod_3",
+    "border_distance",
+    "diagonals",
+    "half_rows",
+    "half_cols",
+)
+_OTHER_FEATURES = tuple(
+    name
+    for name in CELL_FEATURE_NAMES
+    if name not in (*_COMPONENT_FEATURES, *_OBJECT_FEATURES, *_PLACE_FEATURES)
+)
+_COMPONENT_ROWS, _OBJECT_ROWS = _rows_of(_COMPONENT_FEATURES), _rows_of(_OBJECT_FEATURES)
+_PLACE_ROWS, _OTHER_ROWS = _rows_of(_PLACE_FEATURES), _rows_of(_OTHER_FEATURES)
+
+
+@lru_cache(maxsize=KEPT_SHAPES)
+def _place_features(rows: int, cols: int) -> Grid:
+    """Features (features, rows, cols) in the order of _PLACE_FEATURES."""
+    row, col = np.arange(rows)[:, None], np.arange(cols)
+    value: dict[str, Ints] = {}
+    value["parity"] = row % 2 + 2 * (col % 2)
+    value["row_mod_3"] = row % 3
+    value["col_mod_3"] = col % 3
+    value["border_distance"] = np.minimum(
+        np.minimum(np.minimum(row, rows - 1 - row), np.minimum(col, cols - 1 - col)), 7
+    )
+    value["diagonals"] = (row == col) + 2 * (row + col == cols - 1) + 4 * (row == rows - 1 - col)
+    value["half_rows"] = 1 + np.sign(2 * row - rows + 1)
+    value["half_cols"] = 1 + np.sign(2 * col - cols + 1)
+    out = np.empty((len(_PLACE_FEATURES), rows, cols), np.uint8)
+    for i, plane in enumerate(in_order(value, _PLACE_FEATURES)):
+        out[i] = plane  # lines (rows, 1) and (cols,) are spread over the grid
+    return read_only(out)
+
+
+@cache
+def _size_grades() -> Grid:
+    """Of a size 0..900: up to 7, its logarithm up to 7, and a hole's value in "enclosure"."""
+    size = np.arange(1, MAX_SIDE * MAX_SIDE + 1)
+    out = np.zeros((3, size.size + 1), np.uint8)
+    out[0, 1:] = np.minimum(size, 7)
+    out[1, 1:] = np.minimum(np.log2(size), 7)
+    out[2, 1:] = 2 + (size > 1).astype(np.int64) + (size > 4) + (size > 9)
+    return read_only(out)
+
+
+def _size_ranks(parts: Parts) -> Grid:
+    """0 background, 1 largest, 2 second, 3 third, 5 middle, 6 smallest, 7 all alike (by size)."""
+    sizes = parts.size[parts.real].tolist()
+    levels = sorted(set(sizes), reverse=True)
+    grades = dict.fromkeys(levels, 5) | dict(zip(levels, (1, 2, 3), strict=False))
+    if levels:
+        grades[levels[-1]] = 6 if len(levels) > 1 else 7
+    out = np.zeros(parts.size.size, np.uint8)
+    out[parts.real] = [grades[size] for size in sizes]
+    return out
 
 
 def _component_features(a: Anatomy) -> Grid:
-    """A value for each component, (components, features) in the order of _COMPONENT_FEATURES."""
-    rows, cols = a.g.shape
-    same, size = a.same, a.same.size
+    """A value for each component, (features, components) in the order of _COMPONENT_FEATURES."""
+    same, size, holes = a.same, a.same.size, a.holes
     k = size.size
     filled = same.colour > 0
-    high, wide = same.bottom - same.top + 1, same.right - same.left + 1
     value: dict[str, NDArray[Any]] = {}
-    value["component_size"] = np.minimum(size, 7)
-    value["component_size_log"] = np.minimum(np.log2(size), 7)
-    value["component_size_rank"] = _size_ranks(size, filled)
-    value["component_sides_touched"] = (
-        (same.top == 0).astype(np.uint8)
-        + (same.left == 0)
-        + (same.bottom == rows - 1)
-        + (same.right == cols - 1)
-    )
-    hole_kind = 2 + (size > 1).astype(np.int64) + (size > 4) + (size > 9)
-    hole_kind = np.where((high == wide) & (high * wide == size) & (size > 1), 6, hole_kind)
-    value["enclosure"] = np.where(filled, 0, np.where(a.open_part, 1, hole_kind))
-    holes = np.flatnonzero(~filled & ~a.open_part)
-    owner = same.label.ravel()[same.first[holes] - cols]
-    value["component_holes"] = np.minimum(np.bincount(owner, minlength=k), 7)
+    value["colour_rank"] = np.minimum(same.colour, 7)
+    value["component_size"], value["component_size_log"], hole_kind = _size_grades()[:, size]
+    value["component_size_rank"] = _size_ranks(same)
+    value["component_sides_touched"] = a.sides_touched
+    value["enclosure"] = ~filled
+    value["component_holes"] = np.zeros(k, np.uint8)
+    if holes.size:
+        square = a.solid[holes] & (same.high[holes] == same.wide[holes]) & (size[holes] > 1)
+        value["enclosure"] = value["enclosure"].astype(np.uint8)
+        value["enclosure"][holes] = np.where(square, 6, hole_kind[holes])
+        owner = same.label.ravel()[a.above_holes]
+        value["component_holes"] = np.minimum(np.bincount(owner, minlength=k), 7)
     shape, mirrored = shape_hashes(same, None)
-    kind = np.where(mirrored, 6, 7)  # the later, the narrower
-    kind[a.frame] = 5
-    kind[high * wide == size] = 4
-    kind[(wide == 1) & (high == size)] = 3
-    kind[(high == 1) & (wide == size)] = 2
-    kind[size == 1] = 1
-    kind[~filled] = 0
-    value["component_kind"] = kind
-    _, which, copies = np.unique(shape[filled], return_inverse=True, return_counts=True)
+    kind = np.where(a.frame, 5, 7 - mirrored)
+    solid_kind = 1 + 2 * (same.high > 1) + (same.wide > 1)
+    value["component_kind"] = filled * np.where(a.solid, solid_kind, kind)
+    shapes = shape[same.real].tolist()
+    copies = Counter(shapes)
     value["shape_copies"] = np.zeros(k, np.uint8)
-    value["shape_copies"][filled] = np.minimum(copies, 7)[which]
-    out = np.empty((k, len(_COMPONENT_FEATURES)), np.uint8)
-    for i, column in enumerate(in_order(value, _COMPONENT_FEATURES)):
-        out[:, i] = column
+    value["shape_copies"][same.real] = [min(copies[shape], 7) for shape in shapes]
+    per_colour = np.bincount(same.colour)
+    value["colour_components"] = np.minimum(per_colour, 7)[same.colour]
+    out = np.empty((len(_COMPONENT_FEATURES), k), np.uint8)
+    for i, row in enumerate(in_order(value, _COMPONENT_FEATURES)):
+        out[i] = row
     return out
+
+
+def _object_features(a: Anatomy) -> Grid:
+    """A value for each object, (features, objects) in the order of _OBJECT_FEATURES."""
+    objects = a.objects
+    shades = np.zeros(objects.size.size, np.uint8)
+    shades[objects.real] = np.minimum(a.object_shades, 7)
+    return np.stack((_size_ranks(objects), shades))
+
+
+def _fill_grades(counts: Ints, length: int) -> Grid:
+    """Of how many cells of each line are filled: 0 none, 1 the fewest but none, 2 the most, 3
+    other. counts (lines, 10) as `grid_parts.line_counts` returns them, of lines of that length."""
+    empty = counts[:, 0].tolist()
+    most, fewest = min(empty), max((n for n in empty if n < length), default=length)
+    grades = {fewest: 1, most: 2, length: 0}
+    return np.array([grades.get(n, 3) for n in empty], np.uint8)
 
 
 def _cell_features(a: Anatomy, panel_rank: Ints) -> Grid:
     """Cell features (N_CELL_FEATURES, rows, cols); panel_rank as `transforms` returns it."""
-    g, same, lab, rays = a.g, a.same, a.same.label, a.rays
-    rows, cols = g.shape
-    filled = g > 0
-    row = np.arange(rows)[:, None]
-    col = np.arange(cols)[None, :]
+    rows, cols = a.g.shape
     cell: dict[str, NDArray[Any]] = {}
-    cell["colour_rank"] = np.minimum(g, 7)
-    # All values of a component are spread over its cells at once.
-    cell.update(zip(_COMPONENT_FEATURES, _component_features(a).T[:, lab], strict=True))
-    cell["object_size_rank"] = _size_ranks(a.objects.size, a.objects.colour > 0)[a.objects.label]
-    pad = np.full((rows + 2, cols + 2), OUTSIDE, np.uint8)
-    pad[1:-1, 1:-1] = g
-    four = (pad[:-2, 1:-1] == g).astype(np.uint8)
-    four += pad[2:, 1:-1] == g
-    four += pad[1:-1, :-2] == g
-    four += pad[1:-1, 2:] == g
+    four = np.zeros((rows, cols), np.uint8)
+    four[1:] += a.next_rows
+    four[:-1] += a.next_rows
+    four[:, 1:] += a.next_cols
+    four[:, :-1] += a.next_cols
     cell["same_neighbours_4"] = four
-    solid = np.zeros((rows + 2, cols + 2), np.uint8)
-    solid[1:-1, 1:-1] = filled
+    solid = (a.padded > 0).view(np.uint8)
     eight = solid[:, :-2] + solid[:, 1:-1] + solid[:, 2:]
     eight = eight[:-2] + eight[1:-1] + eight[2:] - solid[1:-1, 1:-1]
     cell["filled_neighbours_8"] = np.minimum(eight, 7)
-    cell["parity"] = row % 2 + 2 * (col % 2)
-    cell["row_mod_3"] = row % 3
-    cell["col_mod_3"] = col % 3
-    cell["border_distance"] = np.minimum(
-        np.minimum(np.minimum(row, rows - 1 - row), np.minimum(col, cols - 1 - col)), 7
-    )
-    cell["uniform_lines"] = (g == g[:, :1]).all(1)[:, None] + 2 * (g == g[:1]).all(0)[None, :]
+    row_uniform, col_uniform = (a.row_counts == cols).any(1), (a.col_counts == rows).any(1)
+    cell["uniform_lines"] = row_uniform[:, None] + 2 * col_uniform
     in_box = np.zeros((rows, cols), np.uint8)
     if a.box is not None:
         in_box[a.box] = 2
         in_box[a.box][1:-1, 1:-1] = 1
     cell["bbox_relation"] = in_box
-    cell["diagonals"] = (row == col) + 2 * (row + col == cols - 1) + 4 * (row == rows - 1 - col)
-    shades = (a.object_counts[:, 1:] > 0).sum(1)
-    cell["object_colours"] = np.minimum(shades, 7)[a.objects.label]
-    for name, axis in (("row_fill", 1), ("col_fill", 0)):
-        n = filled.sum(axis)
-        grade = np.where(n == 0, 0, 3)
-        if n.any():
-            grade = np.where(n == n[n > 0].min(), 1, grade)
-            grade = np.where(n == n.max(), 2, grade)
-        cell[name] = np.expand_dims(grade, axis)
-    for name, one, other in (("ray_rows", rays.left, rays.right), ("ray_cols", rays.up, rays.down)):
-        hits = (one > 0) + 2 * (other > 0).astype(np.uint8)
-        cell[name] = hits + ((hits == 3) & (one == other))
-    cell["ray_diagonals"] = (
-        (rays.up_left > 0).astype(np.uint8)
-        + (rays.up_right > 0)
-        + (rays.down_left > 0)
-        + (rays.down_right > 0)
-    )
+    cell["row_fill"] = _fill_grades(a.row_counts, cols)[:, None]
+    cell["col_fill"] = _fill_grades(a.col_counts, rows)
+    stack = a.rays.stack
+    seen = (stack > 0).view(np.uint8)
+    # Up and down, left and right: 1 for the one, 2 for the other, 1 more where they are alike.
+    one, other = seen[0:4:2], seen[1:4:2]
+    hits = one + 2 * other + (one & (stack[0:4:2] == stack[1:4:2]))
+    cell["ray_cols"], cell["ray_rows"] = hits
+    cell["ray_diagonals"] = seen[4:].sum(0, dtype=np.uint8)
     cell["panel_rank"] = panel_rank
-    edge_r = (row == same.top[lab]) | (row == same.bottom[lab])
-    edge_c = (col == same.left[lab]) | (col == same.right[lab])
-    cell["component_position"] = edge_r.astype(np.uint8) + 2 * edge_c
-    cell["half_rows"] = 1 + np.sign(2 * row - rows + 1)
-    cell["half_cols"] = 1 + np.sign(2 * col - cols + 1)
-    per_colour = np.bincount(same.colour, minlength=COLOURS)
-    cell["colour_components"] = np.minimum(per_colour, 7)[g]
+    cell["component_position"] = a.box_edges
     out = np.empty((N_CELL_FEATURES, rows, cols), np.uint8)
-    for i, plane in enumerate(in_order(cell, CELL_FEATURE_NAMES)):
-        out[i] = plane  # lines (rows, 1) and (1, cols) are spread over the grid
+    # All values of a component or object are spread over its cells at once.
+    out[_COMPONENT_ROWS] = _component_features(a)[:, a.same.label]
+    out[_OBJECT_ROWS] = _object_features(a)[:, a.objects.label]
+    out[_PLACE_ROWS] = _place_features(rows, cols)
+    for row, plane in zip(_OTHER_ROWS.tolist(), in_order(cell, _OTHER_FEATURES), strict=True):
+        out[row] = plane
     return out
 
 
 # ---------------------------------------------------------------- sizes
 
 
+# The rules that need no more than the input's shape; the others count something in it.
+_SHAPE_RULES = SIZE_RULE_NAMES[: SIZE_RULE_NAMES.index("colours_filled")]
+_COUNT_RULES = SIZE_RULE_NAMES[len(_SHAPE_RULES) :]
+
+
+def _in_range(sides: list[int]) -> list[int]:
+    """Sides, 0 in place of those outside 1..MAX_SIDE."""
+    return [side if 0 < side <= MAX_SIDE else 0 for side in sides]
+
+
+@cache
+def _shape_sides(own: int, other: int) -> list[int]:
+    """Candidate output side by each of _SHAPE_RULES, of an input's side and its other one."""
+    side = {
+        "own": own,
+        "other": other,
+        "own_x2": own * 2,
+        "own_x3": own * 3,
+        "own_x4": own * 4,
+        "own_half": own // 2 if own % 2 == 0 else 0,
+        "own_third": own // 3 if own % 3 == 0 else 0,
+        "own_plus_1": own + 1,
+        "own_minus_1": own - 1,
+        "own_plus_2": own + 2,
+        "own_minus_2": own - 2,
+        "own_x2_plus_1": own * 2 + 1,
+        "own_x2_minus_1": own * 2 - 1,
+        "own_half_down": (own - 1) // 2,  # two halves beside a separator
+        "own_squared": own * own,
+        "area": own * other,
+        "one": 1,
+        "longer": max(own, other),
+        "shorter": min(own, other),
+    }
+    return _in_range(in_order(side, _SHAPE_RULES))
+
+
 def _size_values(a: Anatomy) -> Grid:
     """Candidate output sides (2, N_SIZE_RULES), rows and then columns; 0 = none in 1..MAX_SIDE."""
-    same, counts = a.same, a.counts
-    real = same.colour > 0
-    per_colour = np.bincount(same.colour[real], minlength=COLOURS)
-    filled_colours = counts.size - 1
-    n_parts, n_objects = int(real.sum()), int((a.objects.colour > 0).sum())
-    values = np.zeros((2, N_SIZE_RULES), np.uint8)
+    same, counts = a.same, a.counts.tolist()
+    filled_colours = len(counts) - 1
+    sizes = same.size[same.real].tolist()
+    n_commonest = int(np.count_nonzero(same.colour == 1))
+    values = []
     for axis, segments in ((0, a.row_segments), (1, a.col_segments)):
         own, other = a.g.shape[axis], a.g.shape[1 - axis]
         box = 0 if a.box is None else a.box[axis].stop - a.box[axis].start
         side = {
-            "own": own,
-            "other": other,
-            "own_x2": own * 2,
-            "own_x3": own * 3,
-            "own_x4": own * 4,
-            "own_half": own // 2 if own % 2 == 0 else 0,
-            "own_third": own // 3 if own % 3 == 0 else 0,
-            "own_plus_1": own + 1,
-            "own_minus_1": own - 1,
-            "own_plus_2": own + 2,
-            "own_minus_2": own - 2,
-            "own_x2_plus_1": own * 2 + 1,
-            "own_x2_minus_1": own * 2 - 1,
-            "own_half_down": (own - 1) // 2,  # two halves beside a separator
-            "own_squared": own * own,
-            "area": own * other,
-            "one": 1,
-            "longer": max(own, other),
-            "shorter": min(own, other),
             "colours_filled": filled_colours,
             "colours_all": filled_colours + 1,  # with the background
             "own_x_colours": own * filled_colours,
-            "components": n_parts,
-            "objects": n_objects,
-            "filled_cells": int(counts[1:].sum()),
-            "commonest_cells": int(counts[1]) if filled_colours else 0,
-            "rarest_cells": int(counts[-1]) if filled_colours else 0,
-            "largest_component_cells": int(same.size[real].max()) if n_parts else 0,
-            "components_commonest": int(per_colour[1]),  # those of the commonest colour
+            "components": len(sizes),
+            "objects": a.objects.real.size,
+            "filled_cells": a.g.size - counts[0],
+            "commonest_cells": counts[1] if filled_colours else 0,
+            "rarest_cells": counts[-1] if filled_colours else 0,
+            "largest_component_cells": max(sizes, default=0),
+            "components_commonest": n_commonest,  # those of the commonest colour
             "bbox_plus_2": box + 2 if box else 0,
             "bbox_x2": box * 2,
-            "separators": int((segments < 0).sum()),
+            "separators": segments.tolist().count(-1),
         }
-        values[axis] = [v if 0 < v <= MAX_SIDE else 0 for v in in_order(side, SIZE_RULE_NAMES)]
-    return values
+        values.append(_shape_sides(own, other) + _in_range(in_order(side, _COUNT_RULES)))
+    return np.array(values, np.uint8)
 
 
 # ---------------------------------------------------------------- analysis
@@ -346,7 +404,7 @@ def _analysed(grid: NDArray[np.integer], planes_only: bool) -> GridAnalysis:
     raw = np.asarray(grid)
     if raw.ndim != 2 or not 0 < raw.shape[0] <= MAX_SIDE or not 0 < raw.shape[1] <= MAX_SIDE:
         raise ValueError(f"grid shape {raw.shape}: expected (rows, cols) with 1..{MAX_SIDE} each")
-    if raw.min() < 0 or raw.max() >= COLOURS:
+    if (raw.dtype.kind != "u" and raw.min() < 0) or raw.max() >= COLOURS:
         raise ValueError(f"grid colours {raw.min()}..{raw.max()}: expected 0..{COLOURS - 1}")
     a = take_apart(raw.astype(np.uint8))
     planes, sizes, panel_rank = transforms(a)
@@ -430,31 +488,32 @@ CONTROL_NAMES: tuple[str, ...] = (
 N_CONTROL = len(CONTROL_NAMES)
 
 
-def match(analysis: GridAnalysis, output: Grid) -> tuple[NDArray[np.float32], Bools]:
+def match(analysis: GridAnalysis, output: Grid) -> tuple[NDArray[np.float32], Bools, float]:
     """How each source agrees with a demonstration's output (rows, cols).
 
     Returns share (N_SOURCES,) float32, the part of the output's cells that the source shows at the
-    same row and column, and same_size (N_SOURCES,) bool, its size equals the output's.
+    same row and column, same_size (N_SOURCES,) bool, its size equals the output's, and covered, the
+    part of the output's cells that any source shows.
     """
     rows, cols = output.shape
-    equal = analysis.planes[:, :rows, :cols] == output
-    share = equal.reshape(N_SOURCES, -1).mean(1, dtype=np.float32)
-    return share, (analysis.sizes == (rows, cols)).all(1)
+    equal = (analysis.planes[:, :rows, :cols] == output).reshape(N_SOURCES, -1)
+    # Up to 900 fits 16 bits, summed in a third of the time of 64 or of a mean.
+    share = (equal.sum(1, dtype=np.uint16) / output.size).astype(np.float32)
+    return share, (analysis.sizes == output.shape).all(1), _share(equal.any(0))
 
 
-def _maps(a: Grid, b: Grid) -> Bools:
-    """Which (colour of a, colour of b) pairs occur at one place; (10, 10)."""
-    joint = np.bincount(a.ravel().astype(np.int64) * COLOURS + b.ravel(), minlength=100)
-    return joint.reshape(COLOURS, COLOURS) > 0
+def _share(mask: Bools) -> float:
+    """The part of a mask that is true, as its mean, but in half the time."""
+    return int(np.count_nonzero(mask)) / mask.size
 
 
 def _own_symmetry(name: str, a: Grid) -> dict[str, float]:
     """The share of cells that equal their mirror image, three ways; 0 for an impossible one."""
     square = a.shape[0] == a.shape[1]
     return {
-        f"{name}_fliplr": float((a == a[:, ::-1]).mean()),
-        f"{name}_flipud": float((a == a[::-1]).mean()),
-        f"{name}_transpose": float((a == a.T).mean()) if square else 0.0,
+        f"{name}_fliplr": _share(a == a[:, ::-1]),
+        f"{name}_flipud": _share(a == a[::-1]),
+        f"{name}_transpose": _share(a == a.T) if square else 0.0,
     }
 
 
@@ -463,29 +522,30 @@ def control_features(analysis: GridAnalysis, input_grid: Grid, output: Grid) -> 
 
     analysis must be `analyse(input_grid)`. For demonstrations only: it reads the output.
     """
-    share, same_size = match(analysis, output)
+    share, same_size, covered = match(analysis, output)
     (hi, wi), (ho, wo) = input_grid.shape, output.shape
     rules = analysis.size_values == np.array([[ho], [wo]])
-    in_counts = np.bincount(input_grid.ravel(), minlength=COLOURS)
-    out_counts = np.bincount(output.ravel(), minlength=COLOURS)
-    has_in, has_out = in_counts > 0, out_counts > 0
+    in_counts = np.bincount(input_grid.ravel(), minlength=COLOURS).tolist()
+    out_counts = np.bincount(output.ravel(), minlength=COLOURS).tolist()
+    has_in = {colour for colour, n in enumerate(in_counts) if n}
+    has_out = {colour for colour, n in enumerate(out_counts) if n}
     bg = analysis.background
     changed = filled_changed = empty_changed = 0.0
     added = removed = functional = bijective = False
     if (hi, wi) == (ho, wo):
         differ = input_grid != output
-        changed = float(differ.mean())
+        changed = _share(differ)
         empty = input_grid == bg
-        filled_changed = float((differ & ~empty).mean())
-        empty_changed = float((differ & empty).mean())
+        filled_changed = _share(differ & ~empty)
+        empty_changed = _share(differ & empty)
         added = changed > 0 and filled_changed == 0
         removed = changed > 0 and bool((output[differ] == bg).all())
-        joint = _maps(input_grid, output)
-        functional = bool((joint.sum(1) <= 1).all())
-        bijective = functional and bool((joint.sum(0) <= 1).all())
+        # Pairs of colours at one place: each colour is in one at least.
+        joint = np.bincount(input_grid.ravel().astype(np.int64) * COLOURS + output.ravel())
+        n_pairs = np.count_nonzero(joint)
+        functional = n_pairs == len(has_in)
+        bijective = functional and n_pairs == len(has_out)
     best = float(share[same_size].max()) if same_size.any() else 0.0
-    covered = (analysis.planes[:, :ho, :wo] == output).any(0).mean()
-    first_row, first_col = output[:1], output[:, :1]
     pair: dict[str, Any] = {
         "size_same": (hi, wi) == (ho, wo),
         "size_swapped": (hi, wi) == (wo, ho),
@@ -505,13 +565,13 @@ def control_features(analysis: GridAnalysis, input_grid: Grid, output: Grid) -> 
         "input_cols": wi / MAX_SIDE,
         "output_rows": ho / MAX_SIDE,
         "output_cols": wo / MAX_SIDE,
-        "input_colours": has_in.sum() / COLOURS,
-        "output_colours": has_out.sum() / COLOURS,
-        "new_colours": (has_out & ~has_in).sum() / COLOURS,
-        "lost_colours": (has_in & ~has_out).sum() / COLOURS,
-        "palette_same": np.array_equal(has_in, has_out),
-        "palette_subset": not (has_out & ~has_in).any(),
-        "counts_same": np.array_equal(in_counts, out_counts),
+        "input_colours": len(has_in) / COLOURS,
+        "output_colours": len(has_out) / COLOURS,
+        "new_colours": len(has_out - has_in) / COLOURS,
+        "lost_colours": len(has_in - has_out) / COLOURS,
+        "palette_same": has_in == has_out,
+        "palette_subset": has_out <= has_in,
+        "counts_same": in_counts == out_counts,
         "input_density": 1.0 - in_counts[bg] / (hi * wi),
         "output_density": 1.0 - out_counts[bg] / (ho * wo),
         "changed": changed,
@@ -523,14 +583,14 @@ def control_features(analysis: GridAnalysis, input_grid: Grid, output: Grid) -> 
         "colour_bijection": bijective,
         **_own_symmetry("input", input_grid),
         **_own_symmetry("output", output),
-        "output_rot180": float((output == output[::-1, ::-1]).mean()),
-        "output_uniform": bool((output == output[0, 0]).all()),
-        "output_row_uniform": bool((output == first_col).all()),
-        "output_col_uniform": bool((output == first_row).all()),
-        "background_kept": has_out[bg],
+        "output_rot180": _share(output == output[::-1, ::-1]),
+        "output_uniform": len(has_out) == 1,
+        "output_row_uniform": bool((output == output[:, :1]).all()),
+        "output_col_uniform": bool((output == output[:1]).all()),
+        "background_kept": bg in has_out,
         "background_zero": bg == 0,
         "best_share": best,
-        "covered": float(covered),
+        "covered": covered,
     }
     of_pair = np.asarray(in_order(pair, PAIR_FEATURE_NAMES), np.float32)
     return np.concatenate((share, same_size, rules[0], rules[1], of_pair), dtype=np.float32)

@@ -8,6 +8,7 @@ Use: `from grid_transforms import transforms, SOURCE_NAMES, SOURCE_INDEX, N_SOUR
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 
 import numpy as np
@@ -18,16 +19,16 @@ from grid_parts import (
     MAX_SIDE,
     OUTSIDE,
     Anatomy,
-    Bools,
     Grid,
     Ints,
     Parts,
-    Rays,
+    colour_box,
     colour_counts,
     commonest_colour,
-    mask_box,
+    lattice,
     part_box,
     rarest_colour,
+    read_only,
     recoloured,
     shape_hashes,
 )
@@ -152,15 +153,29 @@ N_SOURCES = len(SOURCE_NAMES)
 SOURCE_INDEX = {name: i for i, name in enumerate(SOURCE_NAMES)}
 
 
+def _run(first: str, last: str) -> slice:
+    """Neighbours in the list of sources, written at once."""
+    return slice(SOURCE_INDEX[first], SOURCE_INDEX[last] + 1)
+
+
+_TILINGS = _run("tile", "tile_row_blocks_flipped")
+_COLOURS = _run("colour_rank_1", "colour_background")
+_SAME_SIZE = _run(SAME_SIZE_SOURCES[0], SAME_SIZE_SOURCES[-1])
+_RAYS = _run("ray_up", "ray_down_left")
+_OBJECTS = _run("object_majority", "object_minority")
+
+
 # ---------------------------------------------------------------- the bank
 
 
 class _Bank:
-    """Collects source grids in canonical colours."""
+    """Collects source grids in canonical colours, for an input of (rows, cols)."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int, cols: int) -> None:
         self.planes = np.full((N_SOURCES, MAX_SIDE, MAX_SIDE), OUTSIDE, np.uint8)
-        self.sizes = np.zeros((N_SOURCES, 2), np.uint8)
+        # (N_SOURCES, rows, cols): the corner of each plane that a grid of the input's shape fills.
+        self.own = self.planes[:, :rows, :cols]
+        self._sizes = bytearray(2 * N_SOURCES)
 
     def put(self, name: str, grid: NDArray[np.generic]) -> None:
         """A grid with its own size; silently absent when empty or above 30 a side."""
@@ -168,11 +183,23 @@ class _Bank:
         if 0 < rows <= MAX_SIDE and 0 < cols <= MAX_SIDE:
             i = SOURCE_INDEX[name]
             self.planes[i, :rows, :cols] = grid
-            self.sizes[i] = rows, cols
+            self._sizes[2 * i] = rows
+            self._sizes[2 * i + 1] = cols
 
-    def fill(self, name: str, plane: NDArray[np.generic] | int) -> None:
+    def keep(self, name: str, grid: NDArray[np.generic]) -> None:
+        """The grid of one of SAME_SIZE_SOURCES, or what can be spread over it."""
+        self.own[SOURCE_INDEX[name]] = grid
+
+    def fill(self, name: str, plane: NDArray[np.generic]) -> None:
         """A whole plane without a size opinion."""
         self.planes[SOURCE_INDEX[name]] = plane
+
+    def sizes(self) -> Grid:
+        """Rows and columns of each source, (N_SOURCES, 2), when all of them are there."""
+        sizes = np.frombuffer(self._sizes, np.uint8).reshape(N_SOURCES, 2)
+        present = self.own[_SAME_SIZE, 0, 0] != OUTSIDE
+        sizes[_SAME_SIZE][present] = self.own.shape[1:]
+        return sizes
 
 
 # ---------------------------------------------------------------- turned, tiled, repeated, scaled
@@ -189,102 +216,136 @@ def _put_geometric(bank: _Bank, g: Grid) -> None:
 
 
 @cache
-def _fold(side: int) -> tuple[Ints, Ints]:
-    """Plane index -> grid index for periodic and for mirrored tiling."""
-    plain = np.arange(MAX_SIDE) % side
-    mirrored = np.arange(MAX_SIDE) % (2 * side)
-    return plain, np.minimum(mirrored, 2 * side - 1 - mirrored)
+def _fold(side: int) -> Ints:
+    """Plane index -> grid index for periodic tiling."""
+    return read_only(np.arange(MAX_SIDE) % side)
 
 
 @cache
-def _plane_axes() -> tuple[Ints, Ints]:
-    line = np.arange(MAX_SIDE)
-    return line[:, None], line[None, :]
+def _tiling_cols(cols: int) -> Ints:
+    """Plane column -> grid column (4, 30), tiled: plain, mirrored, flipped mirrored, flipped."""
+    plain = _fold(cols)
+    mirrored = np.arange(MAX_SIDE) % (2 * cols)
+    mirrored = np.minimum(mirrored, 2 * cols - 1 - mirrored)
+    return read_only(np.stack((plain, mirrored, cols - 1 - mirrored, cols - 1 - plain)))
 
 
-def _exact_period(g: Grid) -> int:
-    """Smallest p such that rows repeat every p rows (p = the number of rows if none)."""
-    rows = [row.tobytes() for row in g]
-    n = len(rows)
-    for p in range(1, n):
-        if rows[p:] == rows[:-p]:
+@cache
+def _tiling_rows(rows: int) -> Ints:
+    """Plane row -> row of the _TILINGS among 4 * grid row + one of _tiling_cols, (6, 30)."""
+    plain, mirrored, upside, _ = 4 * _tiling_cols(rows)
+    odd = np.arange(MAX_SIDE) // rows % 2
+    tilings = (plain, mirrored + 1, mirrored + 2, upside + 1, upside + 2, plain + 3 * odd)
+    return read_only(np.stack(tilings))
+
+
+def _tiled(unit: Grid) -> Grid:
+    """A grid repeated all over a plane (30, 30)."""
+    return unit.take(_fold(unit.shape[0]), axis=0).take(_fold(unit.shape[1]), axis=1)
+
+
+def _exact_period(lines: bytes, width: int) -> int:
+    """Smallest p such that lines of so many cells repeat every p (their number if none)."""
+    for start in range(width, len(lines), width):
+        if lines.startswith(lines[start:]):
+            return start // width
+    return len(lines) // width
+
+
+_FILLED_BYTES = bytes([0]) + bytes([255]) * 255
+
+
+def _loose_period(lines: bytes, width: int, n: int) -> int:
+    """Smallest p up to half of n lines of so many cells so that no two filled cells at one place
+    of lines that are p, 2 p, .. apart differ; n itself when there is none.
+
+    As long integers, a byte a cell, the lines are compared with the later ones at one stroke.
+    """
+    cells = int.from_bytes(lines, "little")
+    filled = int.from_bytes(lines.translate(_FILLED_BYTES), "little")
+    clashes: dict[int, int] = {}
+    for p in range(1, n // 2 + 1):
+        for distance in range(p, n, p):
+            if distance not in clashes:
+                shift = 8 * width * distance
+                clashes[distance] = (cells ^ cells >> shift) & filled & filled >> shift
+            if clashes[distance]:
+                break
+        else:
             return p
     return n
 
 
-def _loose_period(keys: Grid, fixed: Ints, moving: Ints, values: Grid, side: int) -> int:
-    """Smallest p up to half the side so that no two filled cells with equal (fixed, moving % p)
-    differ; the side itself when there is none. `keys` is scratch space."""
-    for p in range(1, side // 2 + 1):
-        where = fixed + moving % p
-        keys[where] = values
-        if (keys[where] == values).all():
-            return p
-    return side
+def _completed(g: Grid, by_row: bytes, by_col: bytes) -> Grid:
+    """The plane (30, 30) of the smallest two-way period that fits all filled cells; 0 = unknown.
 
-
-def _completed(g: Grid) -> Grid:
-    """The plane (30, 30) of the smallest two-way period that fits all filled cells; 0 = unknown."""
+    g (rows, cols), and its cells by row and by column.
+    """
     rows, cols = g.shape
-    at_r, at_c = np.nonzero(g)
-    values = g[at_r, at_c]
-    keys = np.zeros(64 * 64, np.uint8)
-    row_line, col_line = _plane_axes()
-    pw = _loose_period(keys, at_r * 64, at_c, values, cols)
-    ph = _loose_period(keys, at_c * 64, at_r, values, rows)
-    for height in (ph, rows):
-        where = (at_r % height) * 64 + at_c % pw
-        keys[:] = 0
-        keys[where] = values
-        if np.array_equal(keys[where], values):
-            break
-    return keys[(row_line % height) * 64 + col_line % pw]
+    width, height = _loose_period(by_col, rows, cols), _loose_period(by_row, cols, rows)
+    plane = _tiled(_unit(g, height, width))
+    if width < cols and height < rows and ((plane[:rows, :cols] != g) & (g > 0)).any():
+        return _tiled(_unit(g, rows, width))  # each fits by itself, but not both
+    return plane
 
 
-def _put_planes(bank: _Bank, g: Grid) -> None:
+def _unit(g: Grid, height: int, width: int) -> Grid:
+    """The greatest colour at each place of a unit (height, width) that g is cut into."""
     rows, cols = g.shape
-    (pr, mr), (pc, mc) = _fold(rows), _fold(cols)
-    tile = g[pr[:, None], pc]
-    bank.fill("tile", tile)
-    mirror_rows = g[mr]
-    mirror = mirror_rows[:, mc]
-    bank.fill("mirror_tile", mirror)
-    flipped = mirror_rows[:, ::-1][:, mc]
-    bank.fill("mirror_tile_fliplr", flipped)
-    upside = g[::-1][mr]
-    bank.fill("mirror_tile_flipud", upside[:, mc])
-    bank.fill("mirror_tile_rot180", upside[:, ::-1][:, mc])
+    if (rows, cols) == (height, width):
+        return g
+    down, across = -(-rows // height), -(-cols // width)
+    padded = np.zeros((down * height, across * width), np.uint8)
+    padded[:rows, :cols] = g
+    return padded.reshape(down, height, across, width).max((0, 2))
+
+
+def _put_planes(bank: _Bank, a: Anatomy) -> None:
+    g = a.g
+    rows, cols = g.shape
+    across = g.take(_tiling_cols(cols), axis=1).reshape(4 * rows, MAX_SIDE)
+    bank.planes[_TILINGS] = across.take(_tiling_rows(rows), axis=0)
+    unit = g[: _exact_period(a.by_row, cols), : _exact_period(a.by_col, rows)]
+    bank.fill("period_exact", _tiled(unit))
+    bank.put("unit_period", unit)
+    bank.fill("period_complete", _completed(g, a.by_row, a.by_col))
+    _put_slanted(bank, g)
+
+
+@cache
+def _slanted(period: int) -> Ints:
+    """The place of each cell of a plane, by antidiagonals and by diagonals; (2, 30, 30)."""
     line = np.arange(MAX_SIDE)
-    odd = (line // rows) % 2 == 1
-    bank.fill("tile_row_blocks_flipped", np.where(odd[:, None], g[:, ::-1][pr[:, None], pc], tile))
+    places = np.stack((line[:, None] + line, line[:, None] - line)) % period
+    return read_only(places)
 
-    ph, pw = _exact_period(g), _exact_period(np.ascontiguousarray(g.T))
-    bank.fill("period_exact", g[:ph, :pw][_fold(ph)[0][:, None], _fold(pw)[0]])
-    bank.put("unit_period", g[:ph, :pw])
 
-    at_r, at_c = np.nonzero(g)
-    values = g[at_r, at_c]
-    keys = np.zeros(64 * 64, np.uint8)
-    row_line, col_line = _plane_axes()
-    bank.fill("period_complete", _completed(g))
-    zero = np.zeros_like(at_r)
-    for name, total, plane in (
-        ("period_antidiagonal", at_r + at_c, row_line + col_line),
-        ("period_diagonal", at_r - at_c + 30, row_line - col_line + 30),
+def _put_slanted(bank: _Bank, g: Grid) -> None:
+    """Antidiagonals and diagonals that repeat."""
+    rows, cols = g.shape
+    side = rows + cols
+    row, col = g.nonzero()
+    values = g[row, col]
+    for i, (name, place) in enumerate(
+        (("period_antidiagonal", row + col), ("period_diagonal", row - col))
     ):
-        p = _loose_period(keys, zero, total, values, rows + cols)
-        keys[:] = 0
-        keys[total % p] = values
-        bank.fill(name, keys[plane % p])
+        along = np.zeros(side, np.uint8)  # by place; one below 0 counts from the end
+        along[place] = values
+        period = side
+        if along[place].tobytes() == values.tobytes():  # each line is of one colour
+            lines = along.tobytes()
+            period = _loose_period(lines[rows:] + lines[:rows] if i else lines, 1, side)
+            along = np.zeros(period, np.uint8)
+            along[place % period] = values
+        bank.fill(name, along[_slanted(period)[i]])
 
 
-def _put_scaled(bank: _Bank, g: Grid, n_filled_colours: int) -> None:
+def _put_scaled(bank: _Bank, a: Anatomy) -> None:
+    g, n_filled_colours = a.g, a.counts.size - 1
     rows, cols = g.shape
     if rows * rows <= MAX_SIDE and cols * cols <= MAX_SIDE:
-        block = np.ones((rows, cols), np.uint8)
-        mask = np.kron((g > 0).astype(np.uint8), block)
-        tiled = np.tile(g, (rows, cols))
-        bank.put("fractal", tiled * mask)
+        blocks = a.filled[:, None, :, None] * g[:, None]  # (rows, rows, cols, cols)
+        bank.put("fractal", blocks.reshape(rows * rows, cols * cols))
     for name, kr, kc in (
         ("upscale_2", 2, 2),
         ("upscale_3", 3, 3),
@@ -296,7 +357,15 @@ def _put_scaled(bank: _Bank, g: Grid, n_filled_colours: int) -> None:
             bank.put(name, g.repeat(kr, 0).repeat(kc, 1))
     if rows % 3 == 0 and cols % 3 == 0:
         bank.put("downscale_3", g[::3, ::3])
-    bank.put("dedup", _dedup(g))
+    deduped = _dedup(a)
+    bank.put("dedup", deduped)
+    if a.box is not None:
+        # Background all around it, if any, is one line wide now.
+        inner = tuple(
+            slice(int(box.start > 0), left - int(box.stop < side))
+            for box, left, side in zip(a.box, deduped.shape, g.shape, strict=True)
+        )
+        bank.put("bbox_dedup", deduped[inner])
     if rows == cols and 2 * rows <= MAX_SIDE:
         t = g.T
         wheel = np.empty((2 * rows, 2 * rows), np.uint8)
@@ -307,146 +376,141 @@ def _put_scaled(bank: _Bank, g: Grid, n_filled_colours: int) -> None:
         bank.put("pinwheel", wheel)
 
 
-def _dedup(g: Grid) -> Grid:
-    """Collapse equal neighbouring rows, then equal neighbouring columns."""
-    keep_rows = np.ones(g.shape[0], bool)
-    keep_rows[1:] = (g[1:] != g[:-1]).any(1)
-    g = g[keep_rows]
-    keep_cols = np.ones(g.shape[1], bool)
-    keep_cols[1:] = (g[:, 1:] != g[:, :-1]).any(0)
-    return g[:, keep_cols]
+def _dedup(a: Anatomy) -> Grid:
+    """Collapse equal neighbouring rows and equal neighbouring columns, to the last of them."""
+    rows, cols = a.g.shape
+    keep_rows, keep_cols = np.empty(rows, np.bool_), np.empty(cols, np.bool_)
+    keep_rows[-1] = keep_cols[-1] = True
+    np.logical_not(a.next_rows.all(1), out=keep_rows[:-1])
+    np.logical_not(a.next_cols.all(0), out=keep_cols[:-1])
+    return a.g[keep_rows][:, keep_cols]
 
 
 # ---------------------------------------------------------------- shifted, fallen, shining
 
 
-def _between(a: Grid, b: Grid) -> Grid:
-    return a * (a == b)
-
-
-def _put_shifts_and_rays(bank: _Bank, g: Grid, rays: Rays) -> None:
+def _put_shifts_and_rays(bank: _Bank, a: Anatomy) -> None:
+    g, filled, padded, rays = a.g, a.filled, a.padded, a.rays
     rows, cols = g.shape
-    padded = np.zeros((rows + 2, cols + 2), np.uint8)
-    padded[1:-1, 1:-1] = g
-    bank.put("shift_up", padded[2:, 1:-1])
-    bank.put("shift_down", padded[:-2, 1:-1])
-    bank.put("shift_left", padded[1:-1, 2:])
-    bank.put("shift_right", padded[1:-1, :-2])
-    filled = g > 0
-    down = np.argsort(filled, axis=0, kind="stable")
-    bank.put("gravity_down", np.take_along_axis(g, down, 0))
-    up = np.argsort(~filled, axis=0, kind="stable")
-    bank.put("gravity_up", np.take_along_axis(g, up, 0))
-    right = np.argsort(filled, axis=1, kind="stable")
-    bank.put("gravity_right", np.take_along_axis(g, right, 1))
-    left = np.argsort(~filled, axis=1, kind="stable")
-    bank.put("gravity_left", np.take_along_axis(g, left, 1))
-    bank.put("ray_up", rays.up)
-    bank.put("ray_down", rays.down)
-    bank.put("ray_left", rays.left)
-    bank.put("ray_right", rays.right)
-    bank.put("ray_up_left", rays.up_left)
-    bank.put("ray_down_right", rays.down_right)
-    bank.put("ray_up_right", rays.up_right)
-    bank.put("ray_down_left", rays.down_left)
-    bank.put("between_rows", np.where(filled, g, _between(rays.left, rays.right)))
-    bank.put("between_cols", np.where(filled, g, _between(rays.up, rays.down)))
-    slanted = np.maximum(
-        _between(rays.up_left, rays.down_right), _between(rays.up_right, rays.down_left)
-    )
-    bank.put("between_diagonals", np.where(filled, g, slanted))
+    bank.keep("shift_up", padded[2:, 1:-1])
+    bank.keep("shift_down", padded[:-2, 1:-1])
+    bank.keep("shift_left", padded[1:-1, 2:])
+    bank.keep("shift_right", padded[1:-1, :-2])
+    # What falls keeps its order: the filled cells of each line go to as many places at its end.
+    up = np.arange(rows)[:, None] < rows - a.col_counts[:, 0]
+    left = np.arange(cols) < cols - a.row_counts[:, :1]
+    by_row, by_col = g[filled], g.T[filled.T]
+    for name, ends, cells in (
+        ("gravity_down", up[::-1].T, by_col),
+        ("gravity_up", up.T, by_col),
+        ("gravity_left", left, by_row),
+        ("gravity_right", left[:, ::-1], by_row),
+    ):
+        fallen = np.zeros(ends.shape, np.uint8)
+        fallen[ends] = cells
+        bank.keep(name, fallen if cells is by_row else fallen.T)
+    bank.own[_RAYS] = rays.stack
+    # Where both opposite directions show one colour: columns, rows, diagonals and antidiagonals.
+    one, other = rays.stack[::2], rays.stack[1::2]
+    by_cols, by_rows, *slanted = one * (one == other) * ~filled
+    bank.keep("between_rows", g + by_rows)
+    bank.keep("between_cols", g + by_cols)
+    bank.keep("between_diagonals", g + np.maximum(*slanted))
 
 
 # ---------------------------------------------------------------- completed by symmetry
 
 
-def _best_axis(g: Grid) -> int:
-    """Doubled centre column of the mirror axis with the best agreement.
+@cache
+def _mirror_axes(cols: int) -> tuple[Ints, Ints]:
+    """Doubled centre columns: of each two columns (cols * cols,), 2 * cols - 1 for one with
+    itself; and those in the middle half, from the middle outwards."""
+    col = np.arange(cols)
+    axis = col[:, None] + col
+    axis[col, col] = 2 * cols - 1
+    tried = range(cols // 2, cols - 1 + (cols + 1) // 2)
+    outwards = sorted(tried, key=lambda centre: (abs(centre - cols + 1), centre))
+    return read_only(axis.ravel()), read_only(np.array(outwards))
+
+
+# In `_best_axis`: 1..10, one colour more than a grid has, as `_put_mosaic` needs; 0 is for all.
+_COLOUR_IDS = np.arange(COLOURS + 1, dtype=np.uint8)[:, None, None]
+_AXIS_WEIGHTS = np.where(_COLOUR_IDS == 0, -2, 3).astype(np.float32)
+
+
+def _best_axis(g: Grid, n_colours: int) -> int:
+    """Doubled centre column of the mirror axis with the best agreement; g has colours
+    0..n_colours.
 
     The score is the number of compared cells minus three times the disagreeing ones; cells that
     are background on either side are not compared. Only axes in the middle half are tried; ties
     go to the one nearest the middle, cols - 1.
     """
     cols = g.shape[1]
-    tried, mirrored = _axes(cols)
-    padded = np.zeros((g.shape[0], cols + 1), np.uint8)
-    padded[:, :cols] = g
-    image = padded[:, mirrored]  # (rows, axes, cols), 0 where the mirror image lies outside
-    filled = g > 0
-    here = filled[:, None]
-    # Every pair of columns is met twice, the axis itself once, where it agrees with itself.
-    both = np.count_nonzero(here & (image > 0), axis=(0, 2))
-    right = np.count_nonzero(here & (image == g[:, None]), axis=(0, 2))
-    on_axis = np.where(tried % 2 == 0, filled.sum(0)[tried // 2], 0)
-    score = 3 * (right - on_axis) - 2 * (both - on_axis)
-    if score.max() < -1:
-        return cols - 1
-    return int(tried[np.lexsort((np.abs(tried - cols + 1), -score))[0]])
+    # Agreeing cells of every two columns, three times, less those filled in both, twice.
+    shown = g == _COLOUR_IDS[: n_colours + 1]
+    np.logical_not(shown[0], out=shown[0])
+    cells = shown.astype(np.float32).reshape(-1, cols)
+    weighted = (shown * _AXIS_WEIGHTS[: n_colours + 1]).reshape(-1, cols)
+    axis, outwards = _mirror_axes(cols)
+    score = np.bincount(axis, (weighted.T @ cells).ravel())[outwards]
+    best = int(score.argmax())
+    return int(outwards[best]) if score[best] >= -1 else cols - 1
 
 
-@cache
-def _axes(cols: int) -> tuple[Ints, Ints]:
-    """Doubled centre columns in the middle half (axes,), and for each the column of every column's
-    mirror image (axes, cols), `cols` where there is none."""
-    tried = np.arange(cols // 2, cols - 1 + (cols + 1) // 2)
-    mirrored = tried[:, None] - np.arange(cols)
-    return tried, np.where((mirrored >= 0) & (mirrored < cols), mirrored, cols)
-
-
-def _reflect(g: Grid, s: int) -> Grid:
-    """Mirror columns about s / 2; 0 where the mirror image lies outside."""
+def _mirror_into(g: Grid, centre: int) -> None:
+    """Give background cells of g the colour of their image about the doubled centre column."""
     cols = g.shape[1]
-    out = np.zeros_like(g)
-    low, high = max(0, s - cols + 1), min(cols - 1, s)
-    out[:, low : high + 1] = g[:, low : high + 1][:, ::-1]
-    return out
+    both = g[:, max(0, centre - cols + 1) : min(cols - 1, centre) + 1]
+    both += both[:, ::-1] * (both == 0)
 
 
-def _symmetric(g: Grid) -> Grid:
+def _symmetric(g: Grid, n_colours: int) -> Grid:
     """Fill background cells from the mirror image about the best column and row axes."""
-    out = g + _reflect(g, _best_axis(g)) * (g == 0)
-    t = out.T
-    t = t + _reflect(t, _best_axis(t)) * (t == 0)
-    out = t.T
+    out = g.copy()
+    _mirror_into(out, _best_axis(out, n_colours))
+    _mirror_into(out.T, _best_axis(out.T, n_colours))
     if g.shape[0] == g.shape[1]:
-        out = out + t * (out == 0)
+        out += out.T * (out == 0)
     return out
 
 
-def _put_symmetric(bank: _Bank, g: Grid, box: tuple[slice, slice] | None) -> None:
+def _put_symmetric(bank: _Bank, a: Anatomy) -> None:
     """Own colour where filled, else a mirror image's."""
-    if box is not None:
-        whole = g.copy()
-        inner = whole[box]
-        inner += g[box][::-1, ::-1] * (inner == 0)
-        bank.put("fill_bbox_rot180", whole)
-    bank.put("fill_best_symmetry", _symmetric(g))
+    if a.box is not None:
+        whole = a.g.copy()
+        inner = whole[a.box]
+        inner += inner[::-1, ::-1] * (inner == 0)
+        bank.keep("fill_bbox_rot180", whole)
+    bank.keep("fill_best_symmetry", _symmetric(a.g, a.counts.size - 1))
 
 
-def _put_mosaic(bank: _Bank, g: Grid, n_ids: int, same: Parts) -> None:
+def _put_mosaic(bank: _Bank, a: Anatomy) -> None:
     """Patterns with a covered part: one colour, background or not, seen as solid patches only.
 
     Absent unless the grid has four colours and some colour's components are all solid rectangles
     of at least 2 x 2; the one with the most cells is taken as the cover.
     """
+    n_ids, same = a.counts.size, a.same
     if n_ids < 4:
         return
-    high, wide = same.bottom - same.top + 1, same.right - same.left + 1
-    solid = (high * wide == same.size) & (high > 1) & (wide > 1)
-    loose = np.bincount(same.colour, ~solid, n_ids)
-    cells = np.bincount(same.colour, same.size, n_ids) * (loose == 0)
+    patch = a.solid & (same.high > 1) & (same.wide > 1)
+    loose = np.bincount(same.colour[~patch], minlength=n_ids)
+    cells = a.counts * (loose == 0)
     cover = int(cells.argmax())
     if cells[cover] == 0:
         return
-    hidden = g == cover
-    work = (g + np.uint8(1)) * ~hidden
-    box = mask_box(hidden)
-    plane = _completed(work)
-    plane = np.where(plane == 0, np.uint8(cover), plane - np.uint8(1))
+    # The cover is unknown, 0, and each colour one more than it is, for the time being.
+    table = bytearray(range(1, COLOURS + 1)) + bytearray(256 - COLOURS)
+    table[cover] = 0
+    by_row, by_col = a.by_row.translate(table), a.by_col.translate(table)
+    work = np.frombuffer(by_row, np.uint8).reshape(a.g.shape)
+    back = np.array([cover, *range(COLOURS)], np.uint8)
+    plane = back[_completed(work, by_row, by_col)]
     bank.fill("mosaic_period", plane)
-    mirrored = _symmetric(work)
-    mirrored = np.where(mirrored == 0, np.uint8(cover), mirrored - np.uint8(1))
-    bank.put("mosaic_symmetry", mirrored)
+    mirrored = back[_symmetric(work, n_ids)]
+    bank.keep("mosaic_symmetry", mirrored)
+    box = colour_box(a.by_row, a.by_col, cover, a.g.shape[1])
     if box is not None:
         bank.put("crop_hidden_period", plane[box])
         bank.put("crop_hidden_symmetry", mirrored[box])
@@ -455,124 +519,94 @@ def _put_mosaic(bank: _Bank, g: Grid, n_ids: int, same: Parts) -> None:
 # ---------------------------------------------------------------- by component, object, line
 
 
-def _put_objects(
-    bank: _Bank, g: Grid, same: Parts, objects: Parts, object_counts: Ints, open_part: Bools
-) -> None:
+def _put_objects(bank: _Bank, a: Anatomy) -> None:
     """Sources with one colour per component, object, row or column."""
+    g, filled, same = a.g, a.filled, a.same
     rows, cols = g.shape
+    flat = g.ravel()
     # An enclosed background region takes the colour above its first cell.
-    colour = same.colour.copy()
-    holes = np.flatnonzero((same.colour == 0) & ~open_part)
-    colour[holes] = g.ravel()[same.first[holes] - cols]
-    bank.put("fill_enclosed", colour[same.label])
-    bank.put("object_majority", commonest_colour(object_counts)[objects.label])
-    bank.put("object_minority", rarest_colour(object_counts)[objects.label])
-    bank.put("denoise_small", g * (same.size[same.label] > 1))
+    colour = same.colour.astype(np.uint8)
+    colour[a.holes] = flat[a.above_holes]
+    bank.keep("fill_enclosed", colour[same.label])
+    of_objects = np.zeros((2, a.objects.size.size), np.uint8)
+    of_objects[0, a.objects.real] = commonest_colour(a.object_counts)
+    of_objects[1, a.objects.real] = rarest_colour(a.object_counts)
+    bank.own[_OBJECTS] = of_objects[:, a.objects.label]
+    bank.keep("denoise_small", g * (same.size > 1)[same.label])
 
-    line = np.arange(max(rows, cols))
-    by_row = commonest_colour(colour_counts(np.broadcast_to(line[:rows, None], g.shape), g, rows))
-    by_col = commonest_colour(colour_counts(np.broadcast_to(line[None, :cols], g.shape), g, cols))
-    bank.put("row_common", np.broadcast_to(by_row[:, None], g.shape))
-    bank.put("col_common", np.broadcast_to(by_col[None, :], g.shape))
-    filled = g > 0
-    row_first = g[line[:rows], filled.argmax(1)]
-    col_first = g[filled.argmax(0), line[:cols]]
-    bank.put("row_first", np.broadcast_to(row_first[:, None], g.shape))
-    bank.put("col_first", np.broadcast_to(col_first[None, :], g.shape))
-    bank.put("cols_sorted", g[:, np.argsort(filled.sum(0), kind="stable")])
+    bank.keep("row_common", commonest_colour(a.row_counts)[:, None])
+    bank.keep("col_common", commonest_colour(a.col_counts))
+    bank.keep("row_first", flat[filled.argmax(1) + np.arange(0, g.size, cols)][:, None])
+    bank.keep("col_first", flat[filled.argmax(0) * cols + np.arange(cols)])
+    bank.keep("cols_sorted", g[:, (-a.col_counts[:, 0]).argsort(kind="stable")])
 
-    padded = np.zeros((rows + 2, cols + 2), np.uint8)
-    padded[1:-1, 1:-1] = g
+    padded = a.padded
     across = np.maximum(np.maximum(padded[:, :-2], padded[:, 2:]), padded[:, 1:-1])
     near = np.maximum(np.maximum(across[:-2], across[2:]), across[1:-1])
-    bank.put("outline", np.where(filled, g, near))
+    bank.keep("outline", np.where(filled, g, near))
 
     # The commonest other filled colour that touches each component or background region.
-    near_counts = np.zeros(same.size.size * COLOURS, np.int64)
-    for dr, dc in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        a = (slice(0, rows - dr), slice(max(0, -dc), cols - max(0, dc)))
-        b = (slice(dr, rows), slice(max(0, dc), cols - max(0, -dc)))
-        ga, gb = g[a], g[b]
-        differ = ga != gb
-        near_counts += np.bincount(
-            np.concatenate(
-                ((same.label[a] * COLOURS + gb)[differ], (same.label[b] * COLOURS + ga)[differ])
-            ),
-            minlength=near_counts.size,
-        )
-    touching = commonest_colour(near_counts.reshape(-1, COLOURS))
-    bank.put("component_neighbour", touching[same.label])
+    pairs = lattice(rows, cols).pairs
+    one, other = flat[pairs]
+    touching = pairs[:, (one != other).nonzero()[0]]
+    near_counts = colour_counts(same.label.ravel()[touching], flat[touching[::-1]], same.size.size)
+    bank.keep("component_neighbour", commonest_colour(near_counts)[same.label])
 
-    # Larger components first, so that smaller ones stay visible on top.
-    boxed = g.copy()
-    real = np.flatnonzero((same.colour > 0) & (same.size > 2))
-    for i in real[np.argsort(-same.size[real], kind="stable")].tolist():
-        area = boxed[same.top[i] : same.bottom[i] + 1, same.left[i] : same.right[i] + 1]
-        area[area == 0] = same.colour[i]
-    bank.put("object_bbox", boxed)
+    # The boxes of components below the grid: larger ones on top, solid ones show nothing.
+    boxed = np.zeros(g.shape, np.uint8)
+    real = same.real[(~a.solid & (same.size > 2))[same.real]]
+    for i in real[(-same.size[real]).argsort(kind="stable")][::-1].tolist():
+        boxed[part_box(same, i)] = same.colour[i]
+    np.copyto(boxed, g, where=filled)
+    bank.keep("object_bbox", boxed)
 
 
-def _put_crops(
-    bank: _Bank,
-    g: Grid,
-    n_ids: int,
-    box: tuple[slice, slice] | None,
-    same: Parts,
-    objects: Parts,
-    object_counts: Ints,
-    solid_frame: Bools,
-) -> None:
-    if box is None:
+def _put_crops(bank: _Bank, a: Anatomy) -> None:
+    if a.box is None:
         return
-    inner = g[box]
-    bank.put("bbox", inner)
-    bank.put("bbox_fliplr", inner[:, ::-1])
-    bank.put("bbox_dedup", _dedup(inner))
-    real = np.flatnonzero(same.colour)
-    sizes = same.size[real]
-    bank.put("crop_largest_component", g[part_box(same, real[sizes.argmax()])])
-    bank.put("crop_smallest_component", g[part_box(same, real[sizes.argmin()])])
-    real = np.flatnonzero(objects.colour)
+    g, same, objects = a.g, a.same, a.objects
+
+    def crop(name: str, parts: Parts, i: int) -> Grid:
+        """The box of one part."""
+        grid = g[part_box(parts, i)]
+        bank.put(name, grid)
+        return grid
+
+    bank.put("bbox", g[a.box])
+    bank.put("bbox_fliplr", g[a.box][:, ::-1])
+    sizes = same.size[same.real]
+    crop("crop_largest_component", same, same.real[sizes.argmax()])
+    crop("crop_smallest_component", same, same.real[sizes.argmin()])
+    real = objects.real
     sizes = objects.size[real]
-    bank.put("crop_largest_object", g[part_box(objects, real[sizes.argmax()])])
-    bank.put("crop_smallest_object", g[part_box(objects, real[sizes.argmin()])])
-    shades = (object_counts[real, 1:] > 0).sum(1)
-    rank = shades * 1024 + sizes
-    model = real[rank.argmax()]
-    template = g[part_box(objects, model)]
-    bank.put("crop_most_coloured_object", template)
+    crop("crop_largest_object", objects, real[sizes.argmax()])
+    crop("crop_smallest_object", objects, real[sizes.argmin()])
+    model = real[(a.object_shades * 1024 + sizes).argmax()]
+    template = crop("crop_most_coloured_object", objects, model)
     # Objects with a bounding box of the same size take the most coloured object's cells.
-    like = real[
-        (objects.bottom[real] - objects.top[real] == objects.bottom[model] - objects.top[model])
-        & (objects.right[real] - objects.left[real] == objects.right[model] - objects.left[model])
-    ]
+    high, wide = objects.high, objects.wide
+    like = real[(high[real] == high[model]) & (wide[real] == wide[model])]
     copies_of = g.copy()
     for i in like.tolist():
         copies_of[part_box(objects, i)] = template
-    bank.put("object_template", copies_of)
-    shape, _ = shape_hashes(objects, None)
-    _, mirrored = shape_hashes(objects, g)
-    kinds, copies = np.unique(shape[real], return_counts=True)
-    if (copies == 1).sum() == 1 and kinds.size > 1:
-        i = real[shape[real] == kinds[copies == 1][0]][0]
-        bank.put("crop_odd_shape", g[part_box(objects, i)])
+    bank.keep("object_template", copies_of)
+    hashes, mirrored = shape_hashes(objects, g)
+    shapes = hashes[real].tolist()
+    copies = Counter(shapes)
+    odd = [i for i, shape in zip(real.tolist(), shapes, strict=True) if copies[shape] == 1]
+    if len(odd) == 1 and len(shapes) > 1:
+        crop("crop_odd_shape", objects, odd[0])
     chosen = real[mirrored[real]]
     if chosen.size == 1 or (chosen.size and real.size > chosen.size):
-        bank.put(
-            "crop_symmetric_object", g[part_box(objects, chosen[objects.size[chosen].argmax()])]
-        )
-    rare = mask_box(g == n_ids - 1)
-    if rare is not None:
-        bank.put("crop_rarest", g[rare])
-    common = mask_box(g == 1)
-    if common is not None:
-        bank.put("crop_commonest", g[common])
-    frames = np.flatnonzero(solid_frame)
+        crop("crop_symmetric_object", objects, chosen[objects.size[chosen].argmax()])
+    for name, colour in (("crop_rarest", a.counts.size - 1), ("crop_commonest", 1)):
+        box = colour_box(a.by_row, a.by_col, colour, g.shape[1])
+        if box is not None:
+            bank.put(name, g[box])
+    frames = a.frame.nonzero()[0]
     if frames.size:
-        area = (same.bottom - same.top) * (same.right - same.left)
-        bank.put(
-            "crop_frame_interior", g[part_box(same, frames[area[frames].argmax()])][1:-1, 1:-1]
-        )
+        area = (same.high[frames] - 1) * (same.wide[frames] - 1)
+        bank.put("crop_frame_interior", g[part_box(same, frames[area.argmax()])][1:-1, 1:-1])
 
 
 # ---------------------------------------------------------------- by blocks and panels
@@ -618,40 +652,42 @@ def _put_panels(bank: _Bank, g: Grid, seg_r: Ints, seg_c: Ints) -> Ints:
 
     Returns the panels' rank, see `transforms`.
     """
-    n_r, n_c = int(seg_r.max()) + 1, int(seg_c.max()) + 1
+    of_rows, of_cols = seg_r.tolist(), seg_c.tolist()
+    n_r, n_c = max(of_rows) + 1, max(of_cols) + 1
     rank = np.zeros(g.shape, np.int64)
     if n_r * n_c < 2:
         return rank
-    inside_r, inside_c = np.flatnonzero(seg_r >= 0), np.flatnonzero(seg_c >= 0)
-    content = g[inside_r[:, None], inside_c]
+    inside_r, inside_c = (seg_r >= 0).nonzero()[0], (seg_c >= 0).nonzero()[0]
+    window = (inside_r[:, None], inside_c)
+    content = g[window]
     label = seg_r[inside_r][:, None] * n_c + seg_c[inside_c]
     counts = colour_counts(label, content, n_r * n_c)
-    filled = counts[:, 1:].sum(1)
-    bank.put("panel_map", commonest_colour(counts).reshape(n_r, n_c))
-    window = (inside_r[:, None], inside_c)
+    filled = counts[:, 1:].sum(1).tolist()
+    common = commonest_colour(counts)
+    bank.put("panel_map", common.reshape(n_r, n_c))
     majority = g.copy()
-    majority[window] = commonest_colour(counts)[label]
-    bank.put("panel_majority", majority)
-    of_panel = np.where(filled == filled.max(), 1, np.where(filled == filled.min(), 2, 3))
-    rank[window] = of_panel[label]
-    high, low = inside_r.size // n_r, inside_c.size // n_c
-    even = (np.bincount(seg_r[inside_r]) == high).all() and (
-        np.bincount(seg_c[inside_c]) == low
-    ).all()
-    if even:
-        panels = content.reshape(n_r, high, n_c, low).transpose(0, 2, 1, 3).reshape(-1, high, low)
-        bank.put("panel_fullest", panels[filled.argmax()])
+    majority[window] = common[label]
+    bank.keep("panel_majority", majority)
+    most, fewest = max(filled), min(filled)
+    of_panel = [1 if n == most else 2 if n == fewest else 3 for n in filled]
+    rank[window] = np.array(of_panel)[label]
+    heights = {of_rows.count(i) for i in range(n_r)}
+    widths = {of_cols.count(i) for i in range(n_c)}
+    if len(heights) == len(widths) == 1:
+        (high,), (wide,) = heights, widths
+        panels = content.reshape(n_r, high, n_c, wide).transpose(0, 2, 1, 3).reshape(-1, high, wide)
+        bank.put("panel_fullest", panels[filled.index(most)])
         seen = [panel.tobytes() for panel in panels]
         odd = [i for i, key in enumerate(seen) if seen.count(key) == 1]
         if len(odd) == 1:
             bank.put("panel_odd", panels[odd[0]])
-        overlay = panels[0]
+        overlay = panels[0].copy()
         for panel in panels[1:]:
-            overlay = overlay + panel * (overlay == 0)
+            overlay += panel * (overlay == 0)
         bank.put("panel_overlay", overlay)
         everywhere = g.copy()
-        everywhere[window] = np.tile(overlay, (n_r, n_c))
-        bank.put("panel_overlay_everywhere", everywhere)
+        everywhere[window] = _tiled(overlay)[: inside_r.size, : inside_c.size]
+        bank.keep("panel_overlay_everywhere", everywhere)
     return rank
 
 
@@ -668,29 +704,22 @@ def transforms(a: Anatomy) -> tuple[Grid, Grid, Ints]:
     """
     g, same = a.g, a.same
     n_ids = a.counts.size
-    bank = _Bank()
+    bank = _Bank(*g.shape)
     _put_geometric(bank, g)
-    _put_planes(bank, g)
+    _put_planes(bank, a)
     last = n_ids - 1
-    bank.fill("colour_background", 0)
-    bank.fill("colour_rank_1", min(1, last))
-    bank.fill("colour_rank_2", min(2, last))
-    bank.fill("colour_rank_3", min(3, last))
-    bank.fill("colour_rarest", last)
-    real = np.flatnonzero(same.colour)
-    bank.fill(
-        "colour_largest_object",
-        int(same.colour[real[same.size[real].argmax()]]) if real.size else 0,
-    )
-    _put_scaled(bank, g, last)
-    _put_shifts_and_rays(bank, g, a.rays)
-    _put_symmetric(bank, g, a.box)
-    _put_mosaic(bank, g, n_ids, same)
+    largest = same.colour[same.real[same.size[same.real].argmax()]] if same.real.size else 0
+    colours = [min(1, last), min(2, last), min(3, last), last, largest, 0]
+    bank.planes[_COLOURS] = np.array(colours, np.uint8)[:, None, None]
+    _put_scaled(bank, a)
+    _put_shifts_and_rays(bank, a)
+    _put_symmetric(bank, a)
+    _put_mosaic(bank, a)
     ranks = np.minimum(np.arange(1, MAX_SIDE + 1), n_ids) % n_ids
     bank.fill("rank_by_row", ranks[:, None])
-    bank.fill("rank_by_col", ranks[None, :])
-    _put_objects(bank, g, same, a.objects, a.object_counts, a.open_part)
-    _put_crops(bank, g, n_ids, a.box, same, a.objects, a.object_counts, a.frame)
+    bank.fill("rank_by_col", ranks)
+    _put_objects(bank, a)
+    _put_crops(bank, a)
     _put_blocks(bank, g)
     panel_rank = _put_panels(bank, g, a.row_segments, a.col_segments)
-    return recoloured(bank.planes, a.back), bank.sizes, panel_rank
+    return recoloured(bank.planes, a.back), bank.sizes(), panel_rank

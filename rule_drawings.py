@@ -335,7 +335,8 @@ def drawn_bank(grid: Grid) -> tuple[Grid, Grid]:
     # Rays on a grid where all but single cells shine with a value that no colour has.
     single = (same.size == 1)[same.label] & (g > 0)
     rays = rays_of(np.where(single | (g == 0), g, _NO_COLOUR))
-    dark = Rays(*(np.where(ray == _NO_COLOUR, np.uint8(0), ray) for ray in vars(rays).values()))
+    stack = np.where(rays.stack == _NO_COLOUR, np.uint8(0), rays.stack)
+    dark = Rays(stack, *stack)
     bright = rays_of(g)
     across, down = np.maximum(dark.left, dark.right), np.maximum(dark.up, dark.down)
     slanted = np.maximum.reduce((dark.up_left, dark.up_right, dark.down_left, dark.down_right))

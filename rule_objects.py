@@ -20,6 +20,7 @@ from grid_parts import (
     Parts,
     canonical,
     colour_counts,
+    line_counts,
     part_box,
     parts_of,
     recoloured,
@@ -216,8 +217,7 @@ def object_bank(grid: Grid) -> tuple[Grid, Grid, Grid]:
     rows, cols = g.shape
     counts = colour_counts(objects.label, g, objects.size.size)
     plain, _ = shape_hashes(same, None)
-    shape, _ = shape_hashes(objects, None)
-    _, mirrored = shape_hashes(objects, g)
+    shape, mirrored = shape_hashes(objects, g)
     minority = np.where(counts[:, 1:] > 0, counts[:, 1:], 1 << 20).min(1)
     minority = np.where((counts[:, 1:] > 0).sum(1) > 1, minority, 0)
     row, col = np.arange(rows)[:, None], np.arange(cols)[None]
@@ -290,7 +290,7 @@ def object_bank(grid: Grid) -> tuple[Grid, Grid, Grid]:
                 ]
             marks = plain if kind == "component" else shape
             _put_choices(put, kind, crops, parts.top[members], parts.left[members], marks[members])
-    row_line, col_line = separators_of(g)
+    row_line, col_line = separators_of(*line_counts(g))
     seg_r, seg_c = segments_of(row_line), segments_of(col_line)
     n_r, n_c = int(seg_r.max()) + 1, int(seg_c.max()) + 1
     if 1 < n_r * n_c <= 60:

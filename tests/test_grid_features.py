@@ -512,9 +512,9 @@ def test_match_and_control_of_a_flip() -> None:
     grid = grid_of("120", "400")
     output = np.ascontiguousarray(grid[:, ::-1])
     analysis = gf.analyse(grid)
-    share, same_size = gf.match(analysis, output)
+    share, same_size, covered = gf.match(analysis, output)
     flip = SOURCE_INDEX["fliplr"]
-    assert share[flip] == 1.0
+    assert share[flip] == covered == 1.0
     assert same_size[flip]
     assert not same_size[SOURCE_INDEX["transpose"]]
     control = gf.control_features(analysis, grid, output)
