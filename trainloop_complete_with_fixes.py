@@ -314,7 +314,7 @@ def heads_of(width: int) -> int:
 if __name__ == "__main__":
     answer_early(read_flags, MEMORY_ADVICE)
 
-import numpy  # noqa: F401, ICN001 - where it is missing, torch would complain first
+import numpy  # noqa: F401 - where it is missing, torch would complain first
 import torch
 from tqdm import tqdm
 
