@@ -401,15 +401,21 @@ def test_acceptance_asks_what_it_says(scored: Any, task_set: Any) -> None:
         assert set(voted["proposals"]) == {k for k, e in fitter.found.items() if e.hypotheses}
 
 
-def test_an_evaluation_takes_the_threads_that_hypotheses_leave(scored: Any, task_set: Any) -> None:
+def test_an_evaluation_takes_the_threads_that_hypotheses_leave(
+    scored: Any, task_set: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks: --threads without effect on a tiny model's evaluation, all of them taken while
-    hypotheses are fitted, or fewer for ever because they were fitted when the run began."""
+    hypotheses are fitted, or fewer although other cores are free."""
+    monkeypatch.setattr(run_state, "cores", lambda: 3)
     fitter = Fitted(task_set.train)
     _, given = scored(fitter, "--threads", "3", "--acceptance", "demonstrations")
     assert [one["at_once"] for one in given] == [3, 3]
     for busy, at_once in ((1, 2), (3, 1), (9, 1)):
         _, given = scored(Fitted(task_set.train), "--threads", "3", busy=busy)
         assert {one["at_once"] for one in given} == {at_once}
+    monkeypatch.setattr(run_state, "cores", lambda: 5)
+    _, given = scored(Fitted(task_set.train), "--threads", "3", busy=3)
+    assert {one["at_once"] for one in given} == {2}
 
 
 def test_hypotheses_that_come_late_vote_and_both_numbers_are_told(
