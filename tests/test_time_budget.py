@@ -12,7 +12,7 @@ import pytest
 from conftest import work_moves_the_clock
 
 import run_lines
-from time_budget import FINAL_RESERVE_S, Limits, batches_expected
+from time_budget import FINAL_RESERVE_S, Limits, batches_expected, share_time
 
 
 def test_a_time_budget_ends_the_run_with_the_learning_rate_at_zero(train: Any) -> None:
@@ -71,6 +71,29 @@ def test_a_time_budget_is_kept_and_its_run_can_be_repeated_bit_for_bit(
     assert f"{said}{results['views_done']:.1f} views on average\n" in outcome.out
     assert f"warning: {n} trained batches are too few to learn from" in outcome.err
     assert "too few" not in repeated.err  # nobody gave it minutes
+
+
+def test_voting_gets_less_of_the_budget_where_more_batches_are_answered_at_a_time() -> None:
+    """Breaks: half of the voting's share unused on two cores, as its speed was measured on one."""
+
+    def trains_until(at_once: int) -> float:
+        run: Any = SimpleNamespace(
+            args=SimpleNamespace(time_budget=10.0),
+            clock=SimpleNamespace(query_s=0.1),
+            at_once=at_once,
+            fitter=None,
+            started=time.monotonic(),
+            log=SimpleNamespace(say=lambda *_, **__: None),
+        )
+        limits = Limits(deadline=run.started + 600)
+        share_time(run, limits, 500, 2)
+        assert limits.train_until is not None
+        return limits.train_until - run.started
+
+    # two views of 500 queries at 0.1 s, 1.2 times as long to be sure; and 6 s to leave
+    assert trains_until(1) == pytest.approx(600 - 6 - 120, abs=1)
+    assert trains_until(2) == pytest.approx(600 - 6 - 60, abs=1)
+    assert trains_until(99) == pytest.approx(600 - 6 - 15, abs=1)  # never more than 8 at a time
 
 
 def test_the_bar_expects_the_batches_that_schedule_or_clock_leave() -> None:

@@ -185,4 +185,11 @@ TOGETHER = [
         "",
         "kept_hypotheses: not_fitted_again",
     ),
+    Mutant(
+        "13 voting is planned for one batch at a time",
+        "time_budget.py",
+        " * n_queries / min(run.at_once, MOST_AT_ONCE)",
+        " * n_queries",
+        "time_budget: batches_are_answered",
+    ),
 ]
