@@ -347,21 +347,29 @@ class Fitter:
                 kind, task_id, found = pickle.loads(data)
                 self._put(kind, task_id, found, digest_of(*work[1][1:]))
                 work = None
-        except (OSError, ValueError, EOFError):
+        except (OSError, EOFError):
             pass  # closed, or killed: said below
         except Exception as error:  # noqa: BLE001 - whatever it is, who waits has to hear of it
             why = f"{type(error).__name__}: {error}"
+        code = _exit_code(child)
         with self._changed:
             self._n_working -= 1
             if work is not None and work[0] == "tests":  # another child may do it
                 self._later.appendleft(work[1])
             elif work is not None:
                 self._asked.appendleft(work[1][0])
-            if why:  # it waits for work
-                child.kill()
             if not self._closed and not self._n_working:
-                self.failed = why or f"its process ended with exit code {child.wait()}"
+                self.failed = why or f"its process ended with exit code {code}"
             self._changed.notify_all()
+
+
+def _exit_code(child: subprocess.Popen[bytes]) -> int:
+    """Of a child that has ended, or has no work to come and is ended here."""
+    try:
+        return child.wait(5)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
 
 
 def _write(stream: IO[bytes], data: bytes) -> None:

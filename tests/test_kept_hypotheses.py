@@ -272,13 +272,14 @@ def test_a_process_keeps_what_is_known_of_the_others_tasks(hidden: Any, fitted: 
         mine.close()
 
 
+@pytest.mark.parametrize("error", [TypeError, ValueError])
 def test_an_error_while_a_result_is_taken_in_is_said(
-    hidden: Any, monkeypatch: pytest.MonkeyPatch
+    hidden: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     """Breaks: a run that waits for ever for a task whose result was lost."""
 
     def record(*_: Any) -> bytes:
-        raise TypeError("not to be written")
+        raise error("not to be written")
 
     monkeypatch.setattr(kept_hypotheses, "record", record)
     fitter = Fitter(hidden, 2)
@@ -286,7 +287,7 @@ def test_an_error_while_a_result_is_taken_in_is_said(
         begun = time.monotonic()
         assert fitter.collect() == {}
         assert time.monotonic() - begun < 60
-        assert fitter.failed == "TypeError: not to be written"
+        assert fitter.failed == f"{error.__name__}: not to be written"
     finally:
         fitter.close()
 
