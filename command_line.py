@@ -438,14 +438,17 @@ def thread_words(at_once: int) -> str:
     return counted(torch.get_num_threads(), "thread") + more
 
 
-def share_cores(threads: int | None, one_each: bool) -> int:
-    """Set torch's threads on a CPU; returns how many batches may be answered at a time.
+def share_cores(device: str, threads: int | None, one_each: bool) -> int:
+    """Set torch's threads on a CPU; returns how many batches may be answered at a time: on another
+    device one.
 
     threads: as the user wants it, None: OMP_NUM_THREADS, or as many as cores. one_each: a batch is
     quickest on one thread (`System.one_thread`), so the others take further batches.
     """
     import torch
 
+    if device != "cpu":
+        return 1
     wanted = threads or _threads_at_first()
     torch.set_num_threads(1 if one_each else wanted)
     return wanted if one_each else 1

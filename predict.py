@@ -406,7 +406,7 @@ def run_prediction(args: argparse.Namespace) -> int:
     tasks = load_tasks(args.data, strict=args.strict)
     split, chosen = choose_split(tasks, args.split)
     model = load_model(args.model, checkpoint=args.checkpoint, device=device, offline=args.offline)
-    at_once = share_cores(args.threads, model.system.one_thread) if on_cpu else 1
+    at_once = share_cores(device, args.threads, model.system.one_thread)
     for note in model.notes:
         print(f"warning: {note}", file=sys.stderr)
     n_inputs = sum(len(task.tests) for task in chosen)

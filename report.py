@@ -222,7 +222,7 @@ def make_gallery(
 
     views = args.views or (VIEWS_CPU if device == "cpu" else VIEWS_GPU)
     dtype, _ = pick_precision("auto", device)
-    at_once = share_cores(args.threads, model.system.one_thread) if device == "cpu" else 1
+    at_once = share_cores(device, args.threads, model.system.one_thread)
     how: dict[str, Any] = {
         "task_index": model.task_index, "device": device, "dtype": dtype, "seed": model.seed,
         "at_once": at_once,

@@ -17,7 +17,7 @@ from typing import Any
 import evaluation
 from arc_system import build_system
 from batches import evaluation_views
-from command_line import MOST_AT_ONCE, device_name, no_bar
+from command_line import device_name, no_bar
 from dataset_arc import Task, TaskSet, slices_of
 from evaluation import Key
 from hypotheses import Fitter
@@ -87,8 +87,7 @@ def score_untrained(run: Run, plan: Plan, persistence: ModelPersistence) -> None
                 + (f"; the best model on those before is {aside} now" if aside else ""),
                 important=True,
             )
-        at_a_time = min(run.free_threads(), MOST_AT_ONCE)
-        run.clock.query_s = at_a_time * (time.monotonic() - begun) / len(plan.validation)
+        run.clock.query_s = run.free_threads() * (time.monotonic() - begun) / len(plan.validation)
         progress.untrained_accuracy = untrained["cell_accuracy"]
         progress.untrained = {name: untrained[name] for name in VALIDATED}
         run.log.say(

@@ -26,7 +26,15 @@ import torch
 
 from arc_system import System
 from batches import Collator, TrainingStream
-from command_line import EXIT_MISSING, EXIT_UNEXPECTED, UserError, cores, device_name, git
+from command_line import (
+    EXIT_MISSING,
+    EXIT_UNEXPECTED,
+    MOST_AT_ONCE,
+    UserError,
+    cores,
+    device_name,
+    git,
+)
 from curriculum import DynamicMemoryThreshold, GradientMonitor, Schedule, SizeWarmupCurriculum
 from dataset_arc import TaskSet
 from health import Health
@@ -227,7 +235,8 @@ class Run:
         """How many batches an evaluation is to answer at a time now: hypotheses keep their cores,
         those that are no evaluation's first."""
         busy = 0 if self.fitter is None else self.fitter.n_busy
-        return max(1, self.at_once - max(0, busy - max(0, cores() - self.at_once)))
+        free = self.at_once - max(0, busy - max(0, cores() - self.at_once))
+        return max(1, min(free, MOST_AT_ONCE))
 
     def stopping(self) -> bool:
         """Whether a signal has come, to this process or another one: all learn of it here."""

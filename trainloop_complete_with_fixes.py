@@ -590,7 +590,7 @@ def set_up(
         seed=args.seed,
     )
     system = build_system(config, device, offline=args.offline, weights=not args.dry_run)
-    at_once = share_cores(args.threads, system.one_thread) if device == "cpu" else 1
+    at_once = share_cores(device, args.threads, system.one_thread)
     args.qwen_train = system.qwen.train_mode  # "auto" may mean another thing on another device
     collator = Collator()
     groups = system.parameter_groups(

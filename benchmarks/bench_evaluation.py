@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace) -> int:
     from evaluation import predict_tasks, without_outputs
 
     model = load_model(args.run)
-    at_once = share_cores(args.threads, model.system.one_thread)
+    at_once = share_cores("cpu", args.threads, model.system.one_thread)
     tasks = without_outputs(load_tasks(args.data).train[:: args.every])
     collator = Collator()
 

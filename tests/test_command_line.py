@@ -137,7 +137,9 @@ def test_cores_go_to_one_batch_or_to_several(
     given: list[int] = []
     monkeypatch.setattr(command_line, "_threads_at_first", lambda: 3)
     monkeypatch.setattr(torch, "set_num_threads", given.append)
-    assert command_line.share_cores(threads, one_each) == at_once
+    assert command_line.share_cores("cpu", threads, one_each) == at_once
+    assert given == [torch_has]
+    assert command_line.share_cores("cuda", threads, one_each) == 1
     assert given == [torch_has]
 
 

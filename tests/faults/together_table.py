@@ -104,8 +104,8 @@ TOGETHER = [
     Mutant(
         "13 evaluations take the cores of hypotheses",
         "run_state.py",
-        "return max(1, self.at_once - max(0, busy - max(0, cores() - self.at_once)))",
-        "return self.at_once",
+        "free = self.at_once - max(0, busy - max(0, cores() - self.at_once))",
+        "free = self.at_once",
         "wiring: threads_that_hypotheses_leave",
     ),
     Mutant(
